@@ -1,0 +1,1 @@
+"""Running exported models, and proving them."""

@@ -1,0 +1,124 @@
+"""One way to run a file, whatever the engine: open it, look at .inputs and .outputs, run, close."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Iterator
+
+import numpy as np
+
+from ..export.errors import MissingPackageError, UsageError
+
+PACKAGES = {"ort": ("onnxruntime", "cpu", "ONNX Runtime"), "openvino": ("openvino", "cpu", "OpenVINO")}
+
+
+@dataclass
+class Runner:
+    """An opened file. inputs, outputs: name -> shape (None where free). `run` takes and gives float32 (int64 for indices) arrays."""
+
+    engine: str
+    inputs: dict[str, tuple]
+    outputs: dict[str, tuple]
+    _call: object = field(repr=False, default=None)
+
+    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """One run. Raises: UsageError when an input is missing, of another shape or type."""
+        for name, shape in self.inputs.items():
+            if name not in feeds:
+                raise UsageError(f"input {name!r} is missing: got {', '.join(feeds) or 'nothing'}")
+            got = feeds[name]
+            if got.dtype != np.float32 or len(got.shape) != len(shape) or any(w not in (None, g) for g, w in zip(got.shape, shape)):
+                wanted = " x ".join("any" if w is None else str(w) for w in shape)
+                raise UsageError(f"input {name!r} is {got.dtype} {' x '.join(map(str, got.shape))}, wanted float32 {wanted}")
+        return self._call(feeds)
+
+
+def require(engine: str) -> None:
+    """Raises: UsageError for an unknown engine, MissingPackageError when its package is not installed."""
+    if engine not in PACKAGES:
+        raise UsageError(f"unknown engine {engine!r}: wanted one of {', '.join(PACKAGES)}")
+    package, extra, words = PACKAGES[engine]
+    if importlib.util.find_spec(package) is None:
+        raise MissingPackageError(package, extra, words)
+
+
+@contextmanager
+def open_engine(path: str | Path, engine: str = "ort", threads: int = 0, outputs: tuple[str, ...] = ()) -> Iterator[Runner]:
+    """Open an ONNX file for running.
+
+    engine: "ort" (ONNX Runtime on the CPU) or "openvino". threads: 0 for the engine's own choice.
+    outputs: inner values to give beside the file's outputs (see `Provenance.decisions`).
+    Raises: UsageError when the file does not load, MissingPackageError when the engine is not installed.
+    """
+    require(engine)
+    if not Path(path).is_file():
+        raise UsageError(f"{path}: no such file")
+    try:
+        runner = {"ort": _onnxruntime, "openvino": _openvino}[engine](Path(path), threads, outputs)
+    except UsageError:
+        raise
+    except Exception as e:
+        raise UsageError(f"{path}: {PACKAGES[engine][2]} cannot load it: {str(e).strip().splitlines()[0][:300]}") from None
+    yield runner
+
+
+def _model_bytes(path: Path, outputs: tuple[str, ...]):
+    """The file's model with some inner values as outputs too (weights beside the file stay there)."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    known = {o.name for o in model.graph.output}
+    model.graph.output.extend(onnx.helper.make_tensor_value_info(o, onnx.TensorProto.INT64, None) for o in outputs if o not in known)
+    return model
+
+
+def _shape(dims) -> tuple:
+    return tuple(d if isinstance(d, int) and d > 0 else None for d in dims)
+
+
+def _onnxruntime(path: Path, threads: int, outputs: tuple[str, ...]) -> Runner:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads:
+        options.intra_op_num_threads = threads
+    source: object = str(path)
+    if outputs:
+        model = _model_bytes(path, outputs)
+        if any(i.data_location == 1 for i in model.graph.initializer):
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent.resolve()))
+        source = model.SerializeToString()
+    session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    names = [o.name for o in session.get_outputs()]
+    call = lambda feeds: dict(zip(names, session.run(None, feeds)))
+    return Runner("ort", {i.name: _shape(i.shape) for i in session.get_inputs()}, {o.name: _shape(o.shape) for o in session.get_outputs()}, call)
+
+
+def _openvino(path: Path, threads: int, outputs: tuple[str, ...]) -> Runner:
+    os.environ.setdefault("OPENVINO_TELEMETRY_OPT_OUT", "1")
+    import openvino as ov
+
+    core = ov.Core()
+    model = core.read_model(path)
+    for name in outputs:
+        if name not in {n for o in model.outputs for n in o.names}:
+            model.add_outputs(name)
+    config = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
+    if threads:
+        config["INFERENCE_NUM_THREADS"] = str(threads)
+    compiled = core.compile_model(model, "CPU", config)
+    request = compiled.create_infer_request()
+    dims = lambda port: tuple(None if d.is_dynamic else d.get_length() for d in port.partial_shape)
+    name = lambda port: sorted(port.names)[0] if port.names else port.any_name
+    wanted = {**{name(o): o for o in compiled.outputs}}
+
+    def call(feeds):
+        result = request.infer(feeds)
+        return {n: np.array(result[port]) for n, port in wanted.items()}
+
+    return Runner("openvino", {name(i): dims(i) for i in compiled.inputs}, {n: dims(p) for n, p in wanted.items()}, call)

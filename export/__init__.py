@@ -1,0 +1,1 @@
+"""Schedules, reducers, the static ViT, tracing to ONNX, graph checks and provenance."""

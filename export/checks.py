@@ -1,0 +1,76 @@
+"""What a graph must not hold, and whether its token counts are the schedule's. Needs onnx only."""
+
+from __future__ import annotations
+
+from .errors import GraphError
+from .schedule import Schedule
+
+# Why a TensorRT build fails on these, or is not static.
+BANNED = {
+    "NonZero": "its output shape depends on the data",
+    "Loop": "it is control flow",
+    "Scan": "it is control flow",
+    "If": "it is control flow",
+    "Unique": "its output shape depends on the data",
+    "Compress": "its output shape depends on the data",
+    "NonMaxSuppression": "its output shape depends on the data",
+    "SequenceAt": "TensorRT has no sequences",
+    "SequenceConstruct": "TensorRT has no sequences",
+}
+SCATTERS = ("ScatterElements", "ScatterND", "Scatter")
+TOPK_LIMIT = 3840
+
+
+def refusals(graph) -> list[str]:
+    """Reasons, one per node, why a TensorRT build would refuse an onnx.GraphProto; empty when it would not."""
+    from onnx import numpy_helper
+
+    constants = {i.name: i for i in graph.initializer if sum(1 for _ in i.dims) <= 1 and (not i.dims or i.dims[0] <= 1)}
+    out = []
+    for node in graph.node:
+        said = f"{node.op_type} {node.name!r}"
+        if node.op_type in BANNED:
+            out.append(f"{said}: {BANNED[node.op_type]}")
+        if node.op_type in SCATTERS:
+            reduction = next((a.s.decode() for a in node.attribute if a.name == "reduction"), "none")
+            if reduction != "none":
+                out.append(f"{said}: a scatter with reduction={reduction!r} (express it as a one-hot matrix product)")
+        if node.op_type == "TopK" and node.input[1] in constants:
+            k = int(numpy_helper.to_array(constants[node.input[1]]).reshape(-1)[0])
+            if k > TOPK_LIMIT:
+                out.append(f"{said}: k = {k}, at most {TOPK_LIMIT}")
+        if node.domain not in ("", "ai.onnx"):
+            out.append(f"{said}: operator of domain {node.domain!r}")
+        for a in node.attribute:
+            for sub in ([a.g] if a.HasField("g") else list(a.graphs)):
+                out += refusals(sub)
+    return out
+
+
+def attention_tokens(model) -> list[int]:
+    """Tokens in each square attention matrix [.., n, n] of an onnx.ModelProto with shapes, in graph order; -1 where not static."""
+    shapes = {v.name: [d.dim_value if d.HasField("dim_value") else -1 for d in v.type.tensor_type.shape.dim]
+              for v in (*model.graph.value_info, *model.graph.output)}
+    out = []
+    for node in model.graph.node:
+        if node.op_type == "Softmax":
+            shape = shapes.get(node.output[0], [])
+            if len(shape) == 4 and shape[-1] == shape[-2]:
+                out.append(shape[-1])
+            elif len(shape) != 4:
+                out.append(-1)
+    return out
+
+
+def check_graph(model, schedule: Schedule) -> None:
+    """Make sure an exported onnx.ModelProto is static, free of banned nodes, and has the schedule's token counts.
+
+    Raises: GraphError that lists everything that is wrong.
+    """
+    wrong = refusals(model.graph)
+    wanted = [n for n, _ in schedule.tokens_per_block()]
+    found = attention_tokens(model)
+    if found != wanted:
+        wrong.append(f"tokens in the attention of each block are {found}, the schedule has {wanted}")
+    if wrong:
+        raise GraphError("the exported graph is not what was asked for (a defect of tokexport, please report it):\n  " + "\n  ".join(wrong))

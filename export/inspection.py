@@ -1,0 +1,75 @@
+"""What a file says of itself and what is in it, without torch and in under a second."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import checks, macs
+from .errors import UsageError
+from .provenance import Provenance, of_model
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """provenance: as stored. ops: node count per operator. size: bytes with weights. refusals: why TensorRT would refuse it.
+
+    macs, macs_dense: multiply-accumulates per image, reduced and dense. batch: images per run, None for any number.
+    """
+
+    path: Path
+    provenance: Provenance
+    ops: dict[str, int]
+    size: int
+    refusals: list[str]
+    macs: int
+    macs_dense: int
+    batch: int | None
+
+    def to_json(self) -> dict:
+        """Plain JSON values."""
+        import json
+
+        return {"path": str(self.path), "size": self.size, "batch": self.batch, "nodes": sum(self.ops.values()), "ops": self.ops,
+                "macs": self.macs, "macs_dense": self.macs_dense, "tokens": self.provenance.schedule.tokens_per_block(),
+                "refusals": self.refusals, "provenance": json.loads(self.provenance.to_json())}
+
+
+def read_onnx(path: str | Path):
+    """The onnx.ModelProto of a file, weights left beside it. Raises: UsageError when it is missing or no ONNX file."""
+    import onnx
+
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception:
+        model = None
+    if model is None or not model.graph.node:
+        raise UsageError(f"{path} is not an ONNX file (or is damaged): wanted one made with `tokexport onnx`")
+    return model
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Look at an ONNX file made by tokexport.
+
+    Raises: UsageError when it is missing, no ONNX file, or has no provenance; a graph TensorRT would refuse says so in that error.
+    """
+    path, model = Path(path), read_onnx(path)
+    refused = checks.refusals(model.graph)
+    try:
+        provenance = of_model(model, str(path))
+    except UsageError as e:
+        if refused:
+            raise UsageError(f"{e}\nTensorRT would refuse it besides: " + "; ".join(refused[:5])) from None
+        raise
+    ops = dict(Counter(n.op_type for n in model.graph.node).most_common())
+    locations = {e.value for i in model.graph.initializer for e in i.external_data if e.key == "location"}
+    files = [path, *(path.parent / name for name in locations)]
+    size = sum(f.stat().st_size for f in files if f.exists())
+    first = model.graph.input[0].type.tensor_type.shape.dim[0]
+    schedule = provenance.schedule
+    return Inspection(path, provenance, ops, size, refused, macs.count(provenance.dims, schedule),
+                      macs.count(provenance.dims, macs.dense(schedule)), first.dim_value or None)

@@ -1,0 +1,233 @@
+"""Tracing the static ViT to an ONNX file."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+import torch
+
+from ..kernels import ops
+from . import checks, macs, vit
+from .errors import UsageError
+from .load import LoadedModel
+from .provenance import KEY, Preprocess, Provenance
+from .schedule import Schedule
+from .static_vit import StaticViT
+
+OPSETS = range(20, 24)
+TWO_GB = 2**31 - 2**24  # protobuf's limit, less room for the graph
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written. tokens: (attention, MLP) per block. macs, macs_dense: per image. nodes: of the graph. size: bytes on disk."""
+
+    path: Path
+    provenance: Provenance
+    nodes: int
+    size: int
+    macs: int
+    macs_dense: int
+
+    @property
+    def tokens(self) -> list[tuple[int, int]]:
+        return self.provenance.schedule.tokens_per_block()
+
+
+def check_output(path: str | Path, force: bool) -> Path:
+    """The path, when a file can be written there. Raises: UsageError when it exists (without force) or its folder cannot be written."""
+    path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"output {path} is a directory: wanted a file name, e.g. {path / 'vit.onnx'}")
+    if path.exists() and not force:
+        raise UsageError(f"output {path} exists: give --force to replace it, or another name with -o")
+    folder = path.parent
+    if not folder.is_dir():
+        raise UsageError(f"output {path}: there is no directory {folder}")
+    try:  # asking the file system is the only sure way
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise UsageError(f"output {path}: directory {folder} cannot be written ({e.strerror})") from None
+    return path
+
+
+def export_onnx(loaded: LoadedModel, schedule: Schedule, path: str | Path, batch: int | None = None, opset: int = 20,
+                simplify: bool = True, sources: bool = False, force: bool = False,
+                progress: Callable[[str], None] = lambda stage: None) -> ExportResult:
+    """Write a model under a schedule as an ONNX file that carries its provenance.
+
+    loaded: from `load_model`. schedule: from `Schedule.parse`. batch: images per run, None for any number. opset: 20 to 23.
+    simplify: run onnxsim too (files under 2 GB). sources: add output `sources` [B, N0], the final row of every input token, -1 when gone.
+    Input `image` [B, 3, H, W] float32; output `logits` or `features`. Over 2 GB the weights go to PATH.data.
+    progress: called with the name of each stage. The file is written aside and renamed.
+    Raises: UsageError (nothing is written) for wrong options or a path that cannot be written; GraphError if the graph came out wrong.
+    """
+    path = check_output(path, force)
+    if opset not in OPSETS:
+        raise UsageError(f"--opset {opset}: wanted {OPSETS[0]} to {OPSETS[-1]}")
+    if batch is not None and batch < 1:
+        raise UsageError(f"--batch {batch}: wanted 1 or more, or dynamic")
+    model = loaded.module
+    provenance = _provenance(loaded, schedule, opset, sources)
+    progress("tracing")
+    static = StaticViT(model, schedule, batch, sources).eval()
+    graph = _trace(static, provenance, batch, opset)
+    decisions = [o.name for o in graph.graph.outputs[len(provenance.outputs):]]
+    progress("simplifying")
+    proto = _finish(graph, len(provenance.outputs), simplify)
+    names = {o for n in proto.graph.node for o in n.output}
+    provenance = Provenance(**{**vars(provenance), "decisions": tuple(d for d in decisions if d in names)})
+    progress("checking")
+    checks.check_graph(proto, schedule)
+    proto.metadata_props.add(key=KEY, value=provenance.to_json())
+    nodes = len(proto.graph.node)
+    progress("writing")
+    size = write_model(proto, path)
+    return ExportResult(path, provenance, nodes, size, macs.count(provenance.dims, schedule),
+                        macs.count(provenance.dims, macs.dense(schedule)))
+
+
+def _provenance(loaded: LoadedModel, schedule: Schedule, opset: int, sources: bool) -> Provenance:
+    from .. import __version__
+
+    model = loaded.module
+    outputs = (vit.output_name(model), *(["sources"] if sources else []))
+    return Provenance(__version__, loaded.name, loaded.kwargs, loaded.weights, schedule, preprocess_of(model), opset, "fp32", outputs,
+                      vit.dims(model), labels_of(loaded))
+
+
+def preprocess_of(model) -> Preprocess:
+    """timm's data configuration of a model, for the image size it was made with."""
+    from timm.data import resolve_model_data_config
+
+    cfg = resolve_model_data_config(model, verbose=False)
+    return Preprocess(tuple(model.patch_embed.img_size), tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"],
+                      float(cfg["crop_pct"]), cfg["crop_mode"])
+
+
+def labels_of(loaded: LoadedModel) -> tuple[str, ...]:
+    """ImageNet class names for trained weights of an ImageNet classifier; empty when not known."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    if loaded.weights["source"] == "random" or loaded.module.num_classes not in (1000, 21841, 21843, 11821, 12000):
+        return ()
+    subset = infer_imagenet_subset(loaded.module)
+    if not subset:
+        return ()
+    info = ImageNetInfo(subset)
+    return tuple(info.index_to_description(i) for i in range(info.num_classes()))
+
+
+def _trace(static: StaticViT, provenance: Provenance, batch: int | None, opset: int):
+    """The onnx_ir.Model of a static ViT; its outputs are the provenance's, then the decisions by name."""
+    channels = static.patch.in_channels
+    image = torch.zeros(batch or 2, channels, *provenance.preprocess.size)
+    dynamic = {"image": {0: torch.export.Dim("batch", min=1)}} if batch is None else None
+    with quiet():
+        program = torch.onnx.export(static, (image,), dynamo=True, opset_version=opset, input_names=["image"], verbose=False,
+                                    dynamic_shapes=dynamic, custom_translation_table=ops.translations())
+    names = [*provenance.outputs, *static.decision_names]
+    for value, name in zip(program.model.graph.outputs, names, strict=True):
+        value.name = name
+    return program.model
+
+
+@contextlib.contextmanager
+def quiet():
+    """Keep the exporter's own chatter off the terminal; what it says is about torch's internals."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _finish(model, n_outputs: int, simplify: bool):
+    """Decisions become inner values, unread nodes go, parameters get the shapes TensorRT takes as they are; an onnx.ModelProto."""
+    import onnx_ir as ir
+    from onnx_ir.passes import common
+
+    decisions = list(model.graph.outputs[n_outputs:])
+    del model.graph.outputs[n_outputs:]
+    common.RemoveUnusedNodesPass()(model)
+    _widen_parameters(model)
+    _name_nodes(model)
+    model.producer_name = "tokexport"
+    proto = ir.to_proto(model)
+    if simplify and proto.ByteSize() < TWO_GB:
+        proto = _simplify(proto, {d.name: [n if isinstance(n, int) else "batch" for n in d.shape] for d in decisions})
+    return proto
+
+
+def _simplify(proto, decisions: dict[str, list]):
+    """onnxsim's result, kept when it has fewer nodes and no new kind of node; the decisions stay because they are outputs meanwhile.
+
+    New kinds are turned down because the graph's own were chosen by measurement: onnxsim 0.8 makes ReduceL2 and Div one
+    LpNormalization, which is nine TensorRT layers instead of four and slower in OpenVINO.
+    """
+    import onnx
+    import onnxsim
+
+    inner = {o for n in proto.graph.node for o in n.output}
+    trial = onnx.ModelProto()
+    trial.CopyFrom(proto)
+    trial.graph.output.extend(onnx.helper.make_tensor_value_info(k, onnx.TensorProto.INT64, shape)
+                              for k, shape in decisions.items() if k in inner)
+    with quiet():
+        simple, ok = onnxsim.simplify(trial, check_n=0)
+    kinds = {n.op_type for n in proto.graph.node}
+    if not ok or len(simple.graph.node) >= len(proto.graph.node) or {n.op_type for n in simple.graph.node} - kinds:
+        return proto
+    del simple.graph.output[len(proto.graph.output):]
+    return onnx.shape_inference.infer_shapes(simple)
+
+
+def _widen_parameters(model) -> None:
+    """Shape [C] to [1, C] for biases of Gemm and both parameters of LayerNormalization: TensorRT then needs no broadcast layers."""
+    import onnx_ir as ir
+
+    wide = {"Gemm": (2,), "LayerNormalization": (1, 2)}
+    for value in model.graph.initializers.values():
+        uses = value.uses()
+        if len(value.shape) == 1 and uses and all(u.idx in wide.get(u.node.op_type, ()) for u in uses):
+            array = value.const_value.numpy().reshape(1, -1)
+            value.const_value = ir.tensor(array, name=value.name)
+            value.shape = ir.Shape(array.shape)
+
+
+def _name_nodes(model) -> None:
+    """Node names that say operator and number, in graph order."""
+    for i, node in enumerate(model.graph):
+        node.name = f"{node.op_type}_{i}"
+
+
+def write_model(proto, path: Path) -> int:
+    """Write an onnx.ModelProto aside and rename it; weights over 2 GB go to PATH.data. Returns the bytes on disk."""
+    import onnx
+
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        new, data = Path(folder) / path.name, Path(folder) / f"{path.name}.data"
+        try:
+            if proto.ByteSize() < TWO_GB:
+                onnx.save_model(proto, new)
+            else:
+                onnx.save_model(proto, new, save_as_external_data=True, all_tensors_to_one_file=True, location=data.name, size_threshold=1024)
+        except OSError as e:
+            raise UsageError(f"output {path}: could not be written ({e.strerror or e}); nothing was left behind") from None
+        size = sum(f.stat().st_size for f in (new, data) if f.exists())
+        old_data = path.with_name(data.name)
+        if data.exists():
+            os.replace(data, old_data)
+        os.replace(new, path)
+    return size

@@ -1,0 +1,74 @@
+"""What a file says of itself: stored in the ONNX metadata, read by every later command. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+
+from .errors import UsageError
+from .schedule import Schedule
+
+KEY = "tokexport"
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """From a photo to the input tensor, in timm's terms.
+
+    size: (height, width) in pixels. mean, std: per channel, for values in [0, 1]. crop: fraction of the resized image that is kept.
+    crop_mode: "center" (resize the short side to size / crop), "squash" (resize to size / crop) or "border" (pad).
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+    crop: float = 1.0
+    crop_mode: str = "center"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a file was made.
+
+    version: of tokexport. model, model_kwargs: for timm. weights: see `LoadedModel`. schedule: the token counts. preprocess: of the images.
+    opset: of the graph. precision: "fp32". outputs: names. dims: sizes the MACs are counted from. labels: class names when known.
+    decisions: names of the graph's values that hold the merge plans.
+    """
+
+    version: str
+    model: str
+    model_kwargs: dict
+    weights: dict
+    schedule: Schedule
+    preprocess: Preprocess
+    opset: int
+    precision: str
+    outputs: tuple[str, ...]
+    dims: dict
+    labels: tuple[str, ...] = ()
+    decisions: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> str:
+        """One line of JSON; `from_json` takes it back."""
+        return json.dumps({**asdict(self), "schedule": self.schedule.to_json()})
+
+    @classmethod
+    def from_json(cls, text: str) -> "Provenance":
+        """Raises: UsageError when the text is no provenance of this version."""
+        try:
+            d = json.loads(text)
+            pre = d["preprocess"]
+            pre = Preprocess(**{**pre, **{k: tuple(pre[k]) for k in ("size", "mean", "std")}})
+            tuples = {k: tuple(d[k]) for k in ("outputs", "labels", "decisions")}
+            return cls(**{**d, "schedule": Schedule.from_json(d["schedule"]), "preprocess": pre, **tuples})
+        except (ValueError, KeyError, TypeError) as e:
+            raise UsageError(f"provenance cannot be read ({type(e).__name__}: {e}): the file was made by another version of tokexport, or damaged") from None
+
+
+def of_model(onnx_model, path: str) -> Provenance:
+    """Provenance of an onnx.ModelProto. Raises: UsageError when it has none."""
+    for entry in onnx_model.metadata_props:
+        if entry.key == KEY:
+            return Provenance.from_json(entry.value)
+    raise UsageError(f"{path} has no provenance: it was not made by tokexport; make it with `tokexport onnx`")

@@ -1,0 +1,112 @@
+"""ToMe: bipartite soft matching of keys (Bolya et al. 2023, Token Merging: Your ViT But Faster, section 3 and appendix D).
+
+Even positions of the sequence are A, odd positions B. Every A token finds its most similar B token; the r most similar pairs merge.
+Prefix tokens neither merge nor receive. New order: prefix, A tokens left in ascending position (without a class token: in
+descending similarity, as the authors leave them), B tokens. Of equal similarities, the lower position merges first and the lower
+position receives.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...kernels import ops
+from ..plan import MergePlan, Signals, column
+from ..schedule import Step
+
+NEEDS = ("metric",)
+
+
+def sets(n: int, n_prefix: int) -> tuple[list[int], list[int]]:
+    """Positions of A (may merge) and B (may receive) among n tokens, prefix tokens left out."""
+    return [p for p in range(0, n, 2) if p >= n_prefix], [p for p in range(1, n, 2) if p >= n_prefix]
+
+
+def _scores(s: Signals, n: int):
+    a, b = sets(n, s.n_prefix)
+    at = lambda p: torch.tensor(p, device=s.metric.device)
+    return at(a), at(b), s.metric[:, at(a)] @ s.metric[:, at(b)].mT
+
+
+def reference(s: Signals, step: Step) -> MergePlan:
+    """The paper's decisions with argsort, on a batch: metric [B, N, D] -> row numbers."""
+    batch, r = s.x.shape[0], step.n_in - step.n_kept
+    a, b, scores = _scores(s, step.n_in)
+    value, host = scores.max(-1)
+    order = value.sort(dim=-1, descending=True, stable=True).indices
+    left = order[:, r:]
+    if s.has_class:
+        left = left.sort(-1).values
+    prefix = torch.arange(s.n_prefix, device=s.x.device).expand(batch, -1)
+    keep = torch.cat([prefix, a[left], b.expand(batch, -1)], 1)
+    dst = s.n_prefix + left.shape[1] + host.gather(1, order[:, :r])
+    return MergePlan(keep[..., None], a[order[:, :r]][..., None], dst[..., None])
+
+
+def regret(s: Signals, step: Step, plan: MergePlan) -> torch.Tensor:
+    """How much similarity the plan gives away, [B]: 0 when it is what `reference` decides, tiny for a flipped near-tie.
+
+    The larger of: best left-out pair minus worst merged pair; best host minus chosen host; (without a class token) the worst
+    inversion of the order by similarity.
+    """
+    a, b, scores = _scores(s, step.n_in)
+    n_a = a.numel()
+    rank = torch.full((step.n_in,), -1, device=a.device)
+    rank[a] = torch.arange(n_a, device=a.device)
+    value = scores.amax(-1)
+    src, left = rank[plan.src[..., 0]], rank[plan.keep[..., 0]]
+    worst = torch.full((s.x.shape[0],), 0.0, device=s.x.device, dtype=value.dtype)
+    for i in range(s.x.shape[0]):
+        kept = value[i, left[i][left[i] >= 0]]
+        if (src[i] < 0).any() or src[i].unique().numel() < src.shape[1]:
+            worst[i] = float("inf")  # a prefix or B token merged, or one merged twice: no tie explains that
+            continue
+        column = rank.new_full((step.n_kept,), -1)
+        column[step.n_kept - b.numel():] = torch.arange(b.numel(), device=a.device)
+        chosen = column[plan.dst[i, :, 0]]
+        given = (value[i, src[i]] - scores[i, src[i], chosen.clamp(min=0)]).masked_fill(chosen < 0, float("inf"))
+        worst[i] = max(given.max(), (kept.max() - value[i, src[i]].min()) if kept.numel() else 0.0, worst[i])
+        if not s.has_class and kept.numel() > 1:
+            worst[i] = max(worst[i], (kept[1:] - kept[:-1]).max())
+    return worst
+
+
+def static(s: Signals, step: Step, by_target: bool) -> MergePlan:
+    """The same decisions with TopK and one scatter of an index column; metric [.., N, D].
+
+    by_target: give `target` too (for the matmul form); what is not used leaves the graph.
+    A row's key sorts it into the new order: prefix, A and B by position; the merged rows, overwritten, come last.
+    """
+    n, n_kept, p = step.n_in, step.n_kept, s.n_prefix
+    a, b = sets(n, p)
+    a_rows, n_b = set(a), len(b)
+    barred = column([0.0 if i in a_rows else -8.0 for i in range(n)], s.metric)
+    hosts = ops.fixed_rows(s.metric, b)
+    if s.metric.ndim == 2:  # one Gemm takes the bar along
+        value, host = ops.best_column(ops.addmm(s.metric, hosts, barred, False, True))
+    else:
+        value, host = ops.best_column(ops.matmul(s.metric, hosts, False, True))
+        value = value + barred
+    top, src = ops.top_rows(value, n - n_kept, True)
+    if s.has_class:  # all keys are at least 10, above any similarity: written into place, those sort merged rows last
+        key = column([4.0 * n + 10 - i if i in a_rows else 8.0 * n + 10 - i if i < p else 2.0 * n + 10 - i for i in range(n)], value)
+        base, merged = _like(value, key, torch.maximum), top
+    else:  # A rows keep their similarity as the key
+        key = column([4.0 if i in a_rows else n + 10.0 - i if i < p else -10.0 - i for i in range(n)], value)
+        base, merged = torch.minimum(value, key), _like(top, column([-4.0 * n - 40] * (n - n_kept), value), torch.minimum)
+    keep = ops.top_rows(ops.put_rows(base, src, merged), n_kept, True)[1]
+    labels = (*range(-1, -1 - (n_kept - n_b), -1), *range(n_b))  # hosts carry the number `host` gives them
+    target = None
+    if by_target:
+        label = column(labels, keep)
+        target = ops.put_rows(host, keep, label.expand(*keep.shape).clone() if _fixed(keep) else keep * 0 + label)
+    return MergePlan(keep, src, ops.take_rows(host, src), labels, target)
+
+
+def _fixed(x) -> bool:
+    return all(isinstance(d, int) for d in x.shape)
+
+
+def _like(x, constant, bound):
+    """A constant column in the shape of x [.., K, 1]: itself, or for a dynamic batch bound(x, constant), which x never wins."""
+    return constant.expand(*x.shape).clone() if _fixed(x) else bound(x, constant)

@@ -1,0 +1,126 @@
+"""Operators with one PyTorch meaning and one exact ONNX form.
+
+`torch.onnx` chooses nodes for ordinary tensor code as it sees fit: a strided slice becomes 30 TensorRT layers, an indexed row a
+GatherND with a Reshape on both sides. The operators here are `torch.library` custom operators, so the exporter finds in
+`translations()` exactly the nodes that are wanted. Eager PyTorch runs the same code, which is what the tests compare.
+
+Matrices are [N, C], or [B, N, C] for a batch; an index of rows is an int64 column [K, 1] or [B, K, 1].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_TRANSLATE: dict = {}
+
+
+def translations() -> dict:
+    """The `custom_translation_table` of `torch.onnx.export`: operator overload -> function that emits its ONNX nodes."""
+    return dict(_TRANSLATE)
+
+
+def _operator(fake, onnx):
+    """Register a function as operator `tokexport::NAME` with its shape function and its ONNX form."""
+
+    def register(fn):
+        op = torch.library.custom_op(f"tokexport::{fn.__name__}", fn, mutates_args=())
+        op.register_fake(fake)
+        _TRANSLATE[getattr(torch.ops.tokexport, fn.__name__).default] = onnx
+        op.__doc__ = fn.__doc__
+        return op
+
+    return register
+
+
+def _ox():
+    from onnxscript import opset20
+
+    return opset20
+
+
+def _ints(*values):
+    return _ox().Constant(value_ints=list(values))
+
+
+def _int32s(values):
+    import numpy as np
+    import onnx_ir
+
+    return _ox().Constant(value=onnx_ir.tensor(np.array(values, dtype=np.int32)))  # TensorRT casts int64 in a layer of its own
+
+
+def _swapped(x):
+    order = list(range(len(x.shape)))
+    order[-1], order[-2] = order[-2], order[-1]
+    return _ox().Transpose(x, perm=order)
+
+
+def _column(x, n):
+    return (*x.shape[:-2], n, 1)
+
+
+@_operator(fake=lambda x, index: x.new_empty((*index.shape[:-1], x.shape[-1])),
+           onnx=lambda x, index: _ox().GatherND(x, index, batch_dims=len(index.shape) - 2))
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Rows x[index]: x [.., N, C], index [.., K, 1] -> [.., K, C]. ONNX: GatherND."""
+    return torch.gather(x, -2, index.expand(*index.shape[:-1], x.shape[-1]))
+
+
+@_operator(fake=lambda x, rows: x.new_empty((*x.shape[:-2], len(rows), x.shape[-1])),
+           onnx=lambda x, rows: _ox().Gather(x, _int32s(rows), axis=-2))
+def fixed_rows(x: Tensor, rows: list[int]) -> Tensor:
+    """Rows known when the graph is made: x [.., N, C] -> [.., len(rows), C]. ONNX: Gather (a strided Slice costs TensorRT 30 layers)."""
+    return x.index_select(-2, torch.tensor(rows, device=x.device))
+
+
+@_operator(fake=lambda x, k, largest: (x.new_empty(_column(x, k)), x.new_empty(_column(x, k), dtype=torch.int64)),
+           onnx=lambda x, k, largest: _ox().TopK(x, _ints(k), axis=-2, largest=int(largest), sorted=1))
+def top_rows(x: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
+    """The k largest (smallest) of a column, sorted: x [.., N, 1] -> values, indices [.., k, 1]. Of equals, the lower index first. ONNX: TopK."""
+    order = torch.sort(x, dim=-2, descending=largest, stable=True)
+    return order.values.narrow(-2, 0, k).clone(), order.indices.narrow(-2, 0, k).clone()
+
+
+@_operator(fake=lambda x: (x.new_empty((*x.shape[:-1], 1)), x.new_empty((*x.shape[:-1], 1), dtype=torch.int64)),
+           onnx=lambda x: _ox().TopK(x, _ints(1), axis=-1, largest=1, sorted=1))
+def best_column(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Row maximum and its column: x [.., N, M] -> values, indices [.., N, 1]. Of equals, the lower column. ONNX: TopK with k = 1."""
+    value = x.amax(-1, keepdim=True)
+    return value, (x == value).to(torch.int8).argmax(-1, keepdim=True)
+
+
+@_operator(fake=lambda base, index, values: torch.empty_like(base),
+           onnx=lambda base, index, values: _ox().ScatterElements(base, index, values, axis=-2))
+def put_rows(base: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """A copy of the column base [.., N, 1] with base[index] = values; indices are unique. ONNX: ScatterElements without a reduction."""
+    return base.scatter(-2, index, values)
+
+
+def _product_shape(a, b, trans_a, trans_b):
+    n = a.shape[-1] if trans_a else a.shape[-2]
+    return a.new_empty((*a.shape[:-2], n, b.shape[-2] if trans_b else b.shape[-1]))
+
+
+def _matmul_onnx(a, b, trans_a, trans_b):
+    if len(a.shape) == 2:
+        return _ox().Gemm(a, b, transA=int(trans_a), transB=int(trans_b))
+    return _ox().MatMul(_swapped(a) if trans_a else a, _swapped(b) if trans_b else b)
+
+
+@_operator(fake=_product_shape, onnx=_matmul_onnx)
+def matmul(a: Tensor, b: Tensor, trans_a: bool, trans_b: bool) -> Tensor:
+    """a b, either one transposed: [.., N, K] and [.., K, M] -> [.., N, M]. ONNX: one Gemm without a batch, else Transpose and MatMul."""
+    return (a.mT if trans_a else a) @ (b.mT if trans_b else b)
+
+
+def _addmm_onnx(a, b, c, trans_a, trans_b):
+    if len(a.shape) == 2:
+        return _ox().Gemm(a, b, c, transA=int(trans_a), transB=int(trans_b))
+    return _ox().Add(_matmul_onnx(a, b, trans_a, trans_b), c)
+
+
+@_operator(fake=lambda a, b, c, trans_a, trans_b: _product_shape(a, b, trans_a, trans_b), onnx=_addmm_onnx)
+def addmm(a: Tensor, b: Tensor, c: Tensor, trans_a: bool, trans_b: bool) -> Tensor:
+    """a b + c as `matmul`, c broadcastable to the result. ONNX: one Gemm without a batch, else MatMul and Add."""
+    return (a.mT if trans_a else a) @ (b.mT if trans_b else b) + c

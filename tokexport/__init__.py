@@ -1,0 +1,31 @@
+"""tokexport: Vision Transformers with fewer tokens, as static ONNX graphs that are proven to compute what PyTorch computes.
+
+The public names are loaded when they are first used, so `import tokexport` and the command line start at once.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "load_model": "export.load",
+    "Schedule": "export.schedule",
+    "reduce_model": "export.reference",
+    "export_onnx": "export.onnx_export",
+    "inspect": "export.inspection",
+    "verify": "engines.verify",
+    "open_engine": "engines.runners",
+    "UsageError": "export.errors",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'tokexport' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted(__all__)
