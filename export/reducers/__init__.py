@@ -4,6 +4,7 @@ A reducer is a module with
     NEEDS       names of the `Signals` fields it reads besides x and size;
     reference   the method as its paper writes it, eager: (Signals, Step) -> MergePlan with row numbers;
     static      the same decisions with fixed shapes: (Signals, Step, by_target) -> MergePlan with labels;
+    labels      names of a static plan's output rows: (Step, n_prefix) -> one int per row;
     regret      how far given decisions are from the best ones by the reference's own scores (0: as good).
 """
 

@@ -22,6 +22,12 @@ def sets(n: int, n_prefix: int) -> tuple[list[int], list[int]]:
     return [p for p in range(0, n, 2) if p >= n_prefix], [p for p in range(1, n, 2) if p >= n_prefix]
 
 
+def labels(step: Step, n_prefix: int) -> tuple[int, ...]:
+    """The label of every output row in a static plan: B rows carry their place in B, the rows before them count down from -1."""
+    n_b = len(sets(step.n_in, n_prefix)[1])
+    return (*range(-1, n_b - step.n_kept - 1, -1), *range(n_b))
+
+
 def _scores(s: Signals, n: int):
     a, b = sets(n, s.n_prefix)
     at = lambda p: torch.tensor(p, device=s.metric.device)
@@ -79,7 +85,7 @@ def static(s: Signals, step: Step, by_target: bool) -> MergePlan:
     """
     n, n_kept, p = step.n_in, step.n_kept, s.n_prefix
     a, b = sets(n, p)
-    a_rows, n_b = set(a), len(b)
+    a_rows = set(a)
     barred = column([0.0 if i in a_rows else -8.0 for i in range(n)], s.metric)
     hosts = ops.fixed_rows(s.metric, b)
     if s.metric.ndim == 2:  # one Gemm takes the bar along
@@ -95,12 +101,11 @@ def static(s: Signals, step: Step, by_target: bool) -> MergePlan:
         key = column([4.0 if i in a_rows else n + 10.0 - i if i < p else -10.0 - i for i in range(n)], value)
         base, merged = torch.minimum(value, key), _like(top, column([-4.0 * n - 40] * (n - n_kept), value), torch.minimum)
     keep = ops.top_rows(ops.put_rows(base, src, merged), n_kept, True)[1]
-    labels = (*range(-1, -1 - (n_kept - n_b), -1), *range(n_b))  # hosts carry the number `host` gives them
-    target = None
+    names, target = labels(step, p), None
     if by_target:
-        label = column(labels, keep)
+        label = column(names, keep)
         target = ops.put_rows(host, keep, label.expand(*keep.shape).clone() if _fixed(keep) else keep * 0 + label)
-    return MergePlan(keep, src, ops.take_rows(host, src), labels, target)
+    return MergePlan(keep, src, ops.take_rows(host, src), names, target)
 
 
 def _fixed(x) -> bool:

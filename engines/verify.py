@@ -1,0 +1,235 @@
+"""Is a file what its provenance says? Decisions first, then numbers under the file's own decisions.
+
+Token reduction decides between tokens; of two almost equal ones, another order of additions may choose the other, and outputs then
+differ by far more than rounding. So the reference is replayed with the decisions of the file: numbers are compared like with like,
+and each decision is judged by what it gives away in the reference's own scores. A little is a flipped near-tie, more is a fault.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+
+from ..export.errors import UsageError
+from ..export.inspection import inspect
+from ..export.provenance import Provenance
+from .runners import open_engine, require
+
+TOLERANCE = 2e-4  # of the largest output value, on equal decisions, float32
+NEAR_TIE = 1e-4  # cosine similarity that a flipped near-tie may give away, float32
+CHUNK = 8
+
+
+@dataclass(frozen=True)
+class OutputParity:
+    """One output against the reference on equal decisions. max_rel: max_abs over the largest reference value. cosine: the lowest of all images."""
+
+    name: str
+    max_abs: float
+    max_rel: float
+    cosine: float
+    top1: float | None
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Flip:
+    """Decisions of one block that differ from the reference's. margin: the similarity given away, near 0 for a near-tie."""
+
+    image: str
+    block: int
+    margin: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """What verify found. decisions: share of (image, reduction) pairs decided as the reference decides. faults: what cannot be a tie."""
+
+    path: str
+    engine: str
+    images: list[str]
+    outputs: list[OutputParity]
+    decisions: float | None
+    flips: list[Flip] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not self.faults and all(o.passed for o in self.outputs) and all(f.passed for f in self.flips)
+
+    def to_json(self) -> dict:
+        """Plain JSON values."""
+        return {**asdict(self), "passed": self.passed}
+
+    def summary(self) -> str:
+        """The verdict in one line."""
+        worst = max(self.outputs, key=lambda o: o.max_rel, default=None)
+        ties = sum(f.passed for f in self.flips)
+        said = ["passed" if self.passed else "FAILED", f"{len(self.images)} images"]
+        if worst:
+            said.append(f"max relative difference {worst.max_rel:.1e}")
+        if self.decisions is not None:
+            said.append(f"decisions equal {self.decisions:.1%}" + (f", {ties} flipped near-tie{'s' * (ties != 1)}" if ties else ""))
+        return ", ".join(said + self.faults)
+
+
+def verify(path: str | Path, images: list[str | Path] | None = None, checkpoint: str | Path | None = None, engine: str = "ort",
+           progress: Callable[[str], None] = lambda stage: None) -> ParityReport:
+    """Run a file and the eager reference rebuilt from its provenance on the same images and compare.
+
+    images: files or folders; None for four images of seeded noise. checkpoint: where the weights are now, if not where they were;
+    they are checked by hash. engine: "ort" or "openvino".
+    Raises: UsageError for a file without provenance, weights that cannot be found or are others, unreadable images.
+    """
+    from ..export.reference import ReducedViT
+
+    require(engine)
+    provenance = inspect(path).provenance
+    names, pixels = _images(images, provenance)
+    progress("rebuilding the reference")
+    model = rebuild(provenance, Path(path), checkpoint)
+    reference = ReducedViT(model, provenance.schedule)
+    report = _Collector(provenance, names)
+    with open_engine(path, engine, outputs=provenance.decisions) as runner:
+        batch = next(iter(runner.inputs.values()))[0]
+        for start in range(0, len(names), batch or CHUNK):
+            progress(f"comparing image {start + 1} of {len(names)}")
+            part = pixels[start : start + (batch or CHUNK)]
+            report.compare(reference, part, _run(runner, part, batch), names[start : start + len(part)])
+    return report.finish(str(path), engine)
+
+
+def rebuild(provenance: Provenance, path: Path, checkpoint: str | Path | None = None):
+    """The timm model a file was made from. Raises: UsageError when its weights cannot be found or are not the same."""
+    from ..export.load import load_model
+
+    weights = provenance.weights
+    source = {}
+    if checkpoint:
+        source = {"checkpoint": checkpoint}
+    elif weights["source"] == "checkpoint":
+        said = Path(weights["file"])
+        found = next((p for p in (said, path.parent / said.name) if p.is_file()), None)
+        if found is None:
+            raise UsageError(f"{path} was made from checkpoint {said}, which is not there (nor beside the file): give it with --checkpoint")
+        source = {"checkpoint": found}
+    elif weights["source"] == "pretrained":
+        source = {"pretrained": True}
+    else:
+        source = {"seed": weights["seed"]}
+    loaded = load_model(provenance.model, provenance.model_kwargs, **source)
+    if loaded.weights["sha256"] != weights["sha256"]:
+        raise UsageError(f"weights are not those {path} was made from: SHA-256 is {loaded.weights['sha256'][:16]}..., wanted "
+                         f"{weights['sha256'][:16]}... ({', '.join(f'{k} {v}' for k, v in source.items())})")
+    return loaded.module
+
+
+def _images(images, provenance: Provenance) -> tuple[list[str], np.ndarray]:
+    if images:
+        from .images import find_images, load_images
+
+        paths = find_images(images)
+        return [str(p) for p in paths], load_images(paths, provenance.preprocess)
+    shape = (4, 3, *provenance.preprocess.size)
+    return [f"noise {i}" for i in range(4)], np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+
+def _run(runner, part: np.ndarray, batch: int | None) -> dict[str, np.ndarray]:
+    """The runner's outputs for some images, filled up to a fixed batch and cut again."""
+    short = (batch or len(part)) - len(part)
+    full = np.concatenate([part, np.repeat(part[-1:], short, 0)]) if short else part
+    single = batch == 1
+    out = runner.run({"image": full})
+    return {k: v[None] if single and "." in k else v[: len(part)] for k, v in out.items()}
+
+
+class _Collector:
+    """Adds up the comparison over chunks of images."""
+
+    def __init__(self, provenance: Provenance, names: list[str]):
+        self.provenance, self.names = provenance, names
+        self.pairs: dict[str, list] = {n: [] for n in provenance.outputs}
+        self.equal, self.total, self.flips, self.faults = 0, 0, [], []
+
+    def compare(self, reference, part, got: dict[str, np.ndarray], names: list[str]) -> None:
+        """One chunk: decisions, then numbers under the file's decisions."""
+        import torch
+
+        image = torch.from_numpy(part)
+        own = reference.run(image)
+        plans = self._plans(got)
+        if plans is None:
+            return
+        if self._decisions(plans, own.plans, names):
+            other = reference.run(image, replay=plans)
+            for step, plan, mine, regret in zip(self.provenance.schedule.steps, plans, own.plans, other.regrets):
+                for i, name in enumerate(names):
+                    if regret[i] > 0 or not _same(plan, mine, i):
+                        self.flips.append(Flip(name, step.block, float(regret[i]), bool(regret[i] <= NEAR_TIE)))
+            own = other
+        for name, wanted in (("sources", own.sources), (self.provenance.outputs[0], own.output)):
+            if name in self.pairs:
+                self.pairs[name].append((got[name], wanted.numpy()))
+
+    def _plans(self, got):
+        """The file's decisions as reference plans; None (and a fault) when they are no plan at all."""
+        import torch
+
+        from ..export import reducers
+        from ..export.plan import MergePlan
+
+        schedule, plans = self.provenance.schedule, []
+        for step in schedule.steps:
+            part = {k: torch.from_numpy(got[f"block{step.block}.{k}"]) for k in ("keep", "src", "dst", "target")
+                    if f"block{step.block}.{k}" in got}
+            order = torch.cat([part["keep"], part["src"]], 1)[..., 0].sort(-1).values
+            label = part["dst"] if "dst" in part else part["target"].gather(1, part["src"].clamp(0, step.n_in - 1))
+            names = torch.tensor(reducers.get(schedule.method).labels(step, schedule.n_prefix))
+            hit = label == names
+            if not (order == torch.arange(step.n_in)).all() or not hit.any(-1).all():
+                self.faults.append(f"block {step.block}: the decisions of the file are no plan (a row is kept twice, lost, or has no host)")
+                return None
+            plans.append(MergePlan(part["keep"], part["src"], hit.to(torch.int8).argmax(-1, keepdim=True)))
+        return plans
+
+    def _decisions(self, plans, own, names) -> bool:
+        """Count equal decisions; whether any differs."""
+        same = [[_same(a, b, i) for a, b in zip(plans, own)] for i in range(len(names))]
+        self.equal += sum(map(sum, same))
+        self.total += sum(map(len, same))
+        return not all(map(all, same))
+
+    def finish(self, path: str, engine: str) -> ParityReport:
+        outputs = [_parity(n, *map(np.concatenate, zip(*p))) for n, p in self.pairs.items() if p]
+        flips = _first_only(self.flips)
+        return ParityReport(path, engine, self.names, outputs, self.equal / self.total if self.total else None, flips, self.faults)
+
+
+def _same(a, b, i: int) -> bool:
+    """Whether two plans keep, fold and host alike for image i; the order in which rows are folded is no decision."""
+    pairs = lambda p: {(int(s), int(d)) for s, d in zip(p.src[i, :, 0], p.dst[i, :, 0])}
+    return bool((a.keep[i] == b.keep[i]).all()) and pairs(a) == pairs(b)
+
+
+def _first_only(flips: list[Flip]) -> list[Flip]:
+    """Per image: every flip that gives something away; plans that differ only because an earlier one did give away nothing."""
+    return [f for f in flips if f.margin > 0] or flips[:1]
+
+
+def _parity(name: str, got: np.ndarray, wanted: np.ndarray) -> OutputParity:
+    if name == "sources":
+        wrong = float((got != wanted).mean()) if got.shape == wanted.shape else 1.0
+        return OutputParity(name, wrong, wrong, 1.0 - wrong, None, wrong == 0)
+    if got.shape != wanted.shape or not np.isfinite(got).all():
+        return OutputParity(name, float("inf"), float("inf"), 0.0, 0.0, False)
+    a, b = got.astype(np.float64), wanted.astype(np.float64)
+    max_abs = float(np.abs(a - b).max())
+    max_rel = max_abs / max(float(np.abs(b).max()), 1e-12)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosine = float(((a * b).sum(1) / np.maximum(norms, 1e-30)).min())
+    top1 = float((a.argmax(1) == b.argmax(1)).mean()) if name == "logits" else None
+    return OutputParity(name, max_abs, max_rel, cosine, top1, max_rel <= TOLERANCE)

@@ -1,0 +1,58 @@
+"""The command line. Each command is a module, imported when it is used; torch only by those that need it."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import click
+
+from ..export.errors import GraphError, UsageError
+
+COMMANDS = {
+    "onnx": "Export a ViT, reduced or not, to a static ONNX file.",
+    "verify": "Compare a file with the PyTorch reference it was made from.",
+    "inspect": "Show what a file is and whether TensorRT would take it.",
+    "bench": "Time files against each other in one run.",
+    "demo": "Export, verify, time and draw ToMe on real weights and photos.",
+}
+
+
+class _Lazy(click.Group):
+    def list_commands(self, ctx):
+        return list(COMMANDS)
+
+    def get_command(self, ctx, name):
+        return import_module(f".{name}_command", __package__).command if name in COMMANDS else None
+
+    def format_commands(self, ctx, formatter):
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_name="tokexport", prog_name="tokexport")
+def group():
+    """Vision Transformers with fewer tokens, as static ONNX graphs proven to compute what PyTorch computes."""
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done or passed, 1 a check failed, 2 wrong use or a missing package."""
+    try:
+        sys.exit(group.main(standalone_mode=False) or 0)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as e:
+        e.show()
+        sys.exit(e.exit_code)
+    except click.exceptions.Exit as e:
+        sys.exit(e.exit_code)
+    except UsageError as e:
+        click.echo(f"Error: {e}", err=True)
+        sys.exit(2)
+    except GraphError as e:
+        click.echo(f"Error: {e}", err=True)
+        sys.exit(1)
+    except MemoryError:
+        click.echo("Error: out of memory: give a smaller --batch or a smaller model", err=True)
+        sys.exit(2)

@@ -1,0 +1,87 @@
+"""`tokexport onnx`."""
+
+from __future__ import annotations
+
+import click
+
+from ..export.errors import UsageError
+from ..export.reducers import METHODS
+
+
+@click.command("onnx")
+@click.option("--model", "name", default="deit_small_patch16_224", show_default=True, help="Any plain ViT of timm.")
+@click.option("--model-kwargs", multiple=True, metavar="KEY=VALUE", help="For timm's create_model, e.g. img_size=384. Repeatable.")
+@click.option("--checkpoint", metavar="FILE", help="Weights: .safetensors, .pth or .pt, loaded strictly; no code in it is run.")
+@click.option("--pretrained", is_flag=True, help="Weights from timm's hub.")
+@click.option("--seed", default=0, show_default=True, help="Of random weights, when there is neither of the two.")
+@click.option("--method", type=click.Choice(list(METHODS)), default="tome", show_default=True, help="How tokens are reduced.")
+@click.option("--r", metavar="R", help="ToMe: tokens merged per block: 13, 13:-1 (r:inflection) or 8,8,4,... (one a block).")
+@click.option("--prop-attn/--no-prop-attn", default=True, show_default=True,
+              help="ToMe: proportional attention; off for MAE-trained models and models trained with ToMe.")
+@click.option("--batch", default="dynamic", show_default=True, metavar="N|dynamic", help="Images per run.")
+@click.option("--opset", default=20, show_default=True, help="ONNX opset, 20 to 23.")
+@click.option("--simplify/--no-simplify", default=True, show_default=True, help="Let onnxsim look at the graph too.")
+@click.option("--sources", is_flag=True, help="Add output sources [B, N0]: the final row of every input token, -1 when it is gone.")
+@click.option("-o", "--output", metavar="FILE", help="Default: MODEL.METHOD.onnx in this directory.")
+@click.option("--force", is_flag=True, help="Replace the output file.")
+@click.option("--json", "as_json", is_flag=True, help="The summary as JSON on stdout.")
+def command(name, model_kwargs, checkpoint, pretrained, seed, method, r, prop_attn, batch, opset, simplify, sources, output, force, as_json):
+    """Export a ViT, reduced or not, to a static ONNX file.
+
+    tokexport onnx --method tome --r 13 -o vit.onnx
+    """
+    from ..export.writing import check_output
+    from .terminal import console, print_json, stages
+
+    if method == "tome" and r is None:
+        raise UsageError("--method tome needs --r, the tokens to merge per block, e.g. --r 13")
+    if method != "tome" and r is not None:
+        raise UsageError(f"--r goes with --method tome, not with {method}")
+    images = _batch(batch)
+    path = check_output(output or f"{name}.{method}.onnx", force)
+    out = console()
+    with stages(out) as progress:
+        progress("loading torch")
+        from ..export import load, onnx_export, vit
+        from ..export.schedule import Schedule
+
+        progress(f"making {name}")
+        loaded = load.load_model(name, load.parse_kwargs(model_kwargs), checkpoint, pretrained, seed)
+        model = loaded.module
+        schedule = Schedule.parse(r or 0, method=method, depth=len(model.blocks), n_tokens=vit.n_tokens(model),
+                                  n_prefix=model.num_prefix_tokens, prop_attn=prop_attn)
+        result = onnx_export.export_onnx(loaded, schedule, path, images, opset, simplify, sources, force, progress)
+    notes = [*loaded.notes, *schedule.notes]
+    if as_json:
+        print_json(_data(result, notes))
+    else:
+        _print(out, result, notes, batch)
+
+
+def _batch(text: str) -> int | None:
+    if text == "dynamic":
+        return None
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise UsageError(f"--batch {text!r}: wanted a number of images, 1 or more, or dynamic")
+    return int(text)
+
+
+def _data(result, notes) -> dict:
+    p = result.provenance
+    return {"path": str(result.path), "method": p.schedule.method, "model": p.model, "tokens": result.tokens, "macs": result.macs,
+            "macs_dense": result.macs_dense, "nodes": result.nodes, "size": result.size, "outputs": list(p.outputs),
+            "weights": p.weights, "notes": notes}
+
+
+def _print(out, result, notes, batch) -> None:
+    from .terminal import macs_words, size_words, tokens_words
+
+    p = result.provenance
+    h, w = p.preprocess.size
+    out.print(f"[bold]{result.path}[/bold]  {p.model}, {p.schedule.method}, batch {batch}, opset {p.opset}")
+    out.print(f"  tokens   {tokens_words(result.tokens)}")
+    out.print(f"  MACs     {macs_words(result.macs, result.macs_dense)}")
+    out.print(f"  graph    {result.nodes} nodes, {size_words(result.size)}; input image [{batch}, 3, {h}, {w}], "
+              f"output {', '.join(p.outputs)}", markup=False)
+    for note in notes:
+        out.print(f"  [yellow]note[/yellow]     {note}")
