@@ -44,16 +44,16 @@ def apply_static(plan: MergePlan, x: torch.Tensor, size: torch.Tensor | None) ->
 def _by_matmul(plan, x, size):
     """Weights [.., N, K]: the size of each input row in the column of its output row."""
     hit = plan.target == row(plan.labels, plan.target)
-    weight = hit.to(x.dtype) if size is None else torch.where(hit, size, torch.zeros([1] * size.ndim))
-    total = ops.matmul(weight, torch.ones(hit.shape[-2], 1), True, False)
+    weight = ops.to_float(hit) if size is None else torch.where(hit, size, row([0.0], size))
+    total = ops.matmul(weight, ops.floats([1.0] * hit.shape[-2], [hit.shape[-2], 1]), True, False)
     return ops.matmul(weight, x, True, False) / total, total
 
 
 def _by_gather(plan, x, size):
     """Kept rows are gathered, and the few folded rows [.., R, C] added to them by a one-hot [.., R, K]."""
-    hit = (plan.dst == row(plan.labels, plan.dst)).to(x.dtype)
+    hit = ops.to_float(plan.dst == row(plan.labels, plan.dst))
     if size is None:
-        total = ops.addmm(hit, torch.ones(hit.shape[-2], 1), torch.ones([1] * x.ndim), True, False)
+        total = ops.addmm(hit, ops.floats([1.0] * hit.shape[-2], [hit.shape[-2], 1]), row([1.0], x), True, False)
     else:
         total = ops.addmm(hit, ops.take_rows(size, plan.src), ops.take_rows(size, plan.keep), True, False)
         x = x * size

@@ -19,7 +19,7 @@ from .load import LoadedModel
 from .provenance import KEY, Preprocess, Provenance
 from .schedule import Schedule
 from .static_vit import StaticViT
-from .writing import TWO_GB, check_output, write_model
+from .writing import LARGE, check_output, write_model
 
 OPSETS = range(20, 24)
 
@@ -63,7 +63,7 @@ def export_onnx(loaded: LoadedModel, schedule: Schedule, path: str | Path, batch
     graph = _trace(static, provenance, batch, opset)
     decisions = [o.name for o in graph.graph.outputs[len(provenance.outputs):]]
     progress("simplifying")
-    proto = _finish(graph, len(provenance.outputs), simplify)
+    proto, weights = _finish(graph, len(provenance.outputs), simplify)
     names = {o for n in proto.graph.node for o in n.output}
     provenance = Provenance(**{**vars(provenance), "decisions": tuple(d for d in decisions if d in names)})
     progress("checking")
@@ -71,7 +71,7 @@ def export_onnx(loaded: LoadedModel, schedule: Schedule, path: str | Path, batch
     proto.metadata_props.add(key=KEY, value=provenance.to_json())
     nodes = len(proto.graph.node)
     progress("writing")
-    size = write_model(proto, path)
+    size = write_model(proto, weights, path)
     return ExportResult(path, provenance, nodes, size, macs.count(provenance.dims, schedule),
                         macs.count(provenance.dims, macs.dense(schedule)))
 
@@ -112,9 +112,16 @@ def _trace(static: StaticViT, provenance: Provenance, batch: int | None, opset: 
     channels = static.patch.in_channels
     image = torch.zeros(batch or 2, channels, *provenance.preprocess.size)
     dynamic = {"image": {0: torch.export.Dim("batch", min=1)}} if batch is None else None
-    with quiet():
-        program = torch.onnx.export(static, (image,), dynamo=True, opset_version=opset, input_names=["image"], verbose=False,
-                                    dynamic_shapes=dynamic, custom_translation_table=ops.translations())
+    with quiet(), torch.no_grad():
+        program = torch.export.export(static, (image,), dynamic_shapes=dynamic, strict=False)
+        retrace, program.run_decompositions = program.run_decompositions, lambda table=None: program
+        options = {"dynamo": True, "opset_version": opset, "input_names": ["image"], "verbose": False,
+                   "custom_translation_table": ops.translations()}
+        try:  # all operators of a plain ViT have an ONNX form: tracing again to decompose them would double the time
+            program = torch.onnx.export(program, **options)
+        except torch.onnx.OnnxExporterError:
+            program.run_decompositions = retrace
+            program = torch.onnx.export(program, **options)
     names = [*provenance.outputs, *static.decision_names]
     for value, name in zip(program.model.graph.outputs, names, strict=True):
         value.name = name
@@ -135,24 +142,29 @@ def quiet():
 
 
 def _finish(model, n_outputs: int, simplify: bool):
-    """Decisions become inner values, unread nodes go, parameters get the shapes TensorRT takes as they are; an onnx.ModelProto."""
+    """Decisions become inner values, unread nodes go, parameters get the shapes TensorRT takes as they are.
+
+    Returns an onnx.ModelProto without its large weights, and those as {name: onnx_ir tensor}: they are written one by one.
+    """
     import onnx_ir as ir
     from onnx_ir.passes import common
 
-    decisions = list(model.graph.outputs[n_outputs:])
+    decisions = {d.name: [n if isinstance(n, int) else "batch" for n in d.shape] for d in model.graph.outputs[n_outputs:]}
     del model.graph.outputs[n_outputs:]
     common.RemoveUnusedNodesPass()(model)
     _widen_parameters(model)
-    _name_nodes(model)
+    for i, node in enumerate(model.graph):
+        node.name = f"{node.op_type}_{i}"
     model.producer_name = "tokexport"
+    weights = {v.name: v.const_value for v in model.graph.initializers.values() if v.const_value.nbytes > LARGE}
+    for name in weights:
+        del model.graph.initializers[name]
     proto = ir.to_proto(model)
-    if simplify and proto.ByteSize() < TWO_GB:
-        proto = _simplify(proto, {d.name: [n if isinstance(n, int) else "batch" for n in d.shape] for d in decisions})
-    return proto
+    return (_simplify(proto, weights, decisions) if simplify else proto), weights
 
 
-def _simplify(proto, decisions: dict[str, list]):
-    """onnxsim's result, kept when it has fewer nodes and no new kind of node; the decisions stay because they are outputs meanwhile.
+def _simplify(proto, weights: dict, decisions: dict[str, list]):
+    """onnxsim's result on the graph, kept when it has fewer nodes and no new kind of node; decisions stay by being outputs meanwhile.
 
     New kinds are turned down because the graph's own were chosen by measurement: onnxsim 0.8 makes ReduceL2 and Div one
     LpNormalization, which is nine TensorRT layers instead of four and slower in OpenVINO.
@@ -160,17 +172,20 @@ def _simplify(proto, decisions: dict[str, list]):
     import onnx
     import onnxsim
 
-    inner = {o for n in proto.graph.node for o in n.output}
-    trial = onnx.ModelProto()
+    trial, info = onnx.ModelProto(), onnx.helper.make_tensor_value_info
     trial.CopyFrom(proto)
-    trial.graph.output.extend(onnx.helper.make_tensor_value_info(k, onnx.TensorProto.INT64, shape)
-                              for k, shape in decisions.items() if k in inner)
+    graph = trial.graph
+    n_inputs, n_outputs = len(graph.input), len(graph.output)
+    graph.input.extend(info(name, int(t.dtype), list(t.shape)) for name, t in weights.items())
+    inner = {o for n in graph.node for o in n.output}
+    graph.output.extend(info(k, onnx.TensorProto.INT64, shape) for k, shape in decisions.items() if k in inner)
     with quiet():
         simple, ok = onnxsim.simplify(trial, check_n=0)
-    kinds = {n.op_type for n in proto.graph.node}
-    if not ok or len(simple.graph.node) >= len(proto.graph.node) or {n.op_type for n in simple.graph.node} - kinds:
+    kinds = {n.op_type for n in graph.node}
+    if not ok or len(simple.graph.node) >= len(graph.node) or {n.op_type for n in simple.graph.node} - kinds:
         return proto
-    del simple.graph.output[len(proto.graph.output):]
+    del simple.graph.input[n_inputs:], simple.graph.output[n_outputs:]
+    simple.producer_name = proto.producer_name
     return onnx.shape_inference.infer_shapes(simple)
 
 
@@ -185,9 +200,3 @@ def _widen_parameters(model) -> None:
             array = value.const_value.numpy().reshape(1, -1)
             value.const_value = ir.tensor(array, name=value.name)
             value.shape = ir.Shape(array.shape)
-
-
-def _name_nodes(model) -> None:
-    """Node names that say operator and number, in graph order."""
-    for i, node in enumerate(model.graph):
-        node.name = f"{node.op_type}_{i}"

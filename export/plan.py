@@ -5,21 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..kernels import ops
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def column(values, like: Tensor) -> Tensor:
-    """Constants as a column of as many axes as `like` (TensorRT needs a layer to broadcast one of fewer): [K, 1] or [1, K, 1]."""
-    import torch
-
-    values = torch.tensor(values, dtype=like.dtype)[:, None]
-    return values[None] if like.ndim == 3 else values
+def column(values, like: Tensor, full: bool = False) -> Tensor:
+    """Constants as a column of the type and number of axes of `like` (TensorRT needs a layer to broadcast one of fewer): [K, 1] or
+    [1, K, 1]; with `full` repeated over the batch of `like`, whose size must be known."""
+    batch = like.shape[0] if full and like.ndim == 3 else 1
+    make = ops.floats if like.dtype.is_floating_point else ops.ints
+    return make([*values] * batch, [batch, len(values), 1] if like.ndim == 3 else [len(values), 1])
 
 
 def row(values, like: Tensor) -> Tensor:
-    """Constants as a row of as many axes as `like`: [1, K] or [1, 1, K]."""
-    return column(values, like).mT
+    """Constants as a row of the type and number of axes of `like`: [1, K] or [1, 1, K]."""
+    make = ops.floats if like.dtype.is_floating_point else ops.ints
+    return make(list(values), [*[1] * (like.ndim - 1), len(values)])
+
+
+def fixed_shape(x: Tensor) -> bool:
+    """Whether every dimension is a number (not so for a dynamic batch being traced)."""
+    return all(isinstance(d, int) for d in x.shape)
 
 
 @dataclass(frozen=True)

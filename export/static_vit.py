@@ -13,7 +13,7 @@ from torch import nn
 from ..kernels import ops
 from . import reducers, vit
 from .apply import apply_static, use_target
-from .plan import MergePlan, Signals
+from .plan import MergePlan, Signals, column, fixed_shape
 from .schedule import Schedule
 
 
@@ -168,11 +168,9 @@ def _positions(model: nn.Module) -> torch.Tensor:
 
 def _follow(plan: MergePlan, sources, step):
     """The source map [.., N0, 1] after one more plan (None: every token at its own place)."""
-    rows = torch.arange(step.n_kept)[:, None]
-    row_of = dict(zip(plan.labels, range(step.n_kept)))
-    shift = row_of[0]  # labels of hosts count up from 0 at this row
-    fixed = all(isinstance(d, int) for d in plan.keep.shape)
-    kept = rows.expand(*plan.keep.shape) if fixed else plan.keep * 0 + rows
+    shift = plan.labels.index(0)  # labels of hosts count up from 0 at this row
+    rows = range(step.n_kept)
+    kept = column(rows, plan.keep, full=True) if fixed_shape(plan.keep) else plan.keep * 0 + column(rows, plan.keep)
     order = torch.cat([plan.keep, plan.src], -2)
     table = ops.put_rows(order, order, torch.cat([kept, plan.dst + shift], -2))
     return table if sources is None else ops.take_rows(table, sources)

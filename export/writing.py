@@ -9,6 +9,7 @@ from pathlib import Path
 from .errors import UsageError
 
 TWO_GB = 2**31 - 2**24  # protobuf's limit, less room for the graph
+LARGE = 4096  # bytes; weights above are kept out of the graph until they are written
 
 
 def check_output(path: str | Path, force: bool) -> Path:
@@ -29,22 +30,71 @@ def check_output(path: str | Path, force: bool) -> Path:
     return path
 
 
-def write_model(proto, path: Path) -> int:
-    """Write an onnx.ModelProto aside and rename it; weights over 2 GB go to PATH.data. Returns the bytes on disk."""
-    import onnx
+def write_model(proto, weights: dict, path: Path) -> int:
+    """Write an ONNX file aside and rename it; returns the bytes on disk.
 
+    proto: onnx.ModelProto without its large weights. weights: those, {name: onnx_ir tensor}; each is in memory as bytes only while it
+    is written. From 2 GB on they go to PATH.data, where the graph refers to them.
+    Raises: UsageError when the disk is full or the folder cannot be written; nothing is left behind.
+    """
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         new, data = Path(folder) / path.name, Path(folder) / f"{path.name}.data"
         try:
-            if proto.ByteSize() < TWO_GB:
-                onnx.save_model(proto, new)
+            if sum(t.nbytes for t in weights.values()) + proto.ByteSize() < TWO_GB:
+                _write_single(proto, weights, new)
             else:
-                onnx.save_model(proto, new, save_as_external_data=True, all_tensors_to_one_file=True, location=data.name, size_threshold=1024)
+                _write_external(proto, weights, new, data)
         except OSError as e:
             raise UsageError(f"output {path}: could not be written ({e.strerror or e}); nothing was left behind") from None
         size = sum(f.stat().st_size for f in (new, data) if f.exists())
-        old_data = path.with_name(data.name)
         if data.exists():
-            os.replace(data, old_data)
+            os.replace(data, path.with_name(data.name))
         os.replace(new, path)
     return size
+
+
+def _write_single(proto, weights: dict, path: Path) -> None:
+    """One file: the model's other fields, then the graph as its own fields and one `initializer` field per weight.
+
+    protobuf would hold three copies of the weights to do this. Field numbers: ModelProto.graph 7, GraphProto.initializer 5, both
+    length-delimited (onnx.proto; protobuf encoding guide).
+    """
+    import onnx
+    from onnx_ir.serde import serialize_tensor
+
+    head = onnx.ModelProto()
+    head.CopyFrom(proto)
+    head.ClearField("graph")
+    graph = proto.graph.SerializeToString()
+    length = len(graph)
+    for tensor in weights.values():
+        n = len(serialize_tensor(tensor).SerializeToString())
+        length += 1 + len(_varint(n)) + n
+    with open(path, "wb") as f:
+        f.write(head.SerializeToString() + b"\x3a" + _varint(length) + graph)
+        for tensor in weights.values():
+            raw = serialize_tensor(tensor).SerializeToString()
+            f.write(b"\x2a" + _varint(len(raw)) + raw)
+
+
+def _varint(n: int) -> bytes:
+    out = bytearray()
+    while n > 127:
+        out.append(n & 127 | 128)
+        n >>= 7
+    return bytes([*out, n])
+
+
+def _write_external(proto, weights: dict, path: Path, data: Path) -> None:
+    """Graph in one file, weights in another, each at a multiple of 4096 bytes so that it can be mapped."""
+    import onnx
+
+    with open(data, "wb") as f:
+        for name, tensor in weights.items():
+            f.write(b"\0" * (-f.tell() % 4096))
+            entry = proto.graph.initializer.add(name=name, data_type=int(tensor.dtype), dims=list(tensor.shape),
+                                                data_location=onnx.TensorProto.EXTERNAL)
+            for key, value in (("location", data.name), ("offset", f.tell()), ("length", tensor.nbytes)):
+                entry.external_data.add(key=key, value=str(value))
+            f.write(tensor.tobytes())
+    path.write_bytes(proto.SerializeToString())

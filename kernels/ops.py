@@ -60,6 +60,34 @@ def _column(x, n):
     return (*x.shape[:-2], n, 1)
 
 
+def _array_onnx(dtype):
+    def emit(values, shape):
+        import numpy as np
+        import onnx_ir
+
+        return _ox().Constant(value=onnx_ir.tensor(np.array(values, dtype=dtype).reshape(shape)))
+
+    return emit
+
+
+@_operator(fake=lambda values, shape: torch.empty(shape), onnx=_array_onnx("float32"))
+def floats(values: list[float], shape: list[int]) -> Tensor:
+    """A float32 constant; a tensor made in the traced code would be lifted, copied and detached node by node. ONNX: an initializer."""
+    return torch.tensor(values, dtype=torch.float32).reshape(shape)
+
+
+@_operator(fake=lambda values, shape: torch.empty(shape, dtype=torch.int64), onnx=_array_onnx("int64"))
+def ints(values: list[int], shape: list[int]) -> Tensor:
+    """An int64 constant. ONNX: an initializer."""
+    return torch.tensor(values, dtype=torch.int64).reshape(shape)
+
+
+@_operator(fake=lambda mask: torch.empty(mask.shape), onnx=lambda mask: _ox().Cast(mask, to=1))
+def to_float(mask: Tensor) -> Tensor:
+    """1.0 where a bool tensor is true, else 0.0. ONNX: Cast."""
+    return mask.to(torch.float32)
+
+
 @_operator(fake=lambda x, index: x.new_empty((*index.shape[:-1], x.shape[-1])),
            onnx=lambda x, index: _ox().GatherND(x, index, batch_dims=len(index.shape) - 2))
 def take_rows(x: Tensor, index: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from ...kernels import ops
-from ..plan import MergePlan, Signals, column
+from ..plan import MergePlan, Signals, column, fixed_shape
 from ..schedule import Step
 
 NEEDS = ("metric",)
@@ -95,23 +95,19 @@ def static(s: Signals, step: Step, by_target: bool) -> MergePlan:
         value = value + barred
     top, src = ops.top_rows(value, n - n_kept, True)
     if s.has_class:  # all keys are at least 10, above any similarity: written into place, those sort merged rows last
-        key = column([4.0 * n + 10 - i if i in a_rows else 8.0 * n + 10 - i if i < p else 2.0 * n + 10 - i for i in range(n)], value)
+        key = [4.0 * n + 10 - i if i in a_rows else 8.0 * n + 10 - i if i < p else 2.0 * n + 10 - i for i in range(n)]
         base, merged = _like(value, key, torch.maximum), top
     else:  # A rows keep their similarity as the key
-        key = column([4.0 if i in a_rows else n + 10.0 - i if i < p else -10.0 - i for i in range(n)], value)
-        base, merged = torch.minimum(value, key), _like(top, column([-4.0 * n - 40] * (n - n_kept), value), torch.minimum)
+        key = [4.0 if i in a_rows else n + 10.0 - i if i < p else -10.0 - i for i in range(n)]
+        base, merged = torch.minimum(value, column(key, value)), _like(top, [-4.0 * n - 40] * (n - n_kept), torch.minimum)
     keep = ops.top_rows(ops.put_rows(base, src, merged), n_kept, True)[1]
     names, target = labels(step, p), None
     if by_target:
-        label = column(names, keep)
-        target = ops.put_rows(host, keep, label.expand(*keep.shape).clone() if _fixed(keep) else keep * 0 + label)
+        label = column(names, keep, full=True) if fixed_shape(keep) else keep * 0 + column(names, keep)
+        target = ops.put_rows(host, keep, label)
     return MergePlan(keep, src, ops.take_rows(host, src), names, target)
 
 
-def _fixed(x) -> bool:
-    return all(isinstance(d, int) for d in x.shape)
-
-
-def _like(x, constant, bound):
+def _like(x, values, bound):
     """A constant column in the shape of x [.., K, 1]: itself, or for a dynamic batch bound(x, constant), which x never wins."""
-    return constant.expand(*x.shape).clone() if _fixed(x) else bound(x, constant)
+    return column(values, x, full=True) if fixed_shape(x) else bound(x, column(values, x))
