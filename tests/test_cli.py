@@ -1,0 +1,246 @@
+"""The command line as a user meets it: what it writes, what it says, and what it refuses (exit 2, nothing written)."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.torch import save_file
+
+TINY = ["--model", "vit_tiny_patch16_224", "--model-kwargs", "img_size=64", "--model-kwargs", "patch_size=8",
+        "--model-kwargs", "embed_dim=64", "--model-kwargs", "depth=6", "--model-kwargs", "num_heads=4", "--model-kwargs", "num_classes=10"]
+
+
+def cli(*args, env=None, cwd=None):
+    """Run the command in a process of its own."""
+    full = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(env or {})}
+    return subprocess.run([sys.executable, "-m", "tokexport", *map(str, args)], capture_output=True, text=True, env=full, cwd=cwd, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def call():
+    """The command within this process (torch is loaded once): call(*args) -> (exit code, stdout, stderr)."""
+    import contextlib
+    import io
+
+    from tokexport.tools import cli as entry
+
+    def run(*args):
+        out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+        sys.argv = ["tokexport", *map(str, args)]
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                entry.main()
+        except SystemExit as e:
+            return e.code or 0, out.getvalue(), err.getvalue()
+        finally:
+            sys.argv = argv
+        return 0, out.getvalue(), err.getvalue()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def vit(call, tmp_path_factory):
+    """A small ToMe file made by the command, with sources."""
+    path = tmp_path_factory.mktemp("cli") / "vit.onnx"
+    code, _, err = call("onnx", *TINY, "--method", "tome", "--r", 8, "--sources", "-o", path)
+    assert code == 0, err
+    return path
+
+
+def test_help_is_there_within_a_third_of_a_second():
+    took = []
+    for _ in range(3):
+        start = time.perf_counter()
+        out = cli("--help")
+        took.append(time.perf_counter() - start)
+    assert out.returncode == 0 and all(name in out.stdout for name in ("onnx", "verify", "inspect", "bench", "demo"))
+    assert min(took) < 0.5  # 0.06 s on an idle machine; the bound leaves room for a busy one
+
+
+def test_every_command_has_help_without_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    for name in ("onnx", "verify", "inspect", "bench", "demo"):
+        out = cli(name, "--help", env={"PYTHONPATH": str(tmp_path)})
+        assert out.returncode == 0, out.stderr
+
+
+def test_inspect_needs_no_torch_and_reports(vit, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    out = cli("inspect", vit, "--json", env={"PYTHONPATH": str(tmp_path)})
+    found = json.loads(out.stdout)
+    assert found["tokens"] == [[65 - 8 * i, 57 - 8 * i] for i in range(6)] and found["refusals"] == []
+    assert found["provenance"]["weights"]["source"] == "random"
+    assert "57 49 41 33 25 17" in cli("inspect", vit).stderr
+
+
+def test_onnx_json_says_what_was_written(call, tmp_path):
+    code, out, _ = call("onnx", *TINY, "--method", "none", "-o", tmp_path / "d.onnx", "--json")
+    said = json.loads(out)
+    assert code == 0 and said["macs"] == said["macs_dense"] and said["size"] == (tmp_path / "d.onnx").stat().st_size
+    assert said["nodes"] == len(onnx.load(tmp_path / "d.onnx").graph.node)
+    assert any("random" in n for n in said["notes"])
+
+
+def test_a_cut_r_is_said(call, tmp_path):
+    code, _, err = call("onnx", *TINY, "--r", 25, "-o", tmp_path / "c.onnx")
+    assert code == 0 and "cut to half" in err
+
+
+def test_verify_passes_a_good_file(call, vit):
+    code, out, err = call("verify", vit, "--json")
+    report = json.loads(out)
+    assert code == 0 and report["passed"] and report["decisions"] == 1.0
+    assert {o["name"] for o in report["outputs"]} == {"logits", "sources"}
+
+
+@pytest.mark.parametrize("engine", ["ort", "openvino"])
+def test_verify_runs_on_each_engine_with_a_fixed_batch(call, tmp_path, engine):
+    path = tmp_path / "b3.onnx"
+    assert call("onnx", *TINY, "--r", "8:-1", "--batch", 3, "-o", path)[0] == 0
+    assert call("verify", path, "--engine", engine)[0] == 0
+
+
+def _changed(path, out, change):
+    model = onnx.load(path)
+    change({i.name: i for i in model.graph.initializer}, model.graph)
+    onnx.save(model, out)
+    return out
+
+
+def _scale(name):
+    def change(weights, graph):
+        array = onnx.numpy_helper.to_array(weights[name])
+        weights[name].CopyFrom(onnx.numpy_helper.from_array(array * np.float32(1.01), name))
+
+    return change
+
+
+def _drop_log_size(weights, graph):
+    node = next(n for n in graph.node if n.op_type == "Log")
+    node.op_type = "Neg"
+
+
+def _other_host(weights, graph):
+    node = next(n for n in graph.node if n.op_type == "TopK" and any("src" in o for o in n.output))
+    next(a for a in node.attribute if a.name == "largest").i = 0
+
+
+@pytest.mark.parametrize("fault", [_scale("blocks.2.qkv.weight"), _scale("blocks.4.proj.weight"), _drop_log_size, _other_host])
+def test_verify_fails_a_wrong_file(call, vit, tmp_path, fault):
+    code, out, _ = call("verify", _changed(vit, tmp_path / "wrong.onnx", fault), "--json")
+    assert code == 1 and not json.loads(out)["passed"]
+
+
+def test_verify_finds_the_weights_by_hash(call, tmp_path):
+    from tokexport.export.load import load_model, parse_kwargs
+
+    model = load_model("vit_tiny_patch16_224", parse_kwargs(TINY[3::2]), seed=3).module
+    first, second, path = tmp_path / "w.safetensors", tmp_path / "other.safetensors", tmp_path / "w.onnx"
+    save_file(model.state_dict(), first)
+    save_file({k: v + 1 for k, v in model.state_dict().items()}, second)
+    assert call("onnx", *TINY, "--checkpoint", first, "--r", 4, "-o", path)[0] == 0
+    assert call("verify", path)[0] == 0
+    code, _, err = call("verify", path, "--checkpoint", second)
+    assert code == 2 and "SHA-256" in err
+    first.rename(tmp_path / "moved.safetensors")
+    code, _, err = call("verify", path)
+    assert code == 2 and "--checkpoint" in err
+    assert call("verify", path, "--checkpoint", tmp_path / "moved.safetensors")[0] == 0
+
+
+class _Evil:
+    def __reduce__(self):
+        return (os.system, ("touch /tmp/tokexport_was_here",))
+
+
+BAD_OPTIONS = {
+    "unknown model": (["--model", "vit_nano", "--r", 8], "unknown model"),
+    "windowed model": (["--model", "swin_tiny_patch4_window7_224", "--r", 8], "SwinTransformer"),
+    "unknown method": ([*TINY, "--method", "magic"], "magic"),
+    "no r": ([*TINY, "--method", "tome"], "--r"),
+    "r with none": ([*TINY, "--method", "none", "--r", 8], "--r"),
+    "r no number": ([*TINY, "--r", "eight"], "eight"),
+    "r negative": ([*TINY, "--r", -1], "negative"),
+    "r too large": ([*TINY, "--r", 66], "65"),
+    "r list too long": ([*TINY, "--r", "1,1,1,1,1,1,1"], "7 values"),
+    "inflection": ([*TINY, "--r", "8:2"], "inflection"),
+    "batch": ([*TINY, "--r", 8, "--batch", 0], "--batch"),
+    "opset": ([*TINY, "--r", 8, "--opset", 11], "--opset"),
+    "kwargs": (["--model-kwargs", "img_size", "--r", 8], "KEY=VALUE"),
+    "unknown kwarg": (["--model-kwargs", "colour=3", "--r", 8], "colour"),
+    "no checkpoint": ([*TINY, "--r", 8, "--checkpoint", "nowhere.pth"], "no such file"),
+    "two weights": ([*TINY, "--r", 8, "--checkpoint", "nowhere.pth", "--pretrained"], "--pretrained"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_bad_options_are_refused_in_words(call, tmp_path, case):
+    args, word = BAD_OPTIONS[case]
+    code, _, err = call("onnx", *args, "-o", tmp_path / "x.onnx")
+    assert code == 2 and word in err and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_checkpoints_are_refused_whole(call, tmp_path):
+    torch.save({"model": _Evil()}, tmp_path / "evil.pth")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0")
+    save_file({"head.weight": torch.zeros(2, 2), "extra": torch.zeros(1)}, tmp_path / "keys.safetensors")
+    for name, words in {"evil.pth": ["run code"], "cut.safetensors": ["cannot be read"],
+                        "keys.safetensors": ["missing keys", "blocks.5.mlp.fc2.bias", "unexpected keys", "extra"]}.items():
+        code, _, err = call("onnx", *TINY, "--r", 8, "--checkpoint", tmp_path / name, "-o", tmp_path / "x.onnx")
+        assert code == 2 and all(w in err for w in words), err
+    assert not os.path.exists("/tmp/tokexport_was_here") and not (tmp_path / "x.onnx").exists()
+
+
+def test_outputs_are_never_lost(call, tmp_path):
+    path = tmp_path / "x.onnx"
+    path.write_text("mine")
+    code, _, err = call("onnx", *TINY, "--r", 8, "-o", path)
+    assert code == 2 and "--force" in err and path.read_text() == "mine"
+    assert call("onnx", *TINY, "--r", 8, "-o", tmp_path)[0] == 2
+    assert call("onnx", *TINY, "--r", 8, "-o", tmp_path / "no" / "x.onnx")[0] == 2
+    assert call("onnx", *TINY, "--r", 8, "-o", path, "--force")[0] == 0 and path.stat().st_size > 1000
+    assert [p.name for p in tmp_path.iterdir()] == ["x.onnx"]
+
+
+def test_files_that_are_not_ours_are_refused(call, tmp_path, vit):
+    (tmp_path / "text.onnx").write_text("hello")
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    (tmp_path / "cut.onnx").write_bytes(vit.read_bytes()[:5000])
+    model = onnx.load(vit)
+    del model.metadata_props[:]
+    onnx.save(model, tmp_path / "bare.onnx")
+    words = {"text": "not an ONNX", "empty": "not an ONNX", "cut": "not an ONNX", "bare": "no provenance", "missing": "no such file"}
+    for name, word in words.items():
+        for command in ("inspect", "verify"):
+            code, _, err = call(command, tmp_path / f"{name}.onnx")
+            assert code == 2 and word in err and "Traceback" not in err, (name, command, err)
+
+
+def test_images_must_be_images(call, vit, tmp_path):
+    (tmp_path / "a.jpg").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    for said, word in ((tmp_path / "a.jpg", "cannot be read"), (tmp_path / "empty", "no image"), (tmp_path / "none", "no such")):
+        code, _, err = call("verify", vit, "--images", said)
+        assert code == 2 and word in err
+
+
+def test_a_missing_package_names_its_extra(vit, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u\nf = u.find_spec\nu.find_spec = lambda n, *a: None if n == 'openvino' else f(n, *a)\n")
+    out = cli("verify", vit, "--engine", "openvino", env={"PYTHONPATH": str(tmp_path)})
+    assert out.returncode == 2 and "tokexport[cpu]" in out.stderr
+
+
+def test_bench_prints_a_row_for_each_file(call, vit):
+    code, out, err = call("bench", vit, "--engines", "ort", "--batch", "1", "--seconds", "0.2", "--json")
+    rows = json.loads(out)["rows"]
+    assert code == 0 and [r["file"] for r in rows] == ["dense", str(vit)] and rows[0]["speedup"] == 1.0
+    assert rows[1]["quotient"] == pytest.approx(rows[1]["speedup"] / rows[1]["macs_ratio"])

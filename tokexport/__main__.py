@@ -1,0 +1,5 @@
+"""`python -m tokexport`."""
+
+from .tools.cli import main
+
+main()

@@ -1,0 +1,49 @@
+"""What was merged, drawn on the photo."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def draw_sources(image, grid: tuple[int, int], sources: np.ndarray):
+    """The photo with every group of merged patches in its mean colour, outlined; patches that are gone are dimmed.
+
+    image: PIL image as the model saw it. grid: patches (rows, columns). sources: [rows * columns] the final token of each patch, -1 gone.
+    Returns a PIL image, at least 448 pixels high.
+    """
+    from PIL import Image
+
+    scale = max(1, -(-448 // image.height))
+    pixels = np.asarray(image.resize((image.width * scale, image.height * scale)), dtype=np.float32)
+    cell = (pixels.shape[0] // grid[0], pixels.shape[1] // grid[1])
+    pixels = pixels[: cell[0] * grid[0], : cell[1] * grid[1]]
+    token = np.asarray(sources).reshape(grid).repeat(cell[0], 0).repeat(cell[1], 1)
+    out = pixels.copy()
+    for t in np.unique(token):
+        here = token == t
+        if t < 0:
+            out[here] = pixels[here] * 0.25
+        elif here.sum() > cell[0] * cell[1]:  # a patch that stayed alone keeps its texture
+            out[here] = pixels[here].mean(0)
+    edge = np.zeros(token.shape, dtype=bool)
+    down, right = token[1:] != token[:-1], token[:, 1:] != token[:, :-1]
+    edge[1:] |= down
+    edge[:, 1:] |= right
+    light = pixels.mean() < 128
+    out[edge] = 255 if light else 0
+    return Image.fromarray(out.clip(0, 255).astype(np.uint8))
+
+
+def side_by_side(images: list, captions: list[str]):
+    """PIL images of one height in a row, each under its caption."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    gap, top = 12, 36
+    font = ImageFont.load_default(18)
+    canvas = Image.new("RGB", (sum(i.width for i in images) + gap * (len(images) + 1), max(i.height for i in images) + top + gap), "white")
+    pen, x = ImageDraw.Draw(canvas), gap
+    for image, caption in zip(images, captions):
+        pen.text((x, 8), caption, fill="black", font=font)
+        canvas.paste(image, (x, top))
+        x += image.width + gap
+    return canvas
