@@ -28,9 +28,10 @@ def check_plain_vit(model: nn.Module) -> None:
         wrong.append("patch_embed pads or has no fixed image size, wanted a fixed img_size")
     if not isinstance(model.patch_drop, nn.Identity):
         wrong.append(f"patch_drop is {type(model.patch_drop).__name__}, wanted none (patch_drop_rate=0)")
-    for kind, attribute, wanted in ((Block, None, "Block"), (Attention, "attn", "Attention")):
-        parts = {type(getattr(b, attribute) if attribute else b) for b in model.blocks}
-        wrong += [f"blocks use {p.__name__}, wanted {wanted}" for p in parts if p is not kind]
+    blocks = {type(b) for b in model.blocks}
+    attentions = {type(b.attn) for b in model.blocks if type(b) is Block}
+    wrong += [f"blocks are {p.__name__}, wanted Block" for p in blocks if p is not Block]
+    wrong += [f"attention is {p.__name__}, wanted Attention" for p in attentions if p is not Attention]
     if not wrong and any(getattr(b.attn, "gate", None) is not None for b in model.blocks):
         wrong.append("attention is gated, wanted plain attention")
     if not isinstance(model, VisionTransformerDistilled) and model.global_pool == "":

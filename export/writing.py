@@ -62,18 +62,23 @@ def _write_single(proto, weights: dict, path: Path) -> None:
     import onnx
     from onnx_ir.serde import serialize_tensor
 
+    def encoded(name, tensor) -> bytes:
+        proto = serialize_tensor(tensor)
+        proto.name = name  # the graph's name for it, which the tensor need not share
+        return proto.SerializeToString()
+
     head = onnx.ModelProto()
     head.CopyFrom(proto)
     head.ClearField("graph")
     graph = proto.graph.SerializeToString()
     length = len(graph)
-    for tensor in weights.values():
-        n = len(serialize_tensor(tensor).SerializeToString())
+    for item in weights.items():
+        n = len(encoded(*item))
         length += 1 + len(_varint(n)) + n
     with open(path, "wb") as f:
         f.write(head.SerializeToString() + b"\x3a" + _varint(length) + graph)
-        for tensor in weights.values():
-            raw = serialize_tensor(tensor).SerializeToString()
+        for item in weights.items():
+            raw = encoded(*item)
             f.write(b"\x2a" + _varint(len(raw)) + raw)
 
 

@@ -52,29 +52,30 @@ def reference(s: Signals, step: Step) -> MergePlan:
 def regret(s: Signals, step: Step, plan: MergePlan) -> torch.Tensor:
     """How much similarity the plan gives away, [B]: 0 when it is what `reference` decides, tiny for a flipped near-tie.
 
-    The larger of: best left-out pair minus worst merged pair; best host minus chosen host; (without a class token) the worst
-    inversion of the order by similarity.
+    The largest of: best left-out pair minus worst merged pair; best host minus chosen host; (without a class token) the worst
+    inversion of the order by similarity. Infinite for what no tie explains: a prefix or B token out of place or merged, a host that
+    is none, A tokens out of order.
     """
     a, b, scores = _scores(s, step.n_in)
-    n_a = a.numel()
-    rank = torch.full((step.n_in,), -1, device=a.device)
-    rank[a] = torch.arange(n_a, device=a.device)
-    value = scores.amax(-1)
-    src, left = rank[plan.src[..., 0]], rank[plan.keep[..., 0]]
-    worst = torch.full((s.x.shape[0],), 0.0, device=s.x.device, dtype=value.dtype)
-    for i in range(s.x.shape[0]):
-        kept = value[i, left[i][left[i] >= 0]]
-        if (src[i] < 0).any() or src[i].unique().numel() < src.shape[1]:
-            worst[i] = float("inf")  # a prefix or B token merged, or one merged twice: no tie explains that
-            continue
-        column = rank.new_full((step.n_kept,), -1)
-        column[step.n_kept - b.numel():] = torch.arange(b.numel(), device=a.device)
-        chosen = column[plan.dst[i, :, 0]]
-        given = (value[i, src[i]] - scores[i, src[i], chosen.clamp(min=0)]).masked_fill(chosen < 0, float("inf"))
-        worst[i] = max(given.max(), (kept.max() - value[i, src[i]].min()) if kept.numel() else 0.0, worst[i])
-        if not s.has_class and kept.numel() > 1:
-            worst[i] = max(worst[i], (kept[1:] - kept[:-1]).max())
-    return worst
+    value, n_left = scores.amax(-1), step.n_kept - s.n_prefix - b.numel()
+    keep, src, host = plan.keep[..., 0], plan.src[..., 0], plan.dst[..., 0] - s.n_prefix - n_left
+    left = keep[:, s.n_prefix : s.n_prefix + n_left]
+    fixed = torch.cat([keep[:, : s.n_prefix], keep[:, s.n_prefix + n_left :]], 1)
+    in_place = (fixed == torch.cat([torch.arange(s.n_prefix), b])).all(1)
+    in_a = torch.isin(torch.cat([left, src], 1), a).all(1) & (host >= 0).all(1)
+    if s.has_class and n_left > 1:
+        in_place &= (left[:, 1:] > left[:, :-1]).all(1)
+    rank = torch.zeros(step.n_in, dtype=torch.int64)
+    rank[a] = torch.arange(a.numel())
+    merged = value.gather(1, rank[src])
+    chosen = scores.gather(1, rank[src][..., None].expand(-1, -1, b.numel())).gather(2, host.clamp(min=0)[..., None])[..., 0]
+    worst = (merged - chosen).amax(1)
+    if n_left:
+        kept = value.gather(1, rank[left])
+        worst = torch.maximum(worst, kept.amax(1) - merged.amin(1))
+        if not s.has_class and n_left > 1:
+            worst = torch.maximum(worst, (kept[:, 1:] - kept[:, :-1]).amax(1))
+    return torch.where(in_place & in_a, worst.clamp(min=0), torch.inf)
 
 
 def static(s: Signals, step: Step, by_target: bool) -> MergePlan:
@@ -98,13 +99,14 @@ def static(s: Signals, step: Step, by_target: bool) -> MergePlan:
         key = [4.0 * n + 10 - i if i in a_rows else 8.0 * n + 10 - i if i < p else 2.0 * n + 10 - i for i in range(n)]
         base, merged = _like(value, key, torch.maximum), top
     else:  # A rows keep their similarity as the key
-        key = [4.0 if i in a_rows else n + 10.0 - i if i < p else -10.0 - i for i in range(n)]
+        key = [4.0 if i in a_rows else -10.0 - i for i in range(n)]
         base, merged = torch.minimum(value, column(key, value)), _like(top, [-4.0 * n - 40] * (n - n_kept), torch.minimum)
+        if p:  # registers come first
+            base = torch.maximum(base, column([n + 10.0 - i if i < p else -8.0 * n for i in range(n)], value))
     keep = ops.top_rows(ops.put_rows(base, src, merged), n_kept, True)[1]
     names, target = labels(step, p), None
-    if by_target:
-        label = column(names, keep, full=True) if fixed_shape(keep) else keep * 0 + column(names, keep)
-        target = ops.put_rows(host, keep, label)
+    if by_target:  # a label is never above the row it names
+        target = ops.put_rows(host, keep, _like(keep, names, torch.minimum))
     return MergePlan(keep, src, ops.take_rows(host, src), names, target)
 
 
