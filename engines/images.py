@@ -12,12 +12,12 @@ from ..export.provenance import Preprocess
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
-def find_images(said: list[str | Path]) -> list[Path]:
+def find_images(said: str | Path | list[str | Path]) -> list[Path]:
     """Image files among files and folders, folders in order of name. Raises: UsageError for a missing path, or when there is none."""
     found: list[Path] = []
-    for path in map(Path, said):
+    for path in map(Path, [said] if isinstance(said, (str, Path)) else said):
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
             if not inside:
                 raise UsageError(f"images: folder {path} has no image ({', '.join(SUFFIXES)})")
             found += inside
@@ -38,7 +38,7 @@ def crop(path: Path, preprocess: Preprocess):
     try:
         with Image.open(path) as image:
             image = image.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as e:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise UsageError(f"images: {path} cannot be read as an image ({type(e).__name__}: {e})") from None
     for step in shape:
         image = step(image)

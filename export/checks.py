@@ -23,9 +23,14 @@ TOPK_LIMIT = 3840
 
 def refusals(graph) -> list[str]:
     """Reasons, one per node, why a TensorRT build would refuse an onnx.GraphProto; empty when it would not."""
+    import numpy as np
     from onnx import numpy_helper
 
-    constants = {i.name: i for i in graph.initializer if sum(1 for _ in i.dims) <= 1 and (not i.dims or i.dims[0] <= 1)}
+    constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer if len(i.dims) <= 1 and i.data_type == 7 and list(i.dims) in ([], [1])}
+    for node in graph.node:
+        for a in node.attribute if node.op_type == "Constant" else ():
+            value = {"value_ints": list(a.ints), "value_int": [a.i]}.get(a.name) or (numpy_helper.to_array(a.t) if a.name == "value" else [])
+            constants[node.output[0]] = np.reshape(value, -1)
     out = []
     for node in graph.node:
         said = f"{node.op_type} {node.name!r}"
@@ -36,7 +41,7 @@ def refusals(graph) -> list[str]:
             if reduction != "none":
                 out.append(f"{said}: a scatter with reduction={reduction!r} (express it as a one-hot matrix product)")
         if node.op_type == "TopK" and node.input[1] in constants:
-            k = int(numpy_helper.to_array(constants[node.input[1]]).reshape(-1)[0])
+            k = int(constants[node.input[1]].reshape(-1)[0])
             if k > TOPK_LIMIT:
                 out.append(f"{said}: k = {k}, at most {TOPK_LIMIT}")
         if node.domain not in ("", "ai.onnx"):

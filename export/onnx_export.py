@@ -57,6 +57,9 @@ def export_onnx(loaded: LoadedModel, schedule: Schedule, path: str | Path, batch
     if batch is not None and batch < 1:
         raise UsageError(f"--batch {batch}: wanted 1 or more, or dynamic")
     model = loaded.module
+    largest = max((s.n_kept for s in schedule.steps), default=0)
+    if largest > checks.TOPK_LIMIT:
+        raise UsageError(f"a block keeps {largest} tokens, more than TensorRT can sort ({checks.TOPK_LIMIT}): give a smaller image or a larger patch")
     provenance = _provenance(loaded, schedule, opset, sources)
     progress("tracing")
     static = StaticViT(model, schedule, batch, sources).eval()

@@ -9,7 +9,6 @@ from torch import nn
 
 from . import reducers, vit
 from .apply import apply_eager, follow
-from .errors import UsageError
 from .plan import MergePlan, Signals
 from .schedule import Schedule
 
@@ -42,6 +41,7 @@ class ReducedViT(nn.Module):
     def __init__(self, model: nn.Module, schedule: Schedule):
         super().__init__()
         vit.check_plain_vit(model)
+        vit.check_schedule(model, schedule)
         self.model, self.schedule = model.eval(), schedule
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -96,10 +96,6 @@ def reduce_model(model: nn.Module, schedule: Schedule) -> ReducedViT:
     """The eager reference of a model under a schedule.
 
     model: a plain timm ViT. schedule: from `Schedule.parse` with the model's own token counts.
-    Raises: UsageError when the model is no plain ViT or the schedule is of another token count.
+    Raises: UsageError when the model is no plain ViT or the schedule is for another one.
     """
-    reduced = ReducedViT(model, schedule)
-    if (schedule.n_tokens, schedule.depth) != (vit.n_tokens(model), len(model.blocks)):
-        raise UsageError(f"schedule is for {schedule.n_tokens} tokens and {schedule.depth} blocks, "
-                         f"the model has {vit.n_tokens(model)} and {len(model.blocks)}")
-    return reduced
+    return ReducedViT(model, schedule)

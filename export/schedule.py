@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field
 
 from .errors import UsageError
@@ -133,22 +132,20 @@ def parse_r(r: str | int | tuple | list, depth: int) -> list[int]:
                 r = [int(v) for v in r.split(",")] if "," in r else int(r)
         except ValueError:
             raise UsageError(f"--r {said!r} is not a token count: wanted 13, 13:-1 (r:inflection) or 8,8,4,... (one a block)") from None
-    if isinstance(r, list):
-        values = r
-        if len(values) > depth:
-            raise UsageError(f"--r {said!r} has {len(values)} values, the model has {depth} blocks: give at most one a block")
-        values = values + [0] * (depth - len(values))
+    whole = lambda v: isinstance(v, int) and not isinstance(v, bool)
+    if isinstance(r, list) and r and all(map(whole, r)):
+        if len(r) > depth:
+            raise UsageError(f"--r {said!r} has {len(r)} values, the model has {depth} blocks: give at most one a block")
+        values = r + [0] * (depth - len(r))
     else:
-        r, inflection = r if isinstance(r, tuple) else (r, 0.0)
-        if not (math.isfinite(inflection) and -1 <= inflection <= 1):
+        r, inflection = r if isinstance(r, tuple) and len(r) == 2 else (r, 0.0)
+        if not whole(r) or not isinstance(inflection, (int, float)):
+            raise UsageError(f"--r {said!r}: wanted whole numbers of tokens: one, a pair (r, inflection) or a list, one a block")
+        if not -1 <= inflection <= 1:
             raise UsageError(f"--r {said!r}: inflection {inflection} is outside [-1, 1]")
         low = int(r * (1.0 - inflection))
         step = (2 * r - low - low) / (depth - 1) if depth > 1 else 0.0
-        values = [int(low + step * i) for i in range(depth)]
-        if r < 0:
-            values = [-1]
-    if any(isinstance(v, bool) or not isinstance(v, int) for v in values):
-        raise UsageError(f"--r {said!r}: wanted whole numbers of tokens")
+        values = [r] if r < 0 else [int(low + step * i) for i in range(depth)]
     if min(values) < 0:
         raise UsageError(f"--r {said!r} is negative: wanted 0 (nothing merged) or more tokens per block")
     return values

@@ -63,6 +63,7 @@ class StaticViT(nn.Module):
     def __init__(self, model: nn.Module, schedule: Schedule, batch: int | None = None, sources: bool = False):
         super().__init__()
         vit.check_plain_vit(model)
+        vit.check_schedule(model, schedule)
         self.schedule, self.single, self.sources = schedule, batch == 1, sources
         self.batch_kind = "dynamic" if batch is None else "single" if batch == 1 else "fixed"
         self.n_prefix, self.has_class = model.num_prefix_tokens, vit.has_class_token(model)

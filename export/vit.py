@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .errors import UsageError
+from .schedule import Schedule
 
 
 def check_plain_vit(model: nn.Module) -> None:
@@ -43,6 +44,15 @@ def check_plain_vit(model: nn.Module) -> None:
 def n_tokens(model: nn.Module) -> int:
     """Tokens entering block 0, prefix tokens included."""
     return model.patch_embed.num_patches + model.num_prefix_tokens
+
+
+def check_schedule(model: nn.Module, schedule: Schedule) -> None:
+    """Raises: UsageError when the schedule is for another number of tokens, prefix tokens or blocks than the model has."""
+    own = (n_tokens(model), model.num_prefix_tokens, len(model.blocks))
+    made = (schedule.n_tokens, schedule.n_prefix, schedule.depth)
+    if own != made:
+        words = "{} tokens ({} of them prefix tokens) and {} blocks"
+        raise UsageError(f"the schedule is for {words.format(*made)}, the model has {words.format(*own)}")
 
 
 def output_name(model: nn.Module) -> str:

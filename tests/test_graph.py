@@ -35,7 +35,8 @@ def _topk(k, where):
 BODY = _graph(_node("Relu"))
 CLEAN = {
     "Relu": _graph(_node("Relu")), "ScatterElements": _graph(_node("ScatterElements", "xxx")),
-    "ScatterND": _graph(_node("ScatterND", "xxx", reduction="none")), "TopK at the limit": _topk(3840, "initializer"), "ai.onnx": _graph(_node("Relu", domain="ai.onnx")),
+    "ScatterND": _graph(_node("ScatterND", "xxx", reduction="none")), "TopK at the limit": _topk(3840, "initializer"),
+    "ai.onnx": _graph(_node("Relu", domain="ai.onnx")),
 }
 REFUSED = {
     **{op: (_graph(_node(op)), "depends on the data") for op in ("NonZero", "Unique", "Compress", "NonMaxSuppression")},

