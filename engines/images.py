@@ -25,6 +25,8 @@ def find_images(said: str | Path | list[str | Path]) -> list[Path]:
             found.append(path)
         else:
             raise UsageError(f"images: {path}: no such file or folder")
+    if not found:
+        raise UsageError("images: none were given: wanted files or folders")
     return found
 
 

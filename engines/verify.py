@@ -25,7 +25,10 @@ CHUNK = 8
 
 @dataclass(frozen=True)
 class OutputParity:
-    """One output against the reference on equal decisions. max_rel: max_abs over the largest reference value. cosine: the lowest of all images."""
+    """One output against the reference on equal decisions.
+
+    max_rel: max_abs over the largest reference value. cosine: the lowest of all images.
+    """
 
     name: str
     max_abs: float
@@ -129,7 +132,7 @@ def rebuild(provenance: Provenance, path: Path, checkpoint: str | Path | None = 
 
 
 def _images(images, provenance: Provenance) -> tuple[list[str], np.ndarray]:
-    if images:
+    if images is not None:
         from .images import find_images, load_images
 
         paths = find_images(images)

@@ -26,10 +26,12 @@ def refusals(graph) -> list[str]:
     import numpy as np
     from onnx import numpy_helper
 
-    constants = {i.name: numpy_helper.to_array(i) for i in graph.initializer if len(i.dims) <= 1 and i.data_type == 7 and list(i.dims) in ([], [1])}
+    single = [i for i in graph.initializer if i.data_type == 7 and list(i.dims) in ([], [1])]
+    constants = {i.name: numpy_helper.to_array(i) for i in single}
     for node in graph.node:
         for a in node.attribute if node.op_type == "Constant" else ():
-            value = {"value_ints": list(a.ints), "value_int": [a.i]}.get(a.name) or (numpy_helper.to_array(a.t) if a.name == "value" else [])
+            value = {"value_ints": list(a.ints), "value_int": [a.i]}.get(a.name, [])
+            value = numpy_helper.to_array(a.t) if a.name == "value" else value
             constants[node.output[0]] = np.reshape(value, -1)
     out = []
     for node in graph.node:

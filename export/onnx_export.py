@@ -59,7 +59,8 @@ def export_onnx(loaded: LoadedModel, schedule: Schedule, path: str | Path, batch
     model = loaded.module
     largest = max((s.n_kept for s in schedule.steps), default=0)
     if largest > checks.TOPK_LIMIT:
-        raise UsageError(f"a block keeps {largest} tokens, more than TensorRT can sort ({checks.TOPK_LIMIT}): give a smaller image or a larger patch")
+        raise UsageError(f"a block keeps {largest} tokens, more than TensorRT can sort ({checks.TOPK_LIMIT}): give a smaller image "
+                         f"or a larger patch")
     provenance = _provenance(loaded, schedule, opset, sources)
     progress("tracing")
     static = StaticViT(model, schedule, batch, sources).eval()
@@ -80,11 +81,11 @@ def export_onnx(loaded: LoadedModel, schedule: Schedule, path: str | Path, batch
 
 
 def _provenance(loaded: LoadedModel, schedule: Schedule, opset: int, sources: bool) -> Provenance:
-    from .. import __version__
+    from importlib.metadata import version
 
     model = loaded.module
     outputs = (vit.output_name(model), *(["sources"] if sources else []))
-    return Provenance(__version__, loaded.name, loaded.kwargs, loaded.weights, schedule, preprocess_of(model), opset, "fp32", outputs,
+    return Provenance(version("tokexport"), loaded.name, loaded.kwargs, loaded.weights, schedule, preprocess_of(model), opset, "fp32", outputs,
                       vit.dims(model), labels_of(loaded))
 
 

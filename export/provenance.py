@@ -63,7 +63,8 @@ class Provenance:
             tuples = {k: tuple(d[k]) for k in ("outputs", "labels", "decisions")}
             return cls(**{**d, "schedule": Schedule.from_json(d["schedule"]), "preprocess": pre, **tuples})
         except (ValueError, KeyError, TypeError) as e:
-            raise UsageError(f"provenance cannot be read ({type(e).__name__}: {e}): the file was made by another version of tokexport, or damaged") from None
+            raise UsageError(f"provenance cannot be read ({type(e).__name__}: {e}): the file was made by another version of tokexport, "
+                             f"or damaged") from None
 
 
 def of_model(onnx_model, path: str) -> Provenance:

@@ -37,7 +37,8 @@ class StaticBlock(nn.Module):
             self.scale = attn.scale
         self.proj = _scaled_linear(attn.proj, _gamma(block.ls1))
         foldable = hasattr(mlp, "fc2") and isinstance(mlp.fc2, nn.Linear) and type(mlp).__name__ == "Mlp"
-        self.mlp = nn.Sequential(mlp.fc1, mlp.act, mlp.norm, _scaled_linear(mlp.fc2, _gamma(block.ls2))) if foldable else nn.Sequential(mlp, block.ls2)
+        parts = (mlp.fc1, mlp.act, mlp.norm, _scaled_linear(mlp.fc2, _gamma(block.ls2))) if foldable else (mlp, block.ls2)
+        self.mlp = nn.Sequential(*parts)
 
     def attend(self, x, n: int, bias, images: int):
         """x [B n, C] -> x after the attention residual, and keys [B, heads, n, D]. bias: log sizes [B, 1, 1, n] or None."""

@@ -105,7 +105,10 @@ def fixed_rows(x: Tensor, rows: list[int]) -> Tensor:
 @_operator(fake=lambda x, k, largest: (x.new_empty(_column(x, k)), x.new_empty(_column(x, k), dtype=torch.int64)),
            onnx=lambda x, k, largest: _ox().TopK(x, _ints(k), axis=-2, largest=int(largest), sorted=1))
 def top_rows(x: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
-    """The k largest (smallest) of a column, sorted: x [.., N, 1] -> values, indices [.., k, 1]. Of equals, the lower index first. ONNX: TopK."""
+    """The k largest (smallest) of a column, sorted: x [.., N, 1] -> values, indices [.., k, 1]. Of equals, the lower index first.
+
+    ONNX: TopK.
+    """
     order = torch.sort(x, dim=-2, descending=largest, stable=True)
     return order.values.narrow(-2, 0, k).clone(), order.indices.narrow(-2, 0, k).clone()
 

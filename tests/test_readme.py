@@ -1,5 +1,6 @@
 """Every command of the README's quick start runs, in order, in one folder; its Python example too."""
 
+import json
 import os
 import re
 import shlex
@@ -40,3 +41,14 @@ def test_make_targets_named_in_the_readme_exist():
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
     for target in set(re.findall(r"`?make ([a-z-]+)`?", README)):
         assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_the_demo_does_all_it_says(tmp_path):
+    """What `make demo` runs: files verified on real weights and photos, timed on both engines, and drawn."""
+    out = subprocess.run([sys.executable, "-m", "tokexport", "demo", "--out", "out", "--json"], cwd=tmp_path, capture_output=True,
+                         text=True, timeout=600, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert out.returncode == 0, out.stderr
+    found = json.loads(out.stdout)
+    assert all(report["passed"] for report in found["verify"].values())
+    assert {row["engine"] for row in found["speed"]} == {"ONNX Runtime", "OpenVINO"}
+    assert all((tmp_path / picture).stat().st_size > 10_000 for picture in found["pictures"])

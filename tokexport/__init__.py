@@ -5,8 +5,6 @@ The public names are loaded when they are first used, so `import tokexport` and 
 
 from importlib import import_module
 
-__version__ = "0.1.0"
-
 _HOME = {
     "load_model": "export.load",
     "Schedule": "export.schedule",
@@ -22,6 +20,10 @@ __all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str):
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("tokexport")
     if name not in _HOME:
         raise AttributeError(f"module 'tokexport' has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)

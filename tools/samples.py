@@ -71,8 +71,7 @@ def dinov2_state(file: Path) -> dict:
         inputs = matmuls[f"/backbone/encoder/layer.{layer}/{path}/MatMul"].input
         return next(arrays[i] for i in inputs if i in arrays).T
 
-    adds = [n for n in graph.node if n.op_type == "Concat" and any("cls" in i.lower() or i.startswith("onnx::Concat") for i in n.input)]
-    class_pos = next(arrays[i] for n in adds for i in n.input if i in arrays and i.startswith("onnx::"))
+    class_pos = next(v for k, v in arrays.items() if k.startswith("onnx::Concat") and v.shape == (1, 1, 384))
     grid_pos = next(v for k, v in arrays.items() if k.startswith("onnx::Reshape") and v.ndim == 3 and v.shape[-1] == 384)
     pos = torch.from_numpy(np.concatenate([class_pos, grid_pos], 1))
     state = {
