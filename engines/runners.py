@@ -47,18 +47,20 @@ def require(engine: str) -> None:
 
 
 @contextmanager
-def open_engine(path: str | Path, engine: str = "ort", threads: int = 0, outputs: tuple[str, ...] = ()) -> Iterator[Runner]:
+def open_engine(path: str | Path, engine: str = "ort", threads: int = 0, outputs: tuple[str, ...] = (),
+                batch: int | None = None) -> Iterator[Runner]:
     """Open an ONNX file for running.
 
     engine: "ort" (ONNX Runtime on the CPU) or "openvino". threads: 0 for the engine's own choice.
     outputs: inner values to give beside the file's outputs (see `Provenance.decisions`).
+    batch: the one batch size a file with a dynamic batch will be run with; OpenVINO is faster when it knows (ToMe DeiT-S, batch 8: 4 %).
     Raises: UsageError when the file does not load, MissingPackageError when the engine is not installed.
     """
     require(engine)
     if not Path(path).is_file():
         raise UsageError(f"{path}: no such file")
     try:
-        runner = {"ort": _onnxruntime, "openvino": _openvino}[engine](Path(path), threads, outputs)
+        runner = {"ort": _onnxruntime, "openvino": _openvino}[engine](Path(path), threads, outputs, batch)
     except UsageError:
         raise
     except Exception as e:
@@ -80,7 +82,7 @@ def _shape(dims) -> tuple:
     return tuple(d if isinstance(d, int) and d > 0 else None for d in dims)
 
 
-def _onnxruntime(path: Path, threads: int, outputs: tuple[str, ...]) -> Runner:
+def _onnxruntime(path: Path, threads: int, outputs: tuple[str, ...], batch: int | None) -> Runner:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -99,7 +101,7 @@ def _onnxruntime(path: Path, threads: int, outputs: tuple[str, ...]) -> Runner:
     return Runner("ort", {i.name: _shape(i.shape) for i in session.get_inputs()}, {o.name: _shape(o.shape) for o in session.get_outputs()}, call)
 
 
-def _openvino(path: Path, threads: int, outputs: tuple[str, ...]) -> Runner:
+def _openvino(path: Path, threads: int, outputs: tuple[str, ...], batch: int | None) -> Runner:
     os.environ.setdefault("OPENVINO_TELEMETRY_OPT_OUT", "1")
     import openvino as ov
 
@@ -108,6 +110,10 @@ def _openvino(path: Path, threads: int, outputs: tuple[str, ...]) -> Runner:
     for name in outputs:
         if name not in {n for o in model.outputs for n in o.names}:
             model.add_outputs(name)
+    image = model.inputs[0].partial_shape
+    if batch and image[0].is_dynamic:
+        image[0] = batch
+        model.reshape({0: image})
     config = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
     if threads:
         config["INFERENCE_NUM_THREADS"] = str(threads)
@@ -115,7 +121,7 @@ def _openvino(path: Path, threads: int, outputs: tuple[str, ...]) -> Runner:
     request = compiled.create_infer_request()
     dims = lambda port: tuple(None if d.is_dynamic else d.get_length() for d in port.partial_shape)
     name = lambda port: sorted(port.names)[0] if port.names else port.any_name
-    wanted = {**{name(o): o for o in compiled.outputs}}
+    wanted = {name(o): o for o in compiled.outputs}
 
     def call(feeds):
         result = request.infer(feeds)

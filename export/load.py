@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import hashlib
+import logging
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +58,10 @@ def load_model(name: str = "deit_small_patch16_224", kwargs: dict | None = None,
         raise UsageError("--checkpoint and --pretrained both name the weights: give one of them")
     kwargs, notes = dict(kwargs or {}), []
     state = read_checkpoint(checkpoint) if checkpoint else None  # before the model is made: a wrong file is known at once
-    model = _create(name, kwargs, pretrained, seed)
+    model = _create(name, kwargs, False, seed)
     vit.check_plain_vit(model)
+    if pretrained:  # only now: nothing is downloaded for a model that cannot be used
+        model = _create(name, kwargs, True, seed)
     if state is not None:
         notes += fill(model, state, str(checkpoint))
         weights = {"source": "checkpoint", "file": str(checkpoint)}
@@ -77,6 +80,8 @@ def _create(name: str, kwargs: dict, pretrained: bool, seed: int) -> nn.Module:
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 3, 0.6)
         raise UsageError(f"unknown model {name!r}: wanted a timm model name{', e.g. ' + ', '.join(near) if near else ''}")
     torch.manual_seed(seed)
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # the hub's log of every retry
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except TypeError as e:
@@ -86,10 +91,12 @@ def _create(name: str, kwargs: dict, pretrained: bool, seed: int) -> nn.Module:
             raise UsageError(f"--pretrained: weights of {name} could not be had ({type(e).__name__}: {_line(e)}); "
                              f"give the file with --checkpoint instead") from None
         raise UsageError(f"model {name} cannot be made with {kwargs}: {type(e).__name__}: {_line(e)}") from None
+    finally:
+        logging.disable(level)
 
 
 def _line(e: Exception) -> str:
-    return (str(e).strip().splitlines() or [""])[0][:200]
+    return (str(e).strip().splitlines() or [""])[0].split(". ")[0][:200]
 
 
 def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:

@@ -90,7 +90,7 @@ def _rows(found, dense: Path, engine: str, size: int, threads: int, seconds: flo
     h, w = found[0].provenance.preprocess.size
     feeds = {"image": np.random.default_rng(0).standard_normal((size, 3, h, w)).astype(np.float32)}
     with contextlib.ExitStack() as stack:
-        runners = {n: stack.enter_context(open_engine(f.path, engine, threads)) for n, f in files.items()}
+        runners = {n: stack.enter_context(open_engine(f.path, engine, threads, batch=size)) for n, f in files.items()}
         calls = {n: (lambda r=r: r.run(feeds)) for n, r in runners.items()}
         for call in calls.values():
             call()
@@ -135,6 +135,6 @@ def _print(out, rows, threads) -> None:
     for title in ("engine", "batch", "file", "median ms", "speedup", "20-80 %", "MACs ratio", "speedup / MACs ratio"):
         table.add_column(title, justify="left" if title in ("engine", "file") else "right")
     for r in rows:
-        table.add_row(r["engine"], str(r["batch"]), r["file"], f"{r['ms']:.1f}", f"{r['speedup']:.3f}",
+        table.add_row(r["engine"], str(r["batch"]), Path(r["file"]).name, f"{r['ms']:.1f}", f"{r['speedup']:.3f}",
                       f"{r['speedup_20']:.3f}-{r['speedup_80']:.3f}", f"{r['macs_ratio']:.3f}", f"{r['quotient']:.3f}")
     out.print(table)

@@ -90,7 +90,7 @@ def _time(results: dict, photos, progress, out) -> list[dict]:
             progress(f"timing in {words}, batch {batch}")
             feeds = {"image": np.ascontiguousarray(np.resize(pixels, (batch, *pixels.shape[1:])))}
             with contextlib.ExitStack() as stack:
-                runners = {n: stack.enter_context(open_engine(r.path, engine, threads=1)) for n, r in results.items()}
+                runners = {n: stack.enter_context(open_engine(r.path, engine, threads=1, batch=batch)) for n, r in results.items()}
                 times = interleaved({n: (lambda r=r: r.run(feeds)) for n, r in runners.items()}, rounds)
             (dense, reduced), macs = times.items(), results[f"tome r={R}"]
             speedup, low, high = ratio(dense[1], reduced[1])

@@ -11,7 +11,8 @@ def console():
     """A rich console on stderr; its progress shows on a terminal only."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+    terminal = sys.stderr.isatty()
+    return Console(stderr=True, highlight=False, soft_wrap=not terminal, width=None if terminal else 140)
 
 
 @contextmanager
