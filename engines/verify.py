@@ -137,7 +137,7 @@ def _images(images, provenance: Provenance) -> tuple[list[str], np.ndarray]:
 
         paths = find_images(images)
         return [str(p) for p in paths], load_images(paths, provenance.preprocess)
-    shape = (4, 3, *provenance.preprocess.size)
+    shape = (4, provenance.dims["channels"], *provenance.preprocess.size)
     return [f"noise {i}" for i in range(4)], np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 

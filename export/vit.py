@@ -71,7 +71,7 @@ def dims(model: nn.Module) -> dict:
     mlp = [(m.in_features, m.out_features) for m in block.mlp.modules() if isinstance(m, nn.Linear)]
     proj = model.patch_embed.proj
     return {"width": model.embed_dim, "attn_width": block.attn.proj.in_features, "mlp": mlp, "classes": model.num_classes,
-            "heads": 2 if hasattr(model, "head_dist") else 1, "patches": model.patch_embed.num_patches,
+            "channels": proj.in_channels, "heads": 2 if hasattr(model, "head_dist") else 1, "patches": model.patch_embed.num_patches,
             "patch_values": proj.in_channels * proj.kernel_size[0] * proj.kernel_size[1], "pool": model.global_pool}
 
 
