@@ -53,6 +53,23 @@ class Provenance:
         """One line of JSON; `from_json` takes it back."""
         return json.dumps({**asdict(self), "schedule": self.schedule.to_json()})
 
+    def misfits(self) -> list[str]:
+        """Fields whose values are not of the kind they should be."""
+        numbers = lambda v, kind: all(isinstance(n, kind) and not isinstance(n, bool) for n in v)
+        s, w, p, d = self.schedule, self.weights, self.preprocess, self.dims
+        named = {"random": "seed", "checkpoint": "file", "pretrained": "file"}
+        sizes = ("width", "attn_width", "classes", "channels", "heads", "patches", "patch_values")
+        fits = {
+            "model": isinstance(self.model, str) and isinstance(self.model_kwargs, dict),
+            "weights": isinstance(w, dict) and named.get(w.get("source")) in w and isinstance(w.get("sha256"), str),
+            "schedule": isinstance(s.options, dict) and 1 <= s.depth <= 10_000,
+            "preprocess": len(p.size) == 2 and numbers(p.size, int) and numbers([*p.mean, *p.std, p.crop], (int, float)),
+            "dims": isinstance(d, dict) and numbers([d.get(k) for k in sizes], int)
+                    and all(len(m) == 2 and numbers(m, int) for m in d.get("mlp", [""])),
+            "outputs": numbers([*self.outputs, *self.labels, *self.decisions], str),
+        }
+        return [name for name, ok in fits.items() if not ok]
+
     @classmethod
     def from_json(cls, text: str) -> "Provenance":
         """Raises: UsageError when the text is no provenance of this version."""
@@ -61,7 +78,11 @@ class Provenance:
             pre = d["preprocess"]
             pre = Preprocess(**{**pre, **{k: tuple(pre[k]) for k in ("size", "mean", "std")}})
             tuples = {k: tuple(d[k]) for k in ("outputs", "labels", "decisions")}
-            return cls(**{**d, "schedule": Schedule.from_json(d["schedule"]), "preprocess": pre, **tuples})
+            made = cls(**{**d, "schedule": Schedule.from_json(d["schedule"]), "preprocess": pre, **tuples})
+            wrong = made.misfits()
+            if wrong:
+                raise ValueError(f"{', '.join(wrong)} of the wrong kind")
+            return made
         except (ValueError, KeyError, TypeError) as e:
             raise UsageError(f"provenance cannot be read ({type(e).__name__}: {e}): the file was made by another version of tokexport, "
                              f"or damaged") from None
