@@ -39,6 +39,8 @@ def parse_kwargs(pairs: list[str] | tuple[str, ...]) -> dict:
         key, eq, value = pair.partition("=")
         if not eq or not key.isidentifier():
             raise UsageError(f"--model-kwargs {pair!r}: wanted KEY=VALUE, e.g. img_size=384")
+        if key.startswith(("checkpoint", "pretrained")):
+            raise UsageError(f"--model-kwargs {pair!r}: weights are named with --checkpoint FILE or --pretrained")
         try:
             out[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -148,6 +150,10 @@ def fill(model: nn.Module, state: dict[str, torch.Tensor], said: str) -> list[st
     if wrong:
         raise UsageError(f"checkpoint {said} does not fit this model:\n  " + "\n  ".join(wrong)
                          + "\ngive the --model and --model-kwargs it was trained with (e.g. num_classes, img_size)")
+    broken = [k for k, v in state.items() if not v.is_floating_point() or not v.isfinite().all()]
+    if broken:
+        raise UsageError(f"checkpoint {said}: tensors that are not finite floating-point numbers: {', '.join(broken[:5])}"
+                         + (f" and {len(broken) - 5} more" if len(broken) > 5 else ""))
     model.load_state_dict(state)
     return notes
 

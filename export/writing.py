@@ -17,7 +17,9 @@ def check_output(path: str | Path, force: bool) -> Path:
     path = Path(path)
     if path.is_dir():
         raise UsageError(f"output {path} is a directory: wanted a file name, e.g. {path / 'vit.onnx'}")
-    if path.exists() and not force:
+    if path.exists() and not path.is_file():
+        raise UsageError(f"output {path} is no regular file (a device, a pipe): wanted a file name")
+    if os.path.lexists(path) and not force:
         raise UsageError(f"output {path} exists: give --force to replace it, or another name with -o")
     folder = path.parent
     if not folder.is_dir():
