@@ -52,6 +52,24 @@ def read_onnx(path: str | Path):
     return model
 
 
+def _check_graph(path: Path, model, provenance: Provenance) -> None:
+    """Raises: UsageError when the graph is not the one the provenance speaks of: token counts, outputs or decisions differ."""
+    schedule, wrong = provenance.schedule, []
+    known = {o for n in model.graph.node for o in n.output}
+    if checks.attention_tokens(model) != [n for n, _ in schedule.tokens_per_block()]:
+        wrong.append("token counts")
+    if tuple(o.name for o in model.graph.output) != provenance.outputs:
+        wrong.append("outputs")
+    named = {d.split(".")[0] for d in provenance.decisions}
+    if named != {f"block{s.block}" for s in schedule.steps} or not known.issuperset(provenance.decisions):
+        wrong.append("merge decisions")
+    if bool(schedule.steps) and schedule.method == "none":
+        wrong.append("method")
+    if wrong:
+        raise UsageError(f"{path}: the graph is not the one its provenance speaks of ({', '.join(wrong)}): the file was changed; "
+                         f"make it again with `tokexport onnx`")
+
+
 def inspect(path: str | Path) -> Inspection:
     """Look at an ONNX file made by tokexport.
 
@@ -65,6 +83,7 @@ def inspect(path: str | Path) -> Inspection:
         if refused:
             raise UsageError(f"{e}\nTensorRT would refuse it besides: " + "; ".join(refused[:5])) from None
         raise
+    _check_graph(path, model, provenance)
     ops = dict(Counter(n.op_type for n in model.graph.node).most_common())
     locations = {e.value for i in model.graph.initializer for e in i.external_data if e.key == "location"}
     files = [path, *(path.parent / name for name in locations)]

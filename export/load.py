@@ -128,8 +128,10 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
         if inner is None:
             break
         state = inner
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise UsageError(f"checkpoint {path}: holds no state dict (a dictionary of tensors)")
+    plain = lambda v: isinstance(v, torch.Tensor) and v.layout is torch.strided and v.device.type == "cpu" and not v.is_quantized
+    if not isinstance(state, dict) or not state or not all(isinstance(k, str) and plain(v) for k, v in state.items()):
+        found = ", ".join(str(k)[:40] for k in list(state)[:8]) if isinstance(state, dict) else type(state).__name__
+        raise UsageError(f"checkpoint {path}: holds no state dict (a dictionary of plain tensors by name); found: {found or 'nothing'}")
     return {k.removeprefix("module."): v for k, v in state.items()}
 
 

@@ -46,7 +46,7 @@ def export_onnx(loaded: LoadedModel, schedule: Schedule, path: str | Path, batch
     """Write a model under a schedule as an ONNX file that carries its provenance.
 
     loaded: from `load_model`. schedule: from `Schedule.parse`. batch: images per run, None for any number. opset: 20 to 23.
-    simplify: run onnxsim too (files under 2 GB). sources: add output `sources` [B, N0], the final row of every input token, -1 when gone.
+    simplify: let onnxsim look at the graph too. sources: add output `sources` [B, N0], the final row of every input token, -1 when gone.
     Input `image` [B, 3, H, W] float32; output `logits` or `features`. Over 2 GB the weights go to PATH.data.
     progress: called with the name of each stage. The file is written aside and renamed.
     Raises: UsageError (nothing is written) for wrong options or a path that cannot be written; GraphError if the graph came out wrong.

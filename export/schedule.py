@@ -143,6 +143,8 @@ def parse_r(r: str | int | tuple | list, depth: int) -> list[int]:
             raise UsageError(f"--r {said!r}: wanted whole numbers of tokens: one, a pair (r, inflection) or a list, one a block")
         if not -1 <= inflection <= 1:
             raise UsageError(f"--r {said!r}: inflection {inflection} is outside [-1, 1]")
+        if r > 10**6:
+            raise UsageError(f"--r {str(said)[:40]}: more tokens than any model has")
         low = int(r * (1.0 - inflection))
         step = (2 * r - low - low) / (depth - 1) if depth > 1 else 0.0
         values = [r] if r < 0 else [int(low + step * i) for i in range(depth)]

@@ -23,6 +23,8 @@ def check_plain_vit(model: nn.Module) -> None:
         raise UsageError(f"{name} is no plain Vision Transformer: wanted timm's VisionTransformer or VisionTransformerDistilled "
                          f"(vit_*, deit_*, deit3_*, *_dinov2, ...); its tokens cannot be reduced by this exporter")
     wrong = []
+    if not len(model.blocks):
+        wrong.append("there are no blocks, wanted depth of 1 or more")
     if type(model.patch_embed) is not PatchEmbed:
         wrong.append(f"patch_embed is {type(model.patch_embed).__name__}, wanted PatchEmbed")
     elif model.patch_embed.dynamic_img_pad or model.patch_embed.img_size is None:

@@ -15,20 +15,20 @@ LARGE = 4096  # bytes; weights above are kept out of the graph until they are wr
 def check_output(path: str | Path, force: bool) -> Path:
     """The path, when a file can be written there. Raises: UsageError when it exists (without force) or its folder cannot be written."""
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         raise UsageError(f"output {path} is a directory: wanted a file name, e.g. {path / 'vit.onnx'}")
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise UsageError(f"output {path} is no regular file (a device, a pipe): wanted a file name")
     if os.path.lexists(path) and not force:
         raise UsageError(f"output {path} exists: give --force to replace it, or another name with -o")
     folder = path.parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UsageError(f"output {path}: there is no directory {folder}")
     try:  # asking the file system is the only sure way
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryDirectory(prefix=".tokexport-", dir=folder) as trial:
+            (Path(trial) / f"{path.name}.data").touch()
     except OSError as e:
-        raise UsageError(f"output {path}: directory {folder} cannot be written ({e.strerror})") from None
+        raise UsageError(f"output {path}: cannot be written in {folder} ({e.strerror})") from None
     return path
 
 
@@ -39,7 +39,7 @@ def write_model(proto, weights: dict, path: Path) -> int:
     is written. From 2 GB on they go to PATH.data, where the graph refers to them.
     Raises: UsageError when the disk is full or the folder cannot be written; nothing is left behind.
     """
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=".tokexport-", dir=path.parent) as folder:
         new, data = Path(folder) / path.name, Path(folder) / f"{path.name}.data"
         try:
             if sum(t.nbytes for t in weights.values()) + proto.ByteSize() < TWO_GB:

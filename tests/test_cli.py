@@ -176,6 +176,10 @@ BAD_OPTIONS = {
     "kwargs": (["--model-kwargs", "img_size", "--r", 8], "KEY=VALUE"),
     "unknown kwarg": (["--model-kwargs", "colour=3", "--r", 8], "colour"),
     "no checkpoint": ([*TINY, "--r", 8, "--checkpoint", "nowhere.pth"], "no such file"),
+    "no blocks": ([*TINY, "--model-kwargs", "depth=0", "--r", 8], "no blocks"),
+    "r of many digits": ([*TINY, "--r", "9" * 400], "more tokens"),
+    "batch of many digits": ([*TINY, "--r", 8, "--batch", "9" * 20], "--batch"),
+    "weights by kwargs": ([*TINY, "--model-kwargs", "checkpoint_path=w.pth", "--r", 8], "--checkpoint"),
     "two weights": ([*TINY, "--r", 8, "--checkpoint", "nowhere.pth", "--pretrained"], "--pretrained"),
 }
 
@@ -191,8 +195,15 @@ def test_bad_options_are_refused_in_words(call, tmp_path, case):
 def test_bad_checkpoints_are_refused_whole(call, tmp_path):
     torch.save({"model": _Evil()}, tmp_path / "evil.pth")
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0")
+    from tokexport.export.load import load_model, parse_kwargs
+
+    state = load_model("vit_tiny_patch16_224", parse_kwargs(TINY[3::2])).module.state_dict()
+    save_file({**state, "head.bias": torch.full((10,), torch.nan)}, tmp_path / "nan.safetensors")
+    torch.save({**state, "head.bias": torch.zeros(10).to_sparse()}, tmp_path / "sparse.pth")
+    torch.save({1: torch.zeros(1)}, tmp_path / "numbers.pth")
     save_file({"head.weight": torch.zeros(2, 2), "extra": torch.zeros(1)}, tmp_path / "keys.safetensors")
     for name, words in {"evil.pth": ["run code"], "cut.safetensors": ["cannot be read"],
+                        "nan.safetensors": ["not finite", "head.bias"], "sparse.pth": ["no state dict"], "numbers.pth": ["no state dict"],
                         "keys.safetensors": ["missing keys", "blocks.5.mlp.fc2.bias", "unexpected keys", "extra"]}.items():
         code, _, err = call("onnx", *TINY, "--r", 8, "--checkpoint", tmp_path / name, "-o", tmp_path / "x.onnx")
         assert code == 2 and all(w in err for w in words), err
@@ -207,7 +218,13 @@ def test_outputs_are_never_lost(call, tmp_path):
     assert call("onnx", *TINY, "--r", 8, "-o", tmp_path)[0] == 2
     assert call("onnx", *TINY, "--r", 8, "-o", tmp_path / "no" / "x.onnx")[0] == 2
     assert call("onnx", *TINY, "--r", 8, "-o", path, "--force")[0] == 0 and path.stat().st_size > 1000
-    assert [p.name for p in tmp_path.iterdir()] == ["x.onnx"]
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    before = sorted(tmp_path.iterdir())
+    for name, options in (("pipe", ["--force"]), ("dangling", []), ("n" * 251 + ".onnx", [])):
+        code, _, err = call("onnx", *TINY, "--r", 8, "-o", tmp_path / name, *options)
+        assert code == 2 and "Traceback" not in err, name
+    assert sorted(tmp_path.iterdir()) == before and (tmp_path / "pipe").is_fifo()
 
 
 def test_files_that_are_not_ours_are_refused(call, tmp_path, vit):
@@ -224,6 +241,28 @@ def test_files_that_are_not_ours_are_refused(call, tmp_path, vit):
             assert code == 2 and word in err and "Traceback" not in err, (name, command, err)
 
 
+TAMPERED = {
+    "weights": lambda d: d.update(weights={}), "options": lambda d: d["schedule"].update(options=[]),
+    "depth": lambda d: d["schedule"].update(depth=10**9), "dims": lambda d: d.update(dims={}), "model": lambda d: d.update(model=5),
+    "kwargs": lambda d: d.update(model_kwargs=[]), "size": lambda d: d["preprocess"].update(size=[64]),
+    "crop": lambda d: d["preprocess"].update(crop="x"), "outputs": lambda d: d.update(outputs=["other"]),
+    "fewer steps": lambda d: d["schedule"]["steps"].pop(), "method": lambda d: d["schedule"].update(method="none"),
+    "decisions": lambda d: d.update(decisions=[]),
+}
+
+
+@pytest.mark.parametrize("what", TAMPERED)
+def test_a_provenance_that_does_not_fit_is_refused(call, vit, tmp_path, what):
+    model = onnx.load(vit)
+    data = json.loads(model.metadata_props[0].value)
+    TAMPERED[what](data)
+    model.metadata_props[0].value = json.dumps(data)
+    onnx.save(model, tmp_path / "t.onnx")
+    for command in ("inspect", "verify"):
+        code, _, err = call(command, tmp_path / "t.onnx")
+        assert code == 2 and "Traceback" not in err, (command, err)
+
+
 def test_images_must_be_images(call, vit, tmp_path):
     (tmp_path / "a.jpg").write_text("no image")
     (tmp_path / "empty").mkdir()
@@ -237,6 +276,16 @@ def test_a_missing_package_names_its_extra(vit, tmp_path):
         "import importlib.util as u\nf = u.find_spec\nu.find_spec = lambda n, *a: None if n == 'openvino' else f(n, *a)\n")
     out = cli("verify", vit, "--engine", "openvino", env={"PYTHONPATH": str(tmp_path)})
     assert out.returncode == 2 and "tokexport[cpu]" in out.stderr
+
+
+def test_bench_compares_like_with_like(call, vit, tmp_path):
+    other, fixed = tmp_path / "other.onnx", tmp_path / "b3.onnx"
+    assert call("onnx", *TINY, "--model-kwargs", "mlp_ratio=2", "--method", "none", "-o", other)[0] == 0
+    assert call("onnx", *TINY, "--r", 8, "--batch", 3, "-o", fixed)[0] == 0
+    for args, word in (([vit, "--dense", other], "one model"), ([vit, "--dense", vit], "reduced"), ([fixed, "--batch", "1"], "--batch 3"),
+                       ([vit, "--seconds", "nan"], "--seconds"), ([vit, "--threads", "99999"], "--threads")):
+        code, _, err = call("bench", *args)
+        assert code == 2 and word in err, err
 
 
 def test_bench_prints_a_row_for_each_file(call, vit):

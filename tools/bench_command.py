@@ -30,11 +30,13 @@ def command(files, dense, engines, batches, threads, seconds, as_json):
     engines, sizes = engines.split(","), _sizes(batches)
     for engine in engines:
         require(engine)
-    if threads < 1 or seconds <= 0:
-        raise UsageError(f"--threads {threads}, --seconds {seconds:g}: wanted at least 1 thread and more than 0 seconds")
+    if not 1 <= threads <= 1024 or not 0 < seconds < 86400:
+        raise UsageError(f"--threads {threads}, --seconds {seconds:g}: wanted 1 to 1024 threads and more than 0 seconds, at most a day")
     found = [inspect(f) for f in files]
-    if dense:
-        inspect(dense)
+    for f in found:
+        if f.batch not in (None, *sizes):
+            raise UsageError(f"{f.path} is for batch {f.batch}: give --batch {f.batch}")
+    _check_dense(dense and inspect(dense), found)
     out = console()
     with tempfile.TemporaryDirectory() as folder, stages(out) as progress:
         if not found:
@@ -45,6 +47,15 @@ def command(files, dense, engines, batches, threads, seconds, as_json):
         print_json({"machine": _machine(), "threads": threads, "rows": rows})
     else:
         _print(out, rows, threads)
+
+
+def _check_dense(dense, found) -> None:
+    """Raises: UsageError when the files are not of one model, or --dense is of another or is reduced itself."""
+    models = {(f.provenance.model, str(f.provenance.model_kwargs)) for f in [*found, *([dense] if dense else [])]}
+    if len(models) > 1:
+        raise UsageError(f"bench compares files of one model, these are of {', '.join(' '.join(m) for m in sorted(models))}")
+    if dense and dense.provenance.schedule.steps:
+        raise UsageError(f"--dense {dense.path} is reduced ({dense.provenance.schedule.method}): wanted one made with --method none")
 
 
 def _sizes(text: str) -> list[int]:
@@ -88,7 +99,8 @@ def _rows(found, dense: Path, engine: str, size: int, threads: int, seconds: flo
         return []
     progress(f"timing {engine}, batch {size}")
     h, w = found[0].provenance.preprocess.size
-    feeds = {"image": np.random.default_rng(0).standard_normal((size, 3, h, w)).astype(np.float32)}
+    shape = (size, found[0].provenance.dims["channels"], h, w)
+    feeds = {"image": np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
     with contextlib.ExitStack() as stack:
         runners = {n: stack.enter_context(open_engine(f.path, engine, threads, batch=size)) for n, f in files.items()}
         calls = {n: (lambda r=r: r.run(feeds)) for n, r in runners.items()}

@@ -41,6 +41,7 @@ def main() -> None:
     try:
         sys.exit(group.main(standalone_mode=False) or 0)
     except click.exceptions.Abort:
+        click.echo("Interrupted.", err=True)
         sys.exit(130)
     except click.ClickException as e:
         e.show()

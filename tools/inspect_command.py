@@ -28,7 +28,7 @@ def command(file, as_json):
         ("method", s.method + (f" ({options})" if options else "")),
         ("tokens", tokens_words(s.tokens_per_block())),
         ("MACs", macs_words(found.macs, found.macs_dense)),
-        ("input", f"image [{found.batch or 'dynamic'}, 3, {h}, {w}], mean {_short(p.preprocess.mean)}, std {_short(p.preprocess.std)}, "
+        ("input", f"image [{found.batch or 'dynamic'}, {p.dims['channels']}, {h}, {w}], mean {_short(p.preprocess.mean)}, std {_short(p.preprocess.std)}, "
                   f"{p.preprocess.interpolation}, crop {p.preprocess.crop:g} ({p.preprocess.crop_mode})"),
         ("outputs", ", ".join(p.outputs) + (f" ({len(p.labels)} labels)" if p.labels else "")),
         ("file", f"{size_words(found.size)}, opset {p.opset}, {p.precision}, tokexport {p.version}"),

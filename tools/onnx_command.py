@@ -63,6 +63,8 @@ def _batch(text: str) -> int | None:
         return None
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise UsageError(f"--batch {text!r}: wanted a number of images, 1 or more, or dynamic")
+    if len(text) > 5:
+        raise UsageError(f"--batch {text[:40]}: more images than one run can hold; wanted at most 99999, or dynamic")
     return int(text)
 
 
@@ -78,10 +80,11 @@ def _print(out, result, notes, batch) -> None:
 
     p = result.provenance
     h, w = p.preprocess.size
-    out.print(f"[bold]{result.path}[/bold]  {p.model}, {p.schedule.method}, batch {batch}, opset {p.opset}")
+    out.print(str(result.path), style="bold", end="", markup=False)
+    out.print(f"  {p.model}, {p.schedule.method}, batch {batch}, opset {p.opset}", markup=False)
     out.print(f"  tokens   {tokens_words(result.tokens)}")
     out.print(f"  MACs     {macs_words(result.macs, result.macs_dense)}")
-    out.print(f"  graph    {result.nodes} nodes, {size_words(result.size)}; input image [{batch}, 3, {h}, {w}], "
+    out.print(f"  graph    {result.nodes} nodes, {size_words(result.size)}; input image [{batch}, {p.dims['channels']}, {h}, {w}], "
               f"output {', '.join(p.outputs)}", markup=False)
     for note in notes:
         out.print(f"  [yellow]note[/yellow]     {note}")

@@ -62,4 +62,4 @@ def _print(out, report) -> None:
     if len(report.flips) > 10:
         out.print(f"  ... and {len(report.flips) - 10} more")
     colour = "green" if report.passed else "red"
-    out.print(f"[bold {colour}]{report.path} on {report.engine}: {report.summary()}[/bold {colour}]")
+    out.print(f"{report.path} on {report.engine}: {report.summary()}", style=f"bold {colour}", markup=False)
