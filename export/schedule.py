@@ -16,6 +16,7 @@ class Step:
     n_in: tokens that come in, prefix tokens included.
     n_kept: input rows that survive as rows of their own.
     n_out: tokens that go out: n_kept plus any extra (fused) token.
+    n_folded: input rows that are folded into the rows that go out; all that are not kept by default. The rest is dropped.
     """
 
     block: int
@@ -23,12 +24,17 @@ class Step:
     n_in: int
     n_kept: int
     n_out: int
+    n_folded: int | None = None
 
     def __post_init__(self):
+        if self.n_folded is None:
+            object.__setattr__(self, "n_folded", self.n_in - self.n_kept)
         if self.site not in ("post_attn", "pre_block"):
             raise UsageError(f"step site {self.site!r}: wanted post_attn or pre_block")
         if not 1 <= self.n_kept <= self.n_out <= self.n_in:
             raise UsageError(f"block {self.block}: cannot go from {self.n_in} tokens to {self.n_kept} kept, {self.n_out} out")
+        if not 0 <= self.n_folded <= self.n_in - self.n_kept or self.n_out - self.n_kept > min(self.n_folded, 1):
+            raise UsageError(f"block {self.block}: cannot fold {self.n_folded} of {self.n_in} tokens, {self.n_kept} kept, {self.n_out} out")
 
 
 @dataclass(frozen=True)
