@@ -19,7 +19,7 @@ from ..export.provenance import Provenance
 from .runners import open_engine, require
 
 TOLERANCE = 2e-4  # of the largest output value, on equal decisions, float32
-NEAR_TIE = 1e-4  # cosine similarity that a flipped near-tie may give away, float32
+NEAR_TIE = 1e-4  # what a flipped near-tie may give away, float32: of a cosine, or of a score's logarithm (its relative difference)
 CHUNK = 8
 
 
@@ -40,7 +40,7 @@ class OutputParity:
 
 @dataclass(frozen=True)
 class Flip:
-    """Decisions of one block that differ from the reference's. margin: the similarity given away, near 0 for a near-tie."""
+    """Decisions of one block that differ from the reference's. margin: what is given away (see the reducer), near 0 for a near-tie."""
 
     image: str
     block: int
@@ -81,21 +81,22 @@ class ParityReport:
 
 
 def verify(path: str | Path, images: list[str | Path] | None = None, checkpoint: str | Path | None = None, engine: str = "ort",
-           progress: Callable[[str], None] = lambda stage: None) -> ParityReport:
+           predictor: str | Path | None = None, progress: Callable[[str], None] = lambda stage: None) -> ParityReport:
     """Run a file and the eager reference rebuilt from its provenance on the same images and compare.
 
-    images: files or folders; None for four images of seeded noise. checkpoint: where the weights are now, if not where they were;
-    they are checked by hash. engine: "ort" or "openvino".
+    images: files or folders; None for four images of seeded noise. checkpoint, predictor: where the weights and the score
+    heads are now, if not where they were; they are checked by hash. engine: "ort" or "openvino".
     Raises: UsageError for a file without provenance, weights that cannot be found or are others, unreadable images.
     """
     from ..export.reference import ReducedViT
+    from ..export.score_head import score_heads
 
     require(engine)
     provenance = inspect(path).provenance
     names, pixels = _images(images, provenance)
     progress("rebuilding the reference")
-    model = rebuild(provenance, Path(path), checkpoint)
-    reference = ReducedViT(model, provenance.schedule)
+    loaded = rebuild(provenance, Path(path), checkpoint, predictor)
+    reference = ReducedViT(loaded.module, provenance.schedule, score_heads(loaded, provenance.schedule))
     report = _Collector(provenance, names)
     with open_engine(path, engine, outputs=provenance.decisions) as runner:
         batch = next(iter(runner.inputs.values()))[0]
@@ -106,29 +107,32 @@ def verify(path: str | Path, images: list[str | Path] | None = None, checkpoint:
     return report.finish(str(path), engine)
 
 
-def rebuild(provenance: Provenance, path: Path, checkpoint: str | Path | None = None):
-    """The timm model a file was made from. Raises: UsageError when its weights cannot be found or are not the same."""
+def rebuild(provenance: Provenance, path: Path, checkpoint: str | Path | None = None, predictor: str | Path | None = None):
+    """The model a file was made from, loaded. Raises: UsageError when its weights cannot be found or are not the same."""
     from ..export.load import load_model
 
-    weights = provenance.weights
-    source = {}
-    if checkpoint:
-        source = {"checkpoint": checkpoint}
-    elif weights["source"] == "checkpoint":
-        said = Path(weights["file"])
-        found = next((p for p in (said, path.parent / said.name) if p.is_file()), None)
-        if found is None:
-            raise UsageError(f"{path} was made from checkpoint {said}, which is not there (nor beside the file): give it with --checkpoint")
-        source = {"checkpoint": found}
+    weights, source = provenance.weights, {}
+    if checkpoint or weights["source"] == "checkpoint":
+        source["checkpoint"] = checkpoint or _found(weights["file"], path, "--checkpoint")
     elif weights["source"] == "pretrained":
-        source = {"pretrained": True}
+        source["pretrained"] = True
     else:
-        source = {"seed": weights["seed"]}
+        source["seed"] = weights["seed"]
+    if predictor or weights.get("predictor"):
+        source["predictor"] = predictor or _found(weights["predictor"], path, "--predictor")
     loaded = load_model(provenance.model, provenance.model_kwargs, **source)
     if loaded.weights["sha256"] != weights["sha256"]:
         raise UsageError(f"weights are not those {path} was made from: SHA-256 is {loaded.weights['sha256'][:16]}..., wanted "
                          f"{weights['sha256'][:16]}... ({', '.join(f'{k} {v}' for k, v in source.items())})")
-    return loaded.module
+    return loaded
+
+
+def _found(said: str, path: Path, option: str) -> Path:
+    """A file of weights where it was when the file at path was made, or beside it."""
+    found = next((p for p in (Path(said), path.parent / Path(said).name) if p.is_file()), None)
+    if found is None:
+        raise UsageError(f"{path} was made from {said}, which is not there (nor beside the file): give it with {option}")
+    return found
 
 
 def _images(images, provenance: Provenance) -> tuple[list[str], np.ndarray]:
@@ -182,21 +186,15 @@ class _Collector:
         """The file's decisions as reference plans; None (and a fault) when they are no plan at all."""
         import torch
 
-        from ..export import reducers
-        from ..export.plan import MergePlan
-
-        schedule, plans = self.provenance.schedule, []
-        for step in schedule.steps:
-            part = {k: torch.from_numpy(got[f"block{step.block}.{k}"]) for k in ("keep", "src", "dst", "target")
-                    if f"block{step.block}.{k}" in got}
-            order = torch.cat([part["keep"], part["src"]], 1)[..., 0].sort(-1).values
-            label = part["dst"] if "dst" in part else part["target"].gather(1, part["src"].clamp(0, step.n_in - 1))
-            names = torch.tensor(reducers.get(schedule.method).labels(step, schedule.n_prefix))
-            hit = label == names
-            if not (order == torch.arange(step.n_in)).all() or not hit.any(-1).all():
+        plans = []
+        for step in self.provenance.schedule.steps:
+            name = f"block{step.block}."
+            part = {k.removeprefix(name): torch.from_numpy(v) for k, v in got.items() if k.startswith(name)}
+            plan = _plan(part, step, self.provenance.schedule)
+            if plan is None:
                 self.faults.append(f"block {step.block}: the decisions of the file are no plan (a row is kept twice, lost, or has no host)")
                 return None
-            plans.append(MergePlan(part["keep"], part["src"], hit.to(torch.int8).argmax(-1, keepdim=True)))
+            plans.append(plan)
         return plans
 
     def _decisions(self, plans, own, names) -> bool:
@@ -212,9 +210,32 @@ class _Collector:
         return ParityReport(path, engine, self.names, outputs, self.equal / self.total if self.total else None, flips, self.faults)
 
 
+def _plan(part: dict, step, schedule):
+    """Columns of a static plan [B, .., 1], by name, as a plan of row numbers; None when they are none."""
+    import torch
+
+    from ..export import reducers
+    from ..export.plan import MergePlan
+
+    order = part["order"] if "order" in part else torch.cat([part["keep"], part["src"]], 1)
+    rows = order[..., 0].sort(-1).values
+    if rows.shape[1] != step.n_kept + step.n_folded or rows.min() < 0 or rows.max() >= step.n_in or not (rows.diff() > 0).all():
+        return None
+    keep, src = order[:, : step.n_kept], order[:, step.n_kept :]
+    if not step.n_folded:
+        return MergePlan(keep)
+    if step.n_out > step.n_kept:
+        return MergePlan(keep, src, torch.full_like(src, step.n_kept), n_extra=1)
+    label = part["dst"] if "dst" in part else part["target"].gather(1, src)
+    reducer = reducers.get(schedule.method)
+    names = reducer.labels(step, schedule.n_prefix) if hasattr(reducer, "labels") else range(step.n_kept)
+    hit = label == torch.tensor(list(names))
+    return MergePlan(keep, src, hit.to(torch.int8).argmax(-1, keepdim=True)) if hit.any(-1).all() else None
+
+
 def _same(a, b, i: int) -> bool:
     """Whether two plans keep, fold and host alike for image i; the order in which rows are folded is no decision."""
-    pairs = lambda p: {(int(s), int(d)) for s, d in zip(p.src[i, :, 0], p.dst[i, :, 0])}
+    pairs = lambda p: set() if p.src is None else {(int(s), int(d)) for s, d in zip(p.src[i, :, 0], p.dst[i, :, 0])}
     return bool((a.keep[i] == b.keep[i]).all()) and pairs(a) == pairs(b)
 
 

@@ -64,7 +64,7 @@ def attention_tokens(model) -> list[int]:
             shape = shapes.get(node.output[0], [])
             if len(shape) == 4 and shape[-1] == shape[-2]:
                 out.append(shape[-1])
-            elif len(shape) != 4:
+            elif not shape or -1 in shape[-2:]:
                 out.append(-1)
     return out
 

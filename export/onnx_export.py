@@ -18,6 +18,7 @@ from .errors import UsageError
 from .load import LoadedModel
 from .provenance import KEY, Preprocess, Provenance
 from .schedule import Schedule
+from .score_head import score_heads
 from .static_vit import StaticViT
 from .writing import LARGE, check_output, write_model
 
@@ -56,18 +57,18 @@ def export_onnx(loaded: LoadedModel, schedule: Schedule, path: str | Path, batch
         raise UsageError(f"--opset {opset}: wanted {OPSETS[0]} to {OPSETS[-1]}")
     if batch is not None and batch < 1:
         raise UsageError(f"--batch {batch}: wanted 1 or more, or dynamic")
-    model = loaded.module
-    largest = max((s.n_kept for s in schedule.steps), default=0)
+    model, heads = loaded.module, score_heads(loaded, schedule)
+    largest = max((s.n_kept + (0 if schedule.method == "tome" else s.n_folded) for s in schedule.steps), default=0)
     if largest > checks.TOPK_LIMIT:
-        raise UsageError(f"a block keeps {largest} tokens, more than TensorRT can sort ({checks.TOPK_LIMIT}): give a smaller image "
+        raise UsageError(f"a block sorts {largest} tokens, more than TensorRT can ({checks.TOPK_LIMIT}): give a smaller image "
                          f"or a larger patch")
     provenance = _provenance(loaded, schedule, opset, sources)
     progress("tracing")
-    static = StaticViT(model, schedule, batch, sources).eval()
+    static = StaticViT(model, schedule, batch, sources, heads).eval()
     graph = _trace(static, provenance, batch, opset)
     decisions = [o.name for o in graph.graph.outputs[len(provenance.outputs):]]
     progress("simplifying")
-    proto, weights = _finish(graph, len(provenance.outputs), simplify)
+    proto, weights = _finish(graph, len(provenance.outputs), batch, simplify)
     names = {o for n in proto.graph.node for o in n.output}
     provenance = Provenance(**{**vars(provenance), "decisions": tuple(d for d in decisions if d in names)})
     progress("checking")
@@ -111,13 +112,17 @@ def labels_of(loaded: LoadedModel) -> tuple[str, ...]:
     return tuple(info.index_to_description(i) for i in range(info.num_classes()))
 
 
+TRACED = 2  # images in a trace; for any batch, `ops.reshape` keeps this number out of the graph
+
+
 def _trace(static: StaticViT, provenance: Provenance, batch: int | None, opset: int):
-    """The onnx_ir.Model of a static ViT; its outputs are the provenance's, then the decisions by name."""
-    channels = static.patch.in_channels
-    image = torch.zeros(batch or 2, channels, *provenance.preprocess.size)
-    dynamic = {"image": {0: torch.export.Dim("batch", min=1)}} if batch is None else None
-    with quiet(), torch.no_grad():
-        program = torch.export.export(static, (image,), dynamic_shapes=dynamic, strict=False)
+    """The onnx_ir.Model of a static ViT; its outputs are the provenance's, then the decisions by name.
+
+    A batch that is to be free is traced as a number as well: tracing with a symbol takes three times as long.
+    """
+    image = torch.zeros(batch or TRACED, static.patch.in_channels, *provenance.preprocess.size)
+    with quiet(), torch.no_grad(), _no_collection():
+        program = torch.export.export(static, (image,), strict=False)
         retrace, program.run_decompositions = program.run_decompositions, lambda table=None: program
         options = {"dynamo": True, "opset_version": opset, "input_names": ["image"], "verbose": False,
                    "custom_translation_table": ops.translations()}
@@ -126,10 +131,23 @@ def _trace(static: StaticViT, provenance: Provenance, batch: int | None, opset: 
         except torch.onnx.OnnxExporterError:
             program.run_decompositions = retrace
             program = torch.onnx.export(program, **options)
-    names = [*provenance.outputs, *static.decision_names]
-    for value, name in zip(program.model.graph.outputs, names, strict=True):
+    for value, name in zip(program.model.graph.outputs, [*provenance.outputs, *static.decisions], strict=True):
         value.name = name
     return program.model
+
+
+@contextlib.contextmanager
+def _no_collection():
+    """No garbage collection: a trace makes millions of small objects that live, and walking them takes a tenth of its time."""
+    import gc
+
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 @contextlib.contextmanager
@@ -145,15 +163,16 @@ def quiet():
         logging.disable(level)
 
 
-def _finish(model, n_outputs: int, simplify: bool):
-    """Decisions become inner values, unread nodes go, parameters get the shapes TensorRT takes as they are.
+def _finish(model, n_outputs: int, batch: int | None, simplify: bool):
+    """Decisions become inner values, unread nodes go, parameters get the shapes TensorRT takes as they are, the batch becomes free.
 
     Returns an onnx.ModelProto without its large weights, and those as {name: onnx_ir tensor}: they are written one by one.
     """
     import onnx_ir as ir
     from onnx_ir.passes import common
 
-    decisions = {d.name: [n if isinstance(n, int) else "batch" for n in d.shape] for d in model.graph.outputs[n_outputs:]}
+    first = "batch" if batch is None else None
+    decisions = {d.name: [*([first] if first else d.shape[:1]), *d.shape[1:]] for d in model.graph.outputs[n_outputs:]}
     del model.graph.outputs[n_outputs:]
     common.RemoveUnusedNodesPass()(model)
     _widen_parameters(model)
@@ -164,7 +183,38 @@ def _finish(model, n_outputs: int, simplify: bool):
     for name in weights:
         del model.graph.initializers[name]
     proto = ir.to_proto(model)
+    if first:
+        proto = _free_batch(proto, weights)
     return (_simplify(proto, weights, decisions) if simplify else proto), weights
+
+
+@contextlib.contextmanager
+def _as_inputs(graph, weights: dict):
+    """The weights that are not in the graph, as inputs of it for a while, so that their shapes are known."""
+    import onnx
+
+    n = len(graph.input)
+    graph.input.extend(onnx.helper.make_tensor_value_info(name, int(t.dtype), list(t.shape)) for name, t in weights.items())
+    yield
+    del graph.input[n:]
+
+
+def _free_batch(proto, weights: dict):
+    """Every shape anew, from an input whose batch is free: nothing of the traced number of images stays."""
+    import onnx
+
+    graph = proto.graph
+    del graph.value_info[:]
+    for value in graph.input:
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    for value in graph.output:
+        value.type.tensor_type.ClearField("shape")
+    with _as_inputs(graph, weights):
+        proto = onnx.shape_inference.infer_shapes(proto, strict_mode=True)
+    del proto.graph.input[1:]
+    for value in proto.graph.output:
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    return proto
 
 
 def _simplify(proto, weights: dict, decisions: dict[str, list]):
@@ -176,14 +226,13 @@ def _simplify(proto, weights: dict, decisions: dict[str, list]):
     import onnx
     import onnxsim
 
-    trial, info = onnx.ModelProto(), onnx.helper.make_tensor_value_info
+    trial = onnx.ModelProto()
     trial.CopyFrom(proto)
     graph = trial.graph
     n_inputs, n_outputs = len(graph.input), len(graph.output)
-    graph.input.extend(info(name, int(t.dtype), list(t.shape)) for name, t in weights.items())
     inner = {o for n in graph.node for o in n.output}
-    graph.output.extend(info(k, onnx.TensorProto.INT64, shape) for k, shape in decisions.items() if k in inner)
-    with quiet():
+    graph.output.extend(onnx.helper.make_tensor_value_info(k, onnx.TensorProto.INT64, v) for k, v in decisions.items() if k in inner)
+    with quiet(), _as_inputs(graph, weights):
         simple, ok = onnxsim.simplify(trial, check_n=0)
     kinds = {n.op_type for n in graph.node}
     if not ok or len(simple.graph.node) >= len(graph.node) or {n.op_type for n in simple.graph.node} - kinds:

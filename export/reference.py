@@ -9,7 +9,7 @@ from torch import nn
 
 from . import reducers, vit
 from .apply import apply_eager, follow
-from .plan import MergePlan, Signals
+from .plan import MergePlan, Signals, lift
 from .schedule import Schedule
 
 
@@ -34,15 +34,16 @@ class ReferenceResult:
 class ReducedViT(nn.Module):
     """A timm ViT with a schedule applied, eager: the reference as a module.
 
-    model: a plain timm ViT, used as it is (never changed). schedule: of the same model.
+    model: a plain timm ViT, used as it is (never changed). schedule: of the same model. heads: score heads, one a stage, of the
+    methods that have them (see `load.score_heads`).
     `forward(image [B, 3, H, W])` gives logits (features without classes); `run` gives everything.
     """
 
-    def __init__(self, model: nn.Module, schedule: Schedule):
+    def __init__(self, model: nn.Module, schedule: Schedule, heads: nn.ModuleList | None = None):
         super().__init__()
         vit.check_plain_vit(model)
-        vit.check_schedule(model, schedule)
-        self.model, self.schedule = model.eval(), schedule
+        vit.check_schedule(model, schedule, heads)
+        self.model, self.schedule, self.heads = model.eval(), schedule, heads
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return self.run(image).output
@@ -51,51 +52,94 @@ class ReducedViT(nn.Module):
     def run(self, image: torch.Tensor, replay: list[MergePlan] | None = None) -> ReferenceResult:
         """Compute, deciding itself or, with `replay`, under the given plans (one per step), whose regret is then measured."""
         m = self.model
-        x = m.norm_pre(m.patch_drop(m._pos_embed(m.patch_embed(image))))
+        x, _ = vit.embed(m, m.patch_embed(image))
+        x = m.norm_pre(x)
         batch, n, _ = x.shape
-        size, merged = torch.ones(batch, n, 1, dtype=x.dtype), False
-        at = torch.arange(n).expand(batch, n)
+        size, at = torch.ones(batch, n, 1, dtype=x.dtype), torch.arange(n).expand(batch, n)
+        rope, place = vit.rotary_table(m), at
         out = ReferenceResult(x, x, at, size[..., 0])
-        steps, reducer = self.schedule.by_site, reducers.get(self.schedule.method)
+        steps, options = self.schedule.by_site, self.schedule.options
         for i, block in enumerate(m.blocks):
-            x, k = attend(block, x, size if merged and self.schedule.options.get("prop_attn") else None)
-            step = steps.get((i, "post_attn"))
-            if step is not None:
-                metric = k.mean(1)
-                signals = Signals(x, size, metric / metric.norm(dim=-1, keepdim=True), m.num_prefix_tokens, vit.has_class_token(m))
-                if replay is None:
-                    plan = reducer.reference(signals, step)
-                else:
-                    plan = replay[len(out.plans)]
-                    out.regrets.append(reducer.regret(signals, step, plan))
-                x, size = apply_eager(plan, x, size)
-                at, merged = follow(plan, at), True
-                out.plans.append(plan)
-            x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+            if (i, "pre_block") in steps:
+                x, size, at, place = self._reduce(steps[i, "pre_block"], x, size, at, place, self._head_score(i, x), None, replay, out)
+            p = vit.parts(block)
+            turn = None if rope is None else rope[i % len(rope)][:, place].transpose(0, 1)
+            x, k, attention = attend(p, x, size if out.plans and options.get("prop_attn") else None, turn)
+            if (i, "post_attn") in steps:
+                score = received(attention, self.n_prefix, options.get("score", "class"))
+                x, size, at, place = self._reduce(steps[i, "post_attn"], x, size, at, place, score, k.mean(1), replay, out)
+            x = x + _scaled(p.mlp(p.norm2(x)), p.gamma2)
         out.tokens = m.norm(x)
         out.output, out.sources, out.size = m.forward_head(out.tokens), at, size[..., 0]
         return out
 
+    @property
+    def n_prefix(self) -> int:
+        return self.model.num_prefix_tokens
 
-def attend(block: nn.Module, x: torch.Tensor, size: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention half of a block, x [B, N, C] -> x after its residual, and the keys [B, heads, N, D].
+    def _head_score(self, block, x):
+        """The head's log-probability to keep, prefix tokens lifted, [B, N, 1]."""
+        stage = self.schedule.options["at"].index(block)
+        score = self.heads[stage](x[:, self.n_prefix :])[..., :1]
+        return _lifted(torch.cat([score.new_zeros(len(x), self.n_prefix, 1), score], 1), self.n_prefix)
 
-    size: [B, N, 1] for proportional attention (log(size) on the logits, after scaling), or None.
+    def _reduce(self, step, x, size, at, place, score, metric, replay, out):
+        """One reduction of tokens x, their sizes, where input tokens are (at) and where tokens stand in the image (place)."""
+        reducer = reducers.get(self.schedule.method)
+        unit = None if metric is None else metric / metric.norm(dim=-1, keepdim=True)
+        signals = Signals(x, self.n_prefix, vit.has_class_token(self.model), size, unit, score)
+        given = None if replay is None else replay[len(out.plans)]
+        plan = reducer.reference(signals, step, given)
+        if given is not None:
+            out.regrets.append(reducer.regret(signals, step, plan))
+        out.plans.append(plan)
+        place = place.gather(1, plan.keep[..., 0])  # a token stands where it stood; one made of others stands nowhere
+        place = torch.cat([place, place.new_full((len(x), plan.n_extra), self.schedule.n_tokens)], 1)
+        return (*apply_eager(plan, x, size), follow(plan, at, step.n_in), place)
+
+
+def received(attention: torch.Tensor, n_prefix: int, of: str) -> torch.Tensor:
+    """Attention every token receives, mean over heads, prefix tokens lifted: [B, heads, N, N] -> [B, N, 1].
+
+    of: "class", from the class token; "mean", the mean over all tokens.
     """
-    attn = block.attn
-    q, k, v = vit.split_heads(attn, block.norm1(x))
-    logits = (q * attn.scale) @ k.mT
+    rows = attention[:, :, 0] if of == "class" else attention.mean(2)
+    return _lifted(rows.mean(1)[..., None], n_prefix)
+
+
+def _lifted(score, n_prefix):
+    return score + torch.tensor(lift(score.shape[1], n_prefix), dtype=score.dtype)[:, None]
+
+
+def attend(p: vit.BlockParts, x: torch.Tensor, size: torch.Tensor | None, rope: torch.Tensor | None = None):
+    """Attention half of a block, x [B, N, C] -> x after its residual, the keys [B, heads, N, D] and the attention [B, heads, N, N].
+
+    size: [B, N, 1] for proportional attention (log(size) on the logits, after scaling), or None. rope: rotary embedding of these
+    tokens [B, heads or 1, N, 2 D], or None; the keys that are returned are not rotated.
+    """
+    from timm.layers import apply_rot_embed_cat
+
+    y = p.norm1(x)
+    q, k, v = vit.split_heads(p, y)
+    turn = lambda t: t if rope is None else apply_rot_embed_cat(t, rope, half=p.half)
+    logits = (turn(q) * p.scale) @ turn(k).mT
     if size is not None:
         logits = logits + size.log()[:, None, :, 0].unsqueeze(2)
-    y = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
-    y = attn.proj(attn.norm(y)) if hasattr(attn, "norm") else attn.proj(y)
-    return x + block.drop_path1(block.ls1(y)), k
+    attention = logits.softmax(-1)
+    out = p.norm((attention @ v).transpose(1, 2).flatten(2))
+    out = p.proj(out if p.gate is None else out * p.gate(y).sigmoid())
+    return x + _scaled(out, p.gamma1), k, attention
 
 
-def reduce_model(model: nn.Module, schedule: Schedule) -> ReducedViT:
+def _scaled(x, gamma):
+    return x if gamma is None else x * gamma
+
+
+def reduce_model(model: nn.Module, schedule: Schedule, heads: nn.ModuleList | None = None) -> ReducedViT:
     """The eager reference of a model under a schedule.
 
-    model: a plain timm ViT. schedule: from `Schedule.parse` with the model's own token counts.
-    Raises: UsageError when the model is no plain ViT or the schedule is for another one.
+    model: a plain timm ViT. schedule: from `Schedule.parse` with the model's own token counts. heads: the score heads of dTPS and
+    DynamicViT, from `score_heads(loaded, schedule)`.
+    Raises: UsageError when the model is no plain ViT, or the schedule or the heads are for another one.
     """
-    return ReducedViT(model, schedule)
+    return ReducedViT(model, schedule, heads)

@@ -104,77 +104,26 @@ class Schedule:
             raise UsageError(f"not a schedule: {e}") from None
 
     @classmethod
-    def parse(cls, text: str | int | tuple | list = 0, *, method: str = "tome", depth: int, n_tokens: int, n_prefix: int = 1,
-              prop_attn: bool = True) -> "Schedule":
-        """Schedule of a method from its option as typed.
+    def parse(cls, r: str | int | tuple | list | None = None, *, method: str = "tome", depth: int, n_tokens: int, n_prefix: int = 1,
+              **options) -> "Schedule":
+        """Schedule of a method from its options, each as typed at the command line or as a Python value.
 
-        text: ToMe's r as "13", "13:-1" (r and inflection) or "8,8,4" (one value a block), or the Python forms 13, (13, -1.0), [8, 8, 4].
+        r: ToMe's r as "13", "13:-1" (r and inflection) or "8,8,4" (one value a block), or the Python forms 13, (13, -1.0), [8, 8, 4].
         depth, n_tokens, n_prefix: of the model (DeiT-S: 12, 197, 1).
-        prop_attn: add log(token size) to the attention logits.
-        Raises: UsageError for anything that is not a count of tokens the model can lose.
-        Source: ToMe (Bolya et al. 2023), `parse_r` for the forms, section 3 for the cut to half.
+        options: prop_attn (ToMe, DiffRate: add log(token size) to the attention logits); keep_rate, at (EViT, eTPS, dTPS, DynamicViT:
+        "0.7" or one rate a stage; blocks from 0); fuse (EViT); rates (DiffRate: "deit_small@2.9", a file or a dictionary); score
+        ("class", or "mean" for models without a class token). What is None takes the method's default.
+        Raises: UsageError for an option the method does not have, or a value the model cannot serve.
+        Source: the module of the method in `export/reducers`.
         """
-        if method == "none":
+        from . import reducers
+
+        given = {k: v for k, v in {"r": r, **options}.items() if v is not None}
+        reducers.check_options(method, given)
+        reducer = reducers.get(method)
+        if reducer is None:
             return cls("none", n_tokens, n_prefix, depth)
-        if method != "tome":
-            raise UsageError(f"unknown method {method!r}: wanted one of none, tome")
-        return tome_schedule(parse_r(text, depth), n_tokens, n_prefix, prop_attn)
-
-
-def parse_r(r: str | int | tuple | list, depth: int) -> list[int]:
-    """Tokens to merge per block, before the cut to half.
-
-    r: "13", "13:-1", "8,8,4" or 13, (13, -1.0), [8, 8, 4]. A pair (r, inflection) runs linearly from r(1 - inflection) to
-    r(1 + inflection), each value truncated; a list is padded with zeros.
-    Raises: UsageError when r is no number, negative, has an inflection outside [-1, 1] or more values than there are blocks.
-    """
-    said = r
-    if isinstance(r, str):
-        try:
-            if ":" in r:
-                head, tail = r.split(":")
-                r = (int(head), float(tail))
-            else:
-                r = [int(v) for v in r.split(",")] if "," in r else int(r)
-        except ValueError:
-            raise UsageError(f"--r {said!r} is not a token count: wanted 13, 13:-1 (r:inflection) or 8,8,4,... (one a block)") from None
-    whole = lambda v: isinstance(v, int) and not isinstance(v, bool)
-    if isinstance(r, list) and r and all(map(whole, r)):
-        if len(r) > depth:
-            raise UsageError(f"--r {said!r} has {len(r)} values, the model has {depth} blocks: give at most one a block")
-        values = r + [0] * (depth - len(r))
-    else:
-        r, inflection = r if isinstance(r, tuple) and len(r) == 2 else (r, 0.0)
-        if not whole(r) or not isinstance(inflection, (int, float)):
-            raise UsageError(f"--r {said!r}: wanted whole numbers of tokens: one, a pair (r, inflection) or a list, one a block")
-        if not -1 <= inflection <= 1:
-            raise UsageError(f"--r {said!r}: inflection {inflection} is outside [-1, 1]")
-        if r > 10**6:
-            raise UsageError(f"--r {str(said)[:40]}: more tokens than any model has")
-        low = int(r * (1.0 - inflection))
-        step = (2 * r - low - low) / (depth - 1) if depth > 1 else 0.0
-        values = [r] if r < 0 else [int(low + step * i) for i in range(depth)]
-    if min(values) < 0:
-        raise UsageError(f"--r {said!r} is negative: wanted 0 (nothing merged) or more tokens per block")
-    return values
-
-
-def tome_schedule(values: list[int], n_tokens: int, n_prefix: int, prop_attn: bool = True) -> Schedule:
-    """ToMe's counts: in every block min(r, (N - prefix) // 2) tokens merge.
-
-    values: r per block. Raises: UsageError when an r is larger than the number of tokens of the model.
-    """
-    for b, r in enumerate(values):
-        if r > n_tokens:
-            raise UsageError(f"--r: block {b} is asked to merge {r} tokens, the model has {n_tokens}; at most half of the tokens "
-                             f"can merge in one block ({(n_tokens - n_prefix) // 2} in block 0)")
-    n, steps, cut = n_tokens, [], []
-    for b, r in enumerate(values):
-        real = min(r, max(n - n_prefix, 0) // 2)
-        if real < r:
-            cut.append(f"{b} ({r} to {real})")
-        if real:
-            steps.append(Step(b, "post_attn", n, n - real, n - real))
-            n -= real
-    notes = (f"r was cut to half of the tokens in block {', '.join(cut)}",) if cut else ()
-    return Schedule("tome", n_tokens, n_prefix, len(values), {"r": list(values), "prop_attn": prop_attn}, tuple(steps), notes)
+        if given.get("score", "class") not in ("class", "mean"):
+            raise UsageError(f"score {given['score']!r}: wanted class (attention of the class token) or mean (mean attention received)")
+        options, steps, notes = reducer.steps({**reducer.OPTIONS, **given}, n_tokens, n_prefix, depth)
+        return cls(method, n_tokens, n_prefix, depth, options, tuple(steps), tuple(notes))

@@ -14,6 +14,8 @@ LARGE = 4096  # bytes; weights above are kept out of the graph until they are wr
 
 def check_output(path: str | Path, force: bool) -> Path:
     """The path, when a file can be written there. Raises: UsageError when it exists (without force) or its folder cannot be written."""
+    if not str(path).strip() or "\0" in str(path):
+        raise UsageError(f"output {str(path)!r}: wanted a file name, e.g. vit.onnx")
     path = Path(path)
     if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         raise UsageError(f"output {path} is a directory: wanted a file name, e.g. {path / 'vit.onnx'}")

@@ -9,6 +9,8 @@ Matrices are [N, C], or [B, N, C] for a batch; an index of rows is an int64 colu
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -95,6 +97,13 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     return torch.gather(x, -2, index.expand(*index.shape[:-1], x.shape[-1]))
 
 
+@_operator(fake=lambda table, index: table.new_empty((*index.shape[:-1], table.shape[-1])),
+           onnx=lambda table, index: _ox().GatherND(table, index))
+def look_up(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of one table [M, D] for every image: index [.., K, 1] -> [.., K, D]. ONNX: GatherND."""
+    return table[index[..., 0]]
+
+
 @_operator(fake=lambda x, rows: x.new_empty((*x.shape[:-2], len(rows), x.shape[-1])),
            onnx=lambda x, rows: _ox().Gather(x, _int32s(rows), axis=-2))
 def fixed_rows(x: Tensor, rows: list[int]) -> Tensor:
@@ -128,9 +137,20 @@ def put_rows(base: Tensor, index: Tensor, values: Tensor) -> Tensor:
     return base.scatter(-2, index, values)
 
 
+@_operator(fake=lambda x, shape: x.new_empty(_whole(x, shape)), onnx=lambda x, shape: _ox().Reshape(x, _ints(*shape)))
+def reshape(x: Tensor, shape: list[int]) -> Tensor:
+    """x in another shape; a -1 stays one in the graph, where `torch.reshape` leaves the batch it was traced with. ONNX: Reshape."""
+    return x.reshape(shape).clone()
+
+
+def _whole(x, shape):
+    rest = math.prod(d for d in shape if d != -1)
+    return [x.numel() // rest if d == -1 else d for d in shape]
+
+
 def _product_shape(a, b, trans_a, trans_b):
     n = a.shape[-1] if trans_a else a.shape[-2]
-    return a.new_empty((*a.shape[:-2], n, b.shape[-2] if trans_b else b.shape[-1]))
+    return a.new_empty((*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), n, b.shape[-2] if trans_b else b.shape[-1]))
 
 
 def _matmul_onnx(a, b, trans_a, trans_b):

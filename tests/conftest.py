@@ -18,17 +18,39 @@ TINY = {
     "tiny_vit_nocls": ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
     "tiny_vit_distilled": ("deit_tiny_distilled_patch16_224", {}),
 }
-FAST_FIRST = ("test_schedule", "test_ops", "test_load", "test_static_forms", "test_graph", "test_golden")
+AT = {"at": (1, 3, 4)}
+# Every method on the tiny models (65 tokens, 6 blocks); after the method's name, what is special.
+METHOD_CASES = {
+    "none": {}, "tome": {"r": 8}, "evit": AT, "evit no-fuse": {**AT, "fuse": False}, "etps": AT, "dtps": AT, "dynamicvit": AT,
+    "diffrate": {"rates": {"prune_kept": [65, 60, 50, 42, 34, 20], "merge_kept": [65, 55, 46, 38, 30, 12]}},
+    "diffrate prune": {"rates": {"prune_kept": [65, 60, 50, 42, 34, 20], "merge_kept": [65, 60, 50, 42, 34, 20]}},
+    "diffrate merge": {"rates": {"prune_kept": [65, 65, 60, 50, 40, 30], "merge_kept": [65, 60, 50, 40, 30, 30]}},
+    "diffrate up and down": {"rates": {"prune_kept": [60, 64, 50, 58, 40, 65], "merge_kept": [55, 60, 45, 52, 38, 60]}},
+}
+FAST_FIRST = ("test_schedule", "test_counts", "test_rates", "test_ops", "test_load", "test_static_forms", "test_graph", "test_golden")
 
 
 def pytest_configure(config):
     torch.set_num_threads(1)
 
 
+def pytest_generate_tests(metafunc):
+    """A test with an argument `options` runs for every row of METHOD_CASES; it is what `schedule_of` and `exported` take."""
+    if "options" in metafunc.fixturenames:
+        rows = [pytest.param({"method": name.split()[0], **options}, id=name) for name, options in METHOD_CASES.items()]
+        metafunc.parametrize("options", rows)
+
+
 def pytest_collection_modifyitems(items):
     """Quick files first, tests marked slow last; the order within a file stays."""
     rank = {name: i for i, name in enumerate(FAST_FIRST)}
     items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, rank.get(item.path.stem, 2.5)))
+
+
+@pytest.fixture(scope="session")
+def method_cases():
+    """METHOD_CASES itself."""
+    return METHOD_CASES
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +72,8 @@ def tiny():
     def load(kind):
         if kind not in made:
             name, kwargs = TINY[kind]
-            made[kind] = load_model(name, {**KWARGS, **kwargs}, checkpoint=GOLDEN / f"{kind}.safetensors")
+            made[kind] = load_model(name, {**KWARGS, **kwargs}, checkpoint=GOLDEN / f"{kind}.safetensors",
+                                    predictor=GOLDEN / "tps_predictors_tiny.safetensors")
         return made[kind]
 
     return load
@@ -58,36 +81,40 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def schedule_of():
-    """schedule_of(module, r, ...) -> Schedule with the counts of a timm model; r None for no reduction."""
+    """schedule_of(module, r, ...) -> Schedule with the counts of a timm model: ToMe's r, or method=... and its options, or nothing."""
     from tokexport import Schedule
     from tokexport.export import vit
 
-    def schedule(module, r, prop_attn=True):
-        return Schedule.parse(r or 0, method="none" if r is None else "tome", depth=len(module.blocks), n_tokens=vit.n_tokens(module),
-                              n_prefix=module.num_prefix_tokens, prop_attn=prop_attn)
+    def schedule(module, r=None, prop_attn=None, method=None, **options):
+        method = method or ("none" if r is None else "tome")
+        return Schedule.parse(r, method=method, depth=len(module.blocks), n_tokens=vit.n_tokens(module),
+                              n_prefix=module.num_prefix_tokens, prop_attn=None if r is None else prop_attn, **options)
 
     return schedule
 
 
 @pytest.fixture(scope="session")
 def exported(tiny, schedule_of, tmp_path_factory):
-    """exported(kind, r, batch, prop_attn, gather_from) -> path of a tiny model with `sources`, made once.
+    """exported(kind, r, batch, prop_attn, gather_from, method, ...) -> path of a tiny model with `sources`, made once.
 
-    gather_from: tokens from which a step is in the gather form; None for the exporter's own choice.
+    r and prop_attn are ToMe's, options of other methods follow their name. gather_from: tokens from which a step is in the gather
+    form; None for the exporter's own choice.
     """
     from tokexport import export_onnx
     from tokexport.export import apply
 
     made, folder = {}, tmp_path_factory.mktemp("onnx")
 
-    def export(kind, r=8, batch=None, prop_attn=True, gather_from=None):
-        key = (kind, str(r), batch, prop_attn, gather_from)
+    def export(kind, r=8, batch=None, prop_attn=True, gather_from=None, method=None, **options):
+        loaded = tiny(kind)
+        schedule = schedule_of(loaded.module, r if method in (None, "tome") else None, prop_attn, method, **options)
+        key = (kind, json.dumps(schedule.to_json()), batch, gather_from)
         if key not in made:
-            loaded, path = tiny(kind), folder / f"{len(made)}.onnx"
+            path = folder / f"{len(made)}.onnx"
             with pytest.MonkeyPatch.context() as patch:
                 for form in apply.GATHER_FROM if gather_from is not None else ():
                     patch.setitem(apply.GATHER_FROM, form, gather_from)
-                export_onnx(loaded, schedule_of(loaded.module, r, prop_attn), path, batch=batch, sources=True)
+                export_onnx(loaded, schedule, path, batch=batch, sources=True)
             made[key] = path
         return made[key]
 

@@ -5,12 +5,17 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from tokexport.export import reducers
+
+GOLDEN = Path(__file__).parent / "golden"
 
 TINY = ["--model", "vit_tiny_patch16_224", "--model-kwargs", "img_size=64", "--model-kwargs", "patch_size=8",
         "--model-kwargs", "embed_dim=64", "--model-kwargs", "depth=6", "--model-kwargs", "num_heads=4", "--model-kwargs", "num_classes=10"]
@@ -66,7 +71,7 @@ def test_help_is_there_within_a_third_of_a_second():
 
 def test_every_command_has_help_without_torch(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
-    for name in ("onnx", "verify", "inspect", "bench", "demo"):
+    for name in ("onnx", "verify", "inspect", "bench", "demo", "rates"):
         out = cli(name, "--help", env={"PYTHONPATH": str(tmp_path)})
         assert out.returncode == 0, out.stderr
 
@@ -180,6 +185,25 @@ BAD_OPTIONS = {
     "r of many digits": ([*TINY, "--r", "9" * 400], "more tokens"),
     "batch of many digits": ([*TINY, "--r", 8, "--batch", "9" * 20], "--batch"),
     "weights by kwargs": ([*TINY, "--model-kwargs", "checkpoint_path=w.pth", "--r", 8], "--checkpoint"),
+    "block out of range": ([*TINY, "--method", "evit", "--at", "1,6"], "--at"),
+    "blocks not in order": ([*TINY, "--method", "etps", "--at", "3,1"], "--at"),
+    "default blocks of a small model": ([*TINY, "--method", "dtps"], "--at"),
+    "keep rate of 0": ([*TINY, "--method", "evit", "--at", "1", "--keep-rate", "0"], "--keep-rate"),
+    "keep rate above 1": ([*TINY, "--method", "dynamicvit", "--at", "1", "--keep-rate", "1.2"], "--keep-rate"),
+    "too many keep rates": ([*TINY, "--method", "etps", "--at", "1,3", "--keep-rate", "0.9,0.8,0.7"], "--keep-rate"),
+    "a list that grows": ([*TINY, "--method", "dtps", "--at", "1,3", "--keep-rate", "0.5,0.7"], "must not grow"),
+    "no rates": ([*TINY, "--method", "diffrate"], "--rates"),
+    "rates for another depth": ([*TINY, "--method", "diffrate", "--rates", "deit_small@2.9"], "12 counts"),
+    "unknown rates": (["--method", "diffrate", "--rates", "deit_small@9.9"], "deit_small@2.9"),
+    "fuse with another method": ([*TINY, "--method", "etps", "--fuse"], "--fuse"),
+    "keep rate with tome": ([*TINY, "--r", 8, "--keep-rate", "0.7"], "--keep-rate"),
+    "predictor with evit": ([*TINY, "--method", "evit", "--predictor", "x.pth"], "--predictor"),
+    "no such predictor": ([*TINY, "--method", "dtps", "--at", "1", "--predictor", "x.pth"], "no such file"),
+    "no class token": ([*TINY, "--model-kwargs", "class_token=False", "--model-kwargs", "global_pool=avg", "--method", "evit", "--at", "1"],
+                       "--score mean"),
+    "parallel blocks": (["--model", "vit_small_patch16_18x2_224", "--r", 8], "ParallelThingsBlock"),
+    "empty output": ([*TINY, "--r", 8, "-o", ""], "file name"),
+    "other digits": ([*TINY, "--r", "１３"], "--r"),
     "two weights": ([*TINY, "--r", 8, "--checkpoint", "nowhere.pth", "--pretrained"], "--pretrained"),
 }
 
@@ -187,9 +211,72 @@ BAD_OPTIONS = {
 @pytest.mark.parametrize("case", BAD_OPTIONS)
 def test_bad_options_are_refused_in_words(call, tmp_path, case):
     args, word = BAD_OPTIONS[case]
-    code, _, err = call("onnx", *args, "-o", tmp_path / "x.onnx")
+    code, _, err = call("onnx", *([] if "-o" in args else ["-o", tmp_path / "x.onnx"]), *args)
     assert code == 2 and word in err and "Traceback" not in err
     assert not list(tmp_path.iterdir())
+
+
+METHODS = {
+    "evit": ["--at", "1,3,4"], "etps": ["--at", "1,3", "--keep-rate", "0.8,0.6"], "dynamicvit": ["--at", "1,3,4", "--predictor", GOLDEN / "tps_predictors_tiny.safetensors"],
+    "dtps": ["--at", "1,3,4", "--predictor", GOLDEN / "tps_predictors_tiny.safetensors"], "tome": ["--r", "8:-1", "--no-prop-attn"], "none": [],
+    "diffrate": ["--rates", "rates.json"],
+}
+
+
+@pytest.mark.parametrize("batch", [1, "dynamic"])
+@pytest.mark.parametrize("method", reducers.METHODS)
+def test_every_method_is_exported_inspected_and_verified(call, tmp_path, monkeypatch, method, batch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rates.json").write_text(json.dumps({"prune_kept": [65, 60, 50, 42, 34, 20], "merge_kept": [65, 55, 46, 38, 30, 12]}))
+    code, _, err = call("onnx", *TINY, "--checkpoint", GOLDEN / "tiny_vit.safetensors", "--method", method, *METHODS[method],
+                        "--batch", batch, "--sources", "-o", "m.onnx")
+    assert code == 0, err
+    assert json.loads(call("inspect", "m.onnx", "--json")[1])["provenance"]["schedule"]["method"] == method
+    for engine in ("ort", "openvino"):
+        report = json.loads(call("verify", "m.onnx", "--engine", engine, "--json")[1])
+        assert report["passed"] and report["decisions"] in (1.0, None), report
+
+
+def _wrong_order(weights, graph):
+    next(a for n in graph.node if n.op_type == "TopK" for a in n.attribute if a.name == "largest").i = 0
+
+
+def _wrong_head(weights, graph):
+    name = next(n for n in weights if "score_heads" in n and n.endswith("local"))
+    weights[name].CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(weights[name]), name))
+
+
+@pytest.mark.parametrize("method, fault", [("evit", _wrong_order), ("diffrate", _wrong_order), ("dtps", _wrong_head), ("dynamicvit", _wrong_head)])
+def test_verify_fails_wrong_decisions_of_every_kind(call, tmp_path, monkeypatch, method, fault):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rates.json").write_text(json.dumps({"prune_kept": [65, 60, 50, 42, 34, 20], "merge_kept": [65, 55, 46, 38, 30, 12]}))
+    assert call("onnx", *TINY, "--method", method, *METHODS[method], "-o", "m.onnx")[0] == 0
+    code, out, _ = call("verify", _changed("m.onnx", "wrong.onnx", fault), "--json")
+    report = json.loads(out)
+    assert code == 1 and report["decisions"] < 1 and any(not f["passed"] for f in report["flips"])
+
+
+def test_score_heads_must_fit(call, tmp_path):
+    from tokexport.export.formats import random_heads
+
+    for name, heads in {"wide": random_heads(128, 3, 0), "few": random_heads(64, 2, 0)}.items():
+        save_file(heads, tmp_path / f"{name}.safetensors")
+    before = sorted(tmp_path.iterdir())
+    for args, word in ((["--predictor", tmp_path / "wide.safetensors"], "width 128"), (["--predictor", tmp_path / "few.safetensors"], "2 stages"),
+                       (["--checkpoint", GOLDEN / "tiny_vit.safetensors"], "--predictor"),
+                       (["--predictor", GOLDEN / "tiny_vit.safetensors"], "no score heads")):
+        code, _, err = call("onnx", *TINY, "--method", "dtps", "--at", "1,3,4", *args, "-o", tmp_path / "x.onnx")
+        assert code == 2 and word in err and "Traceback" not in err, err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_published_rates_are_scaled_to_other_images_and_said(call, tmp_path):
+    code, _, err = call("onnx", "--model", "deit_tiny_patch16_224", "--model-kwargs", "img_size=160", "--method", "diffrate",
+                        "--rates", "deit_tiny@0.7", "-o", tmp_path / "d.onnx")
+    assert code == 0 and "for 197 tokens, this model has 101" in err
+    (tmp_path / "r.json").write_text(json.dumps({"prune_kept": [0] * 6, "merge_kept": [0] * 6}))
+    code, _, err = call("onnx", *TINY, "--method", "diffrate", "--rates", tmp_path / "r.json", "-o", tmp_path / "x.onnx")
+    assert code == 2 and "Traceback" not in err
 
 
 def test_bad_checkpoints_are_refused_whole(call, tmp_path):

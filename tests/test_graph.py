@@ -1,16 +1,24 @@
 """What exported graphs are made of: nothing TensorRT refuses, no more nodes than promised, the same numbers in every engine."""
 
+import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+import torch
+from onnx import TensorProto, helper, numpy_helper
 
 from tokexport import Schedule, UsageError, export_onnx, load_model, reduce_model
 from tokexport.export import checks
 from tokexport.export.errors import GraphError
+from tokexport.export.reducers import METHODS
+from tokexport.export.score_head import score_heads
 
 WHY_TENSORRT = "tensorrt_rtx is not installed: node counts of the parsed network and engine builds need it (no GPU)"
-# DeiT-S: (r, batch) -> most nodes in the file, most layers in the network TensorRT-RTX parses
-BUDGETS = {(None, 1): (230, 390), (13, 1): (450, 800), (13, None): (562, 1000)}
+# DeiT-S: (method, batch) -> most nodes in the file, most layers in the network TensorRT-RTX parses
+BUDGETS = {
+    ("none", 1): (230, 390), ("tome", 1): (450, 800), ("tome", None): (562, 1000), ("evit", 1): (260, 440), ("etps", 1): (300, 600),
+    ("dtps", 1): (300, 600), ("dynamicvit", 1): (300, 600), ("diffrate", 1): (500, 1000),
+}
+ON_DEIT = {"tome": {"r": 13}, "diffrate": {"rates": "deit_small@2.9"}}  # the others as they are by default
 ADDED = 0.03  # of the weights: what the constants of a reduction may take
 
 
@@ -81,16 +89,62 @@ def test_every_banned_node_has_a_test():
     assert set(checks.BANNED) <= set(REFUSED)
 
 
-@pytest.mark.parametrize("batch", [1, 3, None])
-@pytest.mark.parametrize("kind, r", [("tiny_vit", None), ("tiny_vit", 8), ("tiny_vit_nocls", 8), ("tiny_vit_distilled", 8)])
-def test_an_exported_graph_is_static_and_valid(kind, r, batch, exported, tiny, schedule_of):
-    model = onnx.load(exported(kind, r, batch))
-    schedule = schedule_of(tiny(kind).module, r)
+def _assert_static_and_valid(path, schedule, batch):
+    model = onnx.load(path)
     assert checks.refusals(model.graph) == [] and checks.attention_tokens(model) == [n for n, _ in schedule.tokens_per_block()]
     onnx.checker.check_model(model, full_check=True)
     first = [v.type.tensor_type.shape.dim[0] for v in (*model.graph.input, *model.graph.output)]
     assert all(d.dim_value == batch if batch else d.dim_param for d in first)
     assert [o.name for o in model.graph.output] == ["logits", "sources"]
+
+
+@pytest.mark.parametrize("batch", [1, 3, None])
+@pytest.mark.parametrize("kind", ["tiny_vit_nocls", "tiny_vit_distilled"])
+def test_an_exported_graph_is_static_and_valid(kind, batch, exported, tiny, schedule_of):
+    _assert_static_and_valid(exported(kind, 8, batch), schedule_of(tiny(kind).module, 8), batch)
+
+
+@pytest.mark.parametrize("batch", [1, 3, None])
+def test_the_graph_of_every_method_is_static_and_valid(options, batch, exported, tiny, schedule_of):
+    _assert_static_and_valid(exported("tiny_vit", batch=batch, **options), schedule_of(tiny("tiny_vit").module, **options), batch)
+
+
+def test_every_method_is_exported_here(method_cases):
+    assert {name.split()[0] for name in method_cases} == {m for m, _ in BUDGETS} == set(METHODS)
+
+
+def _batches(model):
+    """Wrong things about the batch of a graph for any: reshapes that hold a number of images, values that do not say "batch" first."""
+    graph = model.graph
+    constants = {i.name: numpy_helper.to_array(i).tolist() for i in graph.initializer if i.data_type == TensorProto.INT64}
+    constants |= {n.output[0]: list(a.ints) or numpy_helper.to_array(a.t).tolist() for n in graph.node if n.op_type == "Constant" for a in n.attribute}
+    wrong = []
+    for node in graph.node:
+        if node.op_type == "Reshape" and constants.get(node.input[1], [0])[0] != -1:
+            wrong.append(f"{node.name} to {constants.get(node.input[1])}")
+        if node.op_type in ("Expand", "Tile", "ConstantOfShape", "Shape"):
+            wrong.append(f"{node.name} has a shape")
+    dims = [(v.name, v.type.tensor_type.shape.dim[0]) for v in (*graph.input, *graph.output)]
+    return wrong + [f"{name} is for {d.dim_value}" for name, d in dims if d.dim_param != "batch"]
+
+
+def test_a_graph_for_any_batch_holds_no_number_of_images(options, exported, run_onnx, golden, relative):
+    path, alone = exported("tiny_vit", **options), exported("tiny_vit", batch=1, **options)
+    assert _batches(onnx.load(path)) == []
+    image = torch.cat([golden.image, golden.image[:2].flip(-1)])
+    wanted = run_onnx(alone, image)
+    for n in (1, 3, 5):
+        got = run_onnx(path, image[:n])
+        assert relative(got["logits"], wanted["logits"][:n]) <= 1e-5 and (got["sources"] == wanted["sources"][:n]).all()
+    assert len({w.tobytes() for w in wanted["logits"]}) == 5, "images are told apart"
+
+
+def test_a_number_of_images_in_a_graph_is_seen(exported):
+    assert "image is for 1" in _batches(onnx.load(exported("tiny_vit", batch=1))) and _batches(onnx.load(exported("tiny_vit", batch=3)))
+    model = onnx.load(exported("tiny_vit"))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([2, 65, 64]), "traced"))
+    model.graph.node.append(_node("Reshape", ("rows", "traced")))
+    assert _batches(model) == ["the_Reshape to [2, 65, 64]"]
 
 
 def test_other_token_counts_than_the_schedules_are_an_error(exported, tiny, schedule_of):
@@ -118,49 +172,70 @@ def test_a_schedule_of_another_model_is_wrong_use(other, tiny, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+ENGINES = pytest.mark.parametrize("engine", ["ort", "openvino"])
+
+
+@pytest.fixture
+def check_engine(exported, run_onnx, tiny, schedule_of, golden, relative):
+    """check_engine(engine, kind, batch, **options): an engine's outputs are the reference's."""
+
+    def check(engine, kind, batch, **options):
+        if engine == "openvino":
+            pytest.importorskip("openvino", reason="openvino is not installed")
+        loaded, image = tiny(kind), golden.image[1:]  # the first image of tiny_vit_nocls is a near-tie
+        schedule = schedule_of(loaded.module, **options)
+        wanted = reduce_model(loaded.module, schedule, score_heads(loaded, schedule)).run(image)
+        got = run_onnx(exported(kind, batch=batch, **options), image, engine)
+        assert relative(got["logits"], wanted.output) <= 1e-4 and (got["sources"] == wanted.sources.numpy()).all()
+        assert relative(got["logits"][::-1], wanted.output) > 1e-4, "images are told apart"
+
+    return check
+
+
+@ENGINES
 @pytest.mark.parametrize("batch", [1, None])
-@pytest.mark.parametrize("kind", ["tiny_vit", "tiny_vit_nocls", "tiny_vit_distilled"])
-@pytest.mark.parametrize("engine", ["ort", "openvino"])
-def test_every_engine_gives_the_references_numbers(engine, kind, batch, exported, run_onnx, tiny, schedule_of, golden, relative):
-    if engine == "openvino":
-        pytest.importorskip("openvino", reason="openvino is not installed")
-    model, image = tiny(kind).module, golden.image[1:]  # the first image of tiny_vit_nocls is a near-tie
-    wanted = reduce_model(model, schedule_of(model, 8)).run(image)
-    got = run_onnx(exported(kind, 8, batch), image, engine)
-    assert relative(got["logits"], wanted.output) <= 1e-4 and (got["sources"] == wanted.sources.numpy()).all()
-    assert relative(got["logits"][::-1], wanted.output) > 1e-4, "images are told apart"
+@pytest.mark.parametrize("kind", ["tiny_vit_nocls", "tiny_vit_distilled"])
+def test_every_engine_gives_the_references_numbers(engine, kind, batch, check_engine):
+    check_engine(engine, kind, batch, r=8)
+
+
+@ENGINES
+@pytest.mark.parametrize("batch", [1, None])
+def test_every_engine_runs_every_method(engine, options, batch, check_engine):
+    check_engine(engine, "tiny_vit", batch, **options)
 
 
 @pytest.fixture(scope="module")
 def exported_large(tmp_path_factory, schedule_of):
-    """exported_large(name, kwargs, r, batch) -> path of a model with random weights, made once."""
+    """exported_large(name, kwargs, batch, method and its options) -> path of a model with random weights, made once."""
     models, made, folder = {}, {}, tmp_path_factory.mktemp("large")
 
-    def export(name, kwargs, r, batch):
+    def export(name, kwargs, batch, **options):
         if name not in models:
             models[name] = load_model(name, kwargs)
-        if (name, r, batch) not in made:
-            made[name, r, batch] = folder / f"{len(made)}.onnx"
-            export_onnx(models[name], schedule_of(models[name].module, r), made[name, r, batch], batch=batch)
-        return made[name, r, batch]
+        key = name, batch, str(options)
+        if key not in made:
+            made[key] = folder / f"{len(made)}.onnx"
+            export_onnx(models[name], schedule_of(models[name].module, **options), made[key], batch=batch)
+        return made[key]
 
     return export
 
 
 @pytest.fixture(scope="module")
 def deit(exported_large):
-    return lambda r, batch: exported_large("deit_small_patch16_224", {}, r, batch)
+    return lambda method, batch: exported_large("deit_small_patch16_224", {}, batch, method=method, **ON_DEIT.get(method, {}))
 
 
-@pytest.mark.parametrize("r, batch", BUDGETS, ids=str)
-def test_deit_small_keeps_its_budget_of_nodes(r, batch, deit):
-    assert len(onnx.load(deit(r, batch)).graph.node) <= BUDGETS[r, batch][0]
+@pytest.mark.parametrize("method, batch", BUDGETS)
+def test_deit_small_keeps_its_budget_of_nodes(method, batch, deit):
+    assert len(onnx.load(deit(method, batch)).graph.node) <= BUDGETS[method, batch][0]
 
 
-@pytest.mark.parametrize("r, batch", BUDGETS, ids=str)
-def test_deit_small_keeps_its_budget_of_tensorrt_layers(r, batch, deit):
-    *_, network = _parse(deit(r, batch))
-    assert BUDGETS[r, batch][0] // 2 < network.num_layers <= BUDGETS[r, batch][1]
+@pytest.mark.parametrize("method, batch", BUDGETS)
+def test_deit_small_keeps_its_budget_of_tensorrt_layers(method, batch, deit):
+    *_, network = _parse(deit(method, batch))
+    assert BUDGETS[method, batch][0] // 2 < network.num_layers <= BUDGETS[method, batch][1]
 
 
 def _constant_bytes(path):
@@ -176,14 +251,15 @@ def _added(reduced, dense):
 
 
 @pytest.mark.parametrize("batch", [1, None])
-def test_a_reduction_adds_few_constants_to_deit_small(batch, deit):
-    assert 0 < _added(deit(13, batch), deit(None, 1)) < ADDED
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("none", "dtps", "dynamicvit")])  # score heads are weights themselves
+def test_a_reduction_adds_few_constants_to_deit_small(method, batch, deit):
+    assert 0 < _added(deit(method, batch), deit("none", 1)) < ADDED
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, None])
 def test_a_reduction_adds_few_constants_at_1370_tokens(batch, exported_large):
-    paths = [exported_large("vit_small_patch14_dinov2", {"img_size": 518}, r, 1 if r is None else batch) for r in (55, None)]
+    paths = [exported_large("vit_small_patch14_dinov2", {"img_size": 518}, 1 if r is None else batch, r=r) for r in (55, None)]
     assert checks.attention_tokens(onnx.load(paths[0]))[:2] == [1370, 1315]
     assert 0 < _added(*paths) < ADDED
 
@@ -208,19 +284,33 @@ def _parse(path):
     return trt, builder, parser, network
 
 
-@pytest.mark.parametrize("batch", [1, None])
-def test_tensorrt_builds_an_engine_for_gpus_that_are_not_here(batch, exported):
-    trt, builder, _, network = _parse(exported("tiny_vit", 8, batch))
+def _build(path, side, batch):
+    """The serialized engine for two kinds of GPU, neither of which is needed; a free batch is built for 1, 8 and 32 images."""
+    trt, builder, _, network = _parse(path)
     config = builder.create_builder_config()
     config.num_compute_capabilities = 2
     for i, capability in enumerate((trt.ComputeCapability.SM86, trt.ComputeCapability.SM89)):
         assert config.set_compute_capability(capability, i)
     if batch is None:
         profile = builder.create_optimization_profile()
-        profile.set_shape("image", *((n, 3, 64, 64) for n in (1, 8, 32)))
+        profile.set_shape("image", *((n, 3, side, side) for n in (1, 8, 32)))
         config.add_optimization_profile(profile)
-    engine = builder.build_serialized_network(network, config)
+    return builder.build_serialized_network(network, config)
+
+
+@pytest.mark.parametrize("batch", [1, None])
+def test_tensorrt_builds_an_engine_with_the_source_map(options, batch, exported):
+    engine = _build(exported("tiny_vit", batch=batch, **options), 64, batch)
     assert engine is not None and engine.nbytes > 1_000_000
+
+
+@pytest.mark.parametrize("batch", [1, None])
+@pytest.mark.parametrize("method", METHODS)
+def test_tensorrt_builds_an_engine_of_deit_small(method, batch, deit):
+    path = deit(method, batch)
+    assert onnx.load(path, load_external_data=False).opset_import[0].version == 20
+    engine = _build(path, 224, batch)
+    assert engine is not None and engine.nbytes > 0.9 * path.stat().st_size
 
 
 def test_tensorrt_refuses_what_the_checks_refuse(tmp_path):

@@ -29,16 +29,21 @@ CASES = {
     "ints": [((), ([2, -1, 2**40], [1, 3]), ())],
     "to_float": [((X > 0,), (), ())],
     "take_rows": [((X, _rows(9, 4, 4)), (), ())],
+    "look_up": [((_numbers(9, 5), _rows(9, 4, 4)), (), (0,))],
+    "reshape": [((X,), ([-1, 5],), ()), ((X,), ([-1, 3, 15],), ()), ((X.mT.contiguous(),), ([-1, 1, 1, 45],), ()), ((X.mT,), ([-1, 15],), ())],
     "fixed_rows": [((X,), ([0, 3, 8],), ()), ((X,), ([5],), ())],
     "top_rows": [((_numbers(4, 9, 1),), (3, True), ()), ((_tied(4, 30, 1),), (20, True), ()), ((_tied(4, 30, 1),), (12, False), ()),
                  ((_tied(4, 9, 1),), (9, True), ())],
     "best_column": [((X,), (), ()), ((_tied(4, 30, 20),), (), ()), ((torch.zeros(4, 3, 7),), (), ())],
     "put_rows": [((X[..., :1], _rows(9, 4, 4), _numbers(4, 4, 1, seed=2)), (), ())],
     "matmul": [((X, Y), (False, False), ()), ((X.mT.contiguous(), Y), (True, False), ()), ((X, Y.mT.contiguous()), (False, True), ()),
-               ((X.mT.contiguous(), Y.mT.contiguous()), (True, True), ()), ((X.mT.contiguous(), torch.ones(5, 1)), (True, False), (1,))],
+               ((X.mT.contiguous(), Y.mT.contiguous()), (True, True), ()), ((X.mT.contiguous(), torch.ones(5, 1)), (True, False), (1,)),
+               ((torch.ones(1, 1, 9), X), (False, False), (0,))],
     "addmm": [((X, Y, _numbers(4, 9, 6, seed=4)), (False, False), ()), ((X.mT.contiguous(), Y, _numbers(4, 9, 1, seed=4)), (True, False), ()),
               ((X, Y.mT.contiguous(), _numbers(4, 9, 6, seed=4)), (False, True), ()),
-              ((X.mT.contiguous(), torch.ones(5, 1), torch.ones(1, 1, 1)), (True, False), (1, 2))],
+              ((X.mT.contiguous(), torch.ones(5, 1), torch.ones(1, 1, 1)), (True, False), (1, 2)),
+              ((_numbers(1, 1, 9, seed=5), X, _numbers(1, 1, 5, seed=6)), (False, False), (0, 2)),
+              ((_numbers(1, 9, 2, seed=7), X, _numbers(4, 2, 1, seed=8)), (True, False), (0,))],
 }
 TABLE = [pytest.param(name, case, id=f"{name}-{i}") for name, cases in CASES.items() for i, case in enumerate(cases)]
 BATCHED = [p for p in TABLE if p.values[1][0]]  # a constant has no batch

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from safetensors.torch import save_file
+
 import tokexport
+from tokexport.export.formats import random_heads
 from tokexport.tools import samples
 
 
@@ -12,19 +15,39 @@ def checkpoint(tmp_path_factory):
     return samples.dinov2_checkpoint(tmp_path_factory.mktemp("dinov2"))
 
 
-def made(checkpoint, path, r, prop_attn=True, batch=None):
-    loaded = tokexport.load_model(samples.MODEL, samples.KWARGS, checkpoint)
-    schedule = tokexport.Schedule.parse(r, method="tome" if r else "none", depth=12, n_tokens=257, prop_attn=prop_attn)
+@pytest.fixture(scope="module")
+def predictor(tmp_path_factory):
+    """Score heads for DINOv2's width: nobody has trained any, so random ones."""
+    path = tmp_path_factory.mktemp("heads") / "heads.safetensors"
+    save_file(random_heads(384, 3, seed=5), path)
+    return path
+
+
+def made(checkpoint, path, r=None, batch=None, method=None, predictor=None, **options):
+    loaded = tokexport.load_model(samples.MODEL, samples.KWARGS, checkpoint, predictor=predictor)
+    schedule = tokexport.Schedule.parse(r, method=method or ("tome" if r else "none"), depth=12, n_tokens=257, **options)
     return tokexport.export_onnx(loaded, schedule, path, batch=batch, sources=True).path
 
 
-@pytest.mark.parametrize("r, prop_attn, batch", [(None, True, None), ("13", True, None), ("16:-1", False, 1), ("30,0,30,0,8", True, 2)])
-def test_real_photos_pass_on_both_engines(checkpoint, tmp_path, r, prop_attn, batch):
-    path = made(checkpoint, tmp_path / "d.onnx", r, prop_attn, batch)
+def passes(path):
     for engine in ("ort", "openvino"):
         report = tokexport.verify(path, samples.sample_photos(), engine=engine)
         assert report.passed, report.summary()
         assert report.outputs[0].cosine > 0.99999
+
+
+@pytest.mark.parametrize("r, how, batch", [(None, {}, None), ("13", {}, None), ("16:-1", {"prop_attn": False}, 1), ("30,0,30,0,8", {}, 2)])
+def test_real_photos_pass_on_both_engines(checkpoint, tmp_path, r, how, batch):
+    passes(made(checkpoint, tmp_path / "d.onnx", r, batch, **how))
+
+
+@pytest.mark.parametrize("method, how, batch", [
+    ("evit", {}, 1), ("evit", {"fuse": False, "keep_rate": "0.8,0.6,0.5"}, None), ("etps", {}, None), ("diffrate", {"rates": "deit_small@2.9"}, None),
+    ("dtps", {}, 1), ("dynamicvit", {"keep_rate": 0.8}, None),
+])
+def test_every_method_passes_on_real_photos(checkpoint, predictor, tmp_path, method, how, batch):
+    needed = predictor if method in ("dtps", "dynamicvit") else None
+    passes(made(checkpoint, tmp_path / "d.onnx", batch=batch, method=method, predictor=needed, **how))
 
 
 def test_layer_scale_of_real_weights_matters(checkpoint, tmp_path):

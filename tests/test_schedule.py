@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tokexport import Schedule, UsageError
-from tokexport.export.schedule import Step, parse_r
+from tokexport.export.counts import parse_r
+from tokexport.export.schedule import Step
 
 PARSED = json.loads((Path(__file__).parent / "golden" / "units.json").read_text())["parse_r"]
 DEIT = {"depth": 12, "n_tokens": 197, "n_prefix": 1}

@@ -105,12 +105,6 @@ def _take_form(patch, kind, form):
     patch.setitem(apply.GATHER_FROM, kind, 0 if form == "gather" else 10**9)
 
 
-def _as_if_traced(patch, kind):
-    """Take the branches of a trace with a dynamic batch, eagerly."""
-    for module in (tome, static_vit) if kind == "dynamic" else ():
-        patch.setattr(module, "fixed_shape", lambda x: False)
-
-
 def _compare(model, schedule, kind, relative):
     """(largest relative difference of outputs, whether sources are equal, blocks that decide otherwise)."""
     seen, reducer_static, image = [], tome.static, _image(model)
@@ -146,7 +140,6 @@ def test_every_plain_vit_is_reproduced_in_every_form(variant, double, schedule_o
     for kind, form in FORMS:
         with pytest.MonkeyPatch.context() as patch:
             _take_form(patch, kind, form)
-            _as_if_traced(patch, kind)
             found = _compare(model, schedule, kind, relative)
         if not (found[0] <= 1e-9 and found[1] and found[2] == []):
             wrong[kind, form] = found
@@ -159,7 +152,6 @@ def test_every_plain_vit_is_reproduced_in_every_form(variant, double, schedule_o
 @pytest.mark.parametrize("variant", ["class token", "no class token", "distillation token", "registers"])
 def test_every_schedule_is_reproduced(variant, r, prop_attn, kind, form, double, schedule_of, relative, monkeypatch):
     _take_form(monkeypatch, kind, form)
-    _as_if_traced(monkeypatch, kind)
     model = _model(variant)
     worst, equal, wrong = _compare(model, schedule_of(model, r, prop_attn), kind, relative)
     assert worst <= 1e-9 and equal and wrong == []
@@ -189,24 +181,23 @@ def test_the_graph_computes_what_the_reference_computes(variant, batch, opset, f
     assert relative(got["features" if variant == "no classifier" else "logits"], wanted.output) <= 1e-4
 
 
-def _tied_signals(n, prefix, has_class, batch=3):
+def _tied_signals(n, prefix, has_class, batch=3, any_batch=False):
     """Metrics of entries +-0.5 in four dimensions: every similarity is -1, -0.5, 0, 0.5 or 1 exactly, and most are tied."""
     metric = torch.randint(0, 2, (batch, n, 4), generator=torch.Generator().manual_seed(n)) - 0.5
-    return Signals(torch.zeros(batch, n, 1), None, metric, prefix, has_class)
+    return Signals(torch.zeros(batch, n, 1), prefix, has_class, metric=metric, any_batch=any_batch)
 
 
 @pytest.mark.parametrize("kind", ["single", "fixed", "dynamic"])
 @pytest.mark.parametrize("prefix, has_class", [(0, False), (1, True), (2, True), (5, True), (1, False), (4, False)])
 @pytest.mark.parametrize("n", [9, 10, 18, 33, 64])
-def test_exact_ties_are_decided_alike(n, prefix, has_class, kind, monkeypatch):
-    _as_if_traced(monkeypatch, kind)
-    signals, other = _tied_signals(n, prefix, has_class), []
+def test_exact_ties_are_decided_alike(n, prefix, has_class, kind):
+    signals, other = _tied_signals(n, prefix, has_class, any_batch=kind == "dynamic"), []
     for r in sorted({1, (n - prefix) // 4, (n - prefix) // 2} - {0}):
         step = Step(0, "post_attn", n, n - r, n - r)
         wanted = tome.reference(signals, step)
         for by_target in (False, True):
             if kind == "single":
-                alone = [Signals(signals.x[i], None, signals.metric[i], prefix, has_class) for i in range(3)]
+                alone = [Signals(signals.x[i], prefix, has_class, metric=signals.metric[i]) for i in range(3)]
                 same = all([_same(_rows(tome.static(s, step, by_target)), _image_of(wanted, i)) for i, s in enumerate(alone)])
             else:
                 same = _same(_rows(tome.static(signals, step, by_target)), wanted)
@@ -222,7 +213,7 @@ class Decide(torch.nn.Module):
         self.step, self.prefix, self.has_class = step, prefix, has_class
 
     def forward(self, metric):
-        plan = tome.static(Signals(metric, None, metric, self.prefix, self.has_class), self.step, True)
+        plan = tome.static(Signals(metric, self.prefix, self.has_class, metric=metric, any_batch=metric.ndim == 3), self.step, True)
         return plan.keep, plan.src, plan.dst, plan.target
 
 
@@ -241,7 +232,7 @@ def test_exact_ties_are_decided_alike_in_a_graph(prefix, has_class, dynamic):
     for i, metric in enumerate(signals.metric):
         out = session.run(None, {feed.name: (metric[None] if dynamic else metric).numpy()})
         keep, src, dst, target = map(torch.from_numpy, out)
-        plan = MergePlan(keep, src, dst, tome.labels(step, prefix), target)
+        plan = MergePlan(keep, src, dst, labels=tome.labels(step, prefix), target=target)
         same = _same(_rows(plan), _image_of(wanted, i))
         assert same
 
@@ -251,7 +242,7 @@ def test_other_decisions_and_other_arithmetic_are_seen(double, schedule_of, rela
     plan = tome.reference(signals, step)
     assert not _same(plan, MergePlan(plan.keep, plan.src, plan.dst.roll(1, 1))) and not _same(plan, MergePlan(plan.keep.flip(1), plan.src, plan.dst))
     model, static, merge = _model("LayerScale"), tome.static, static_vit.apply_static
-    flipped = lambda plan: MergePlan(plan.keep, plan.src, plan.dst.flip(-2), plan.labels)
+    flipped = lambda plan: MergePlan(plan.keep, plan.src, plan.dst.flip(-2), by_size=True, labels=plan.labels)
     monkeypatch.setattr(tome, "static", lambda s, step, _: flipped(static(s, step, False)))
     worst, equal, wrong = _compare(model, schedule_of(model, [4]), "fixed", relative)
     assert worst > 1e-9 and not equal and wrong == [0]

@@ -78,7 +78,7 @@ def _export(folder: Path, name: str, kwargs: dict, r: str | None, progress) -> P
 
     loaded = load_model(name, kwargs)
     n, depth, prefix = vit.n_tokens(loaded.module), len(loaded.module.blocks), loaded.module.num_prefix_tokens
-    schedule = Schedule.parse(r or 0, method="tome" if r else "none", depth=depth, n_tokens=n, n_prefix=prefix)
+    schedule = Schedule.parse(r, method="tome" if r else "none", depth=depth, n_tokens=n, n_prefix=prefix)
     return export_onnx(loaded, schedule, folder / f"{'tome' if r else 'dense'}.onnx").path
 
 

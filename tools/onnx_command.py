@@ -14,10 +14,18 @@ from ..export.reducers import METHODS
 @click.option("--checkpoint", metavar="FILE", help="Weights: .safetensors, .pth or .pt, loaded strictly; no code in it is run.")
 @click.option("--pretrained", is_flag=True, help="Weights from timm's hub.")
 @click.option("--seed", default=0, show_default=True, help="Of random weights, when there is neither of the two.")
-@click.option("--method", type=click.Choice(list(METHODS)), default="tome", show_default=True, help="How tokens are reduced.")
+@click.option("--predictor", metavar="FILE", help="dTPS, DynamicViT: the score heads, when the checkpoint has none.")
+@click.option("--method", type=click.Choice(METHODS), default="tome", show_default=True, help="How tokens are reduced.")
 @click.option("--r", metavar="R", help="ToMe: tokens merged per block: 13, 13:-1 (r:inflection) or 8,8,4,... (one a block).")
-@click.option("--prop-attn/--no-prop-attn", default=True, show_default=True,
-              help="ToMe: proportional attention; off for MAE-trained models and models trained with ToMe.")
+@click.option("--keep-rate", metavar="RATE", help="EViT, eTPS, dTPS, DynamicViT: share of tokens kept, or a list, one a stage; default 0.7. "
+              "A list for dTPS and DynamicViT holds shares of all patches.")
+@click.option("--at", metavar="BLOCKS", help="The same: blocks with a reduction, from 0; default 3,6,9.")
+@click.option("--fuse/--no-fuse", default=None, help="EViT: the tokens left out become one; default on.")
+@click.option("--rates", metavar="NAME|FILE", help="DiffRate: a published list (tokexport rates), e.g. deit_small@2.9, or a JSON file.")
+@click.option("--prop-attn/--no-prop-attn", default=None,
+              help="ToMe, DiffRate: proportional attention, default on; off for MAE-trained models and models trained with ToMe.")
+@click.option("--score", type=click.Choice(["class", "mean"]), help="EViT, eTPS, DiffRate: sort by the attention the class token pays "
+              "(default), or by the mean attention received (a substitute, for models without a class token).")
 @click.option("--batch", default="dynamic", show_default=True, metavar="N|dynamic", help="Images per run.")
 @click.option("--opset", default=20, show_default=True, help="ONNX opset, 20 to 23.")
 @click.option("--simplify/--no-simplify", default=True, show_default=True, help="Let onnxsim look at the graph too.")
@@ -25,7 +33,7 @@ from ..export.reducers import METHODS
 @click.option("-o", "--output", metavar="FILE", help="Default: MODEL.METHOD.onnx in this directory.")
 @click.option("--force", is_flag=True, help="Replace the output file.")
 @click.option("--json", "as_json", is_flag=True, help="The summary as JSON on stdout.")
-def command(name, model_kwargs, checkpoint, pretrained, seed, method, r, prop_attn, batch, opset, simplify, sources, output, force, as_json):
+def command(name, model_kwargs, checkpoint, pretrained, seed, predictor, method, batch, opset, simplify, sources, output, force, as_json, **options):
     """Export a ViT, reduced or not, to a static ONNX file.
 
     tokexport onnx --method tome --r 13 -o vit.onnx
@@ -33,25 +41,26 @@ def command(name, model_kwargs, checkpoint, pretrained, seed, method, r, prop_at
     from ..export.writing import check_output
     from .terminal import console, print_json, stages
 
-    if method == "tome" and r is None:
-        raise UsageError("--method tome needs --r, the tokens to merge per block, e.g. --r 13")
-    if method != "tome" and r is not None:
-        raise UsageError(f"--r goes with --method tome, not with {method}")
     images = _batch(batch)
-    path = check_output(output or f"{name}.{method}.onnx", force)
+    path = check_output(f"{name}.{method}.onnx" if output is None else output, force)
     out = console()
     with stages(out) as progress:
         progress("loading torch")
-        from ..export import load, onnx_export, vit
+        from ..export import load, onnx_export, reducers, vit
         from ..export.schedule import Schedule
 
+        reducers.check_options(method, {k: v for k, v in options.items() if v is not None})
+        if predictor and "head" not in getattr(reducers.get(method), "NEEDS", ()):
+            raise UsageError(f"--predictor goes with --method dtps, dynamicvit, not with {method}")
         progress(f"making {name}")
-        loaded = load.load_model(name, load.parse_kwargs(model_kwargs), checkpoint, pretrained, seed)
+        loaded = load.load_model(name, load.parse_kwargs(model_kwargs), checkpoint, pretrained, seed, predictor)
         model = loaded.module
-        schedule = Schedule.parse(r or 0, method=method, depth=len(model.blocks), n_tokens=vit.n_tokens(model),
-                                  n_prefix=model.num_prefix_tokens, prop_attn=prop_attn)
+        schedule = Schedule.parse(method=method, depth=len(model.blocks), n_tokens=vit.n_tokens(model),
+                                  n_prefix=model.num_prefix_tokens, **options)
         result = onnx_export.export_onnx(loaded, schedule, path, images, opset, simplify, sources, force, progress)
     notes = [*loaded.notes, *schedule.notes]
+    if "head" in getattr(reducers.get(method), "NEEDS", ()) and not loaded.heads:
+        notes.append("the score heads are random too (same seed): give --predictor FILE, or a checkpoint that has them")
     if as_json:
         print_json(_data(result, notes))
     else:
@@ -87,4 +96,5 @@ def _print(out, result, notes, batch) -> None:
     out.print(f"  graph    {result.nodes} nodes, {size_words(result.size)}; input image [{batch}, {p.dims['channels']}, {h}, {w}], "
               f"output {', '.join(p.outputs)}", markup=False)
     for note in notes:
-        out.print(f"  [yellow]note[/yellow]     {note}")
+        out.print("  note     ", style="yellow", end="", markup=False)
+        out.print(note, markup=False)

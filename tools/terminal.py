@@ -42,5 +42,6 @@ def tokens_words(tokens: list) -> str:
 
 
 def macs_words(macs: int, dense: int) -> str:
-    """"2.69 G (dense 4.58 G, ratio 1.702)"."""
-    return f"{macs / 1e9:.2f} G per image" + (f" (dense {dense / 1e9:.2f} G, ratio {dense / macs:.3f})" if macs != dense else "")
+    """"2.69 G per image (dense 4.58 G, ratio 1.702)"."""
+    unit, scale = ("G", 1e9) if dense >= 1e9 else ("M", 1e6)
+    return f"{macs / scale:.2f} {unit} per image" + (f" (dense {dense / scale:.2f} {unit}, ratio {dense / macs:.3f})" if macs != dense else "")

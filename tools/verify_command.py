@@ -11,10 +11,11 @@ import click
 @click.argument("file")
 @click.option("--images", multiple=True, metavar="DIR_OR_FILES", help="Photos to compare on; default: four images of seeded noise.")
 @click.option("--checkpoint", metavar="FILE", help="Where the weights are now; they are checked by hash.")
+@click.option("--predictor", metavar="FILE", help="Where the score heads are now (dTPS, DynamicViT).")
 @click.option("--engine", default="ort", show_default=True, help="What runs the file: ort or openvino.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
 @click.argument("more_images", nargs=-1)
-def command(file, images, checkpoint, engine, as_json, more_images):
+def command(file, images, checkpoint, predictor, engine, as_json, more_images):
     """Compare FILE with the PyTorch reference it was made from. Exit 0: passed, 1: failed.
 
     The reference is rebuilt from the provenance in the file and runs with the file's own merge decisions, so numbers are compared
@@ -33,7 +34,7 @@ def command(file, images, checkpoint, engine, as_json, more_images):
         progress("loading torch")
         from ..engines.verify import verify
 
-        report = verify(file, [*images, *more_images] or None, checkpoint, engine, progress)
+        report = verify(file, [*images, *more_images] or None, checkpoint, engine, predictor, progress)
     if as_json:
         print_json(report.to_json())
     else:
@@ -42,7 +43,10 @@ def command(file, images, checkpoint, engine, as_json, more_images):
 
 
 def _print(out, report) -> None:
+    from rich.markup import escape
     from rich.table import Table
+
+    from ..engines.verify import NEAR_TIE
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in ("output", "max abs", "max rel", "cosine", "top-1 agreement", ""):
@@ -58,7 +62,7 @@ def _print(out, report) -> None:
         out.print(f"merge decisions equal to the reference's: {report.decisions:.1%} of image x reduction pairs")
     for f in report.flips[:10]:
         word = "[yellow]flipped near-tie[/yellow]" if f.passed else "[red]wrong decision[/red]"
-        out.print(f"  {word}: {f.image}, block {f.block}, gives away {f.margin:.1e} of cosine similarity")
+        out.print(f"  {word}: {escape(f.image)}, block {f.block}, " + ("impossible" if f.margin == float("inf") else f"gives away {f.margin:.1e} (a near-tie: at most {NEAR_TIE:.0e})"))
     if len(report.flips) > 10:
         out.print(f"  ... and {len(report.flips) - 10} more")
     colour = "green" if report.passed else "red"
