@@ -375,8 +375,13 @@ def test_bench_compares_like_with_like(call, vit, tmp_path):
         assert code == 2 and word in err, err
 
 
-def test_bench_prints_a_row_for_each_file(call, vit):
-    code, out, err = call("bench", vit, "--engines", "ort", "--batch", "1", "--seconds", "0.2", "--json")
+def test_bench_compares_every_file_with_a_dense_one_of_its_batch(call, vit, tmp_path):
+    single = tmp_path / "single.onnx"
+    assert call("onnx", *TINY, "--r", 8, "--batch", 1, "-o", single)[0] == 0
+    code, out, err = call("bench", vit, single, "--engines", "ort", "--batch", "1", "--seconds", "0.2", "--json")
     rows = json.loads(out)["rows"]
-    assert code == 0 and [r["file"] for r in rows] == ["dense", str(vit)] and rows[0]["speedup"] == 1.0
-    assert rows[1]["quotient"] == pytest.approx(rows[1]["speedup"] / rows[1]["macs_ratio"])
+    assert code == 0 and [r["file"] for r in rows] == ["dense, batch dynamic", "dense, batch 1", str(vit), str(single)]
+    assert [r["speedup"] for r in rows[:2]] == [1.0, 1.0]
+    for dense, row in zip(rows[:2], rows[2:]):
+        assert row["quotient"] == pytest.approx(row["speedup"] / row["macs_ratio"])
+        assert row["speedup"] == pytest.approx(dense["ms"] / row["ms"], rel=0.5)
