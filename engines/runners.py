@@ -26,7 +26,7 @@ class Runner:
     _call: object = field(repr=False, default=None)
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One run. Raises: UsageError when an input is missing, of another shape or type."""
+        """One run. Raises: UsageError when an input is missing, of another shape or type, or the engine fails."""
         for name, shape in self.inputs.items():
             if name not in feeds:
                 raise UsageError(f"input {name!r} is missing: got {', '.join(feeds) or 'nothing'}")
@@ -34,7 +34,10 @@ class Runner:
             if got.dtype != np.float32 or len(got.shape) != len(shape) or any(w not in (None, g) for g, w in zip(got.shape, shape)):
                 wanted = " x ".join("any" if w is None else str(w) for w in shape)
                 raise UsageError(f"input {name!r} is {got.dtype} {' x '.join(map(str, got.shape))}, wanted float32 {wanted}")
-        return self._call(feeds)
+        try:
+            return self._call(feeds)
+        except Exception as e:  # engines have exception types of their own
+            raise UsageError(f"{PACKAGES[self.engine][2]} failed while running the file: {' '.join(str(e).split())[:400]}") from None
 
 
 def require(engine: str) -> None:
@@ -64,6 +67,9 @@ def open_engine(path: str | Path, engine: str = "ort", threads: int = 0, outputs
     except UsageError:
         raise
     except Exception as e:
+        if engine == "ort" and "bfloat16" in str(e):
+            raise UsageError(f"{path}: ONNX Runtime has no bf16 operators on the CPU: use OpenVINO or TensorRT, or a file with "
+                             f"--dtype fp16") from None
         raise UsageError(f"{path}: {PACKAGES[engine][2]} cannot load it: {str(e).strip().splitlines()[0][:300]}") from None
     yield runner
 

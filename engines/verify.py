@@ -18,8 +18,15 @@ from ..export.inspection import inspect
 from ..export.provenance import Provenance
 from .runners import open_engine, require
 
-TOLERANCE = 2e-4  # of the largest output value, on equal decisions, float32
-NEAR_TIE = 1e-4  # what a flipped near-tie may give away, float32: of a cosine, or of a score's logarithm (its relative difference)
+# By the file's precision. TOLERANCE: of the largest output value, on equal decisions. NEAR_TIE: what a flipped near-tie may give away,
+# of a cosine of keys ("metric"), or of a score's logarithm, its relative difference. For fp16 and bf16 these are 16, 32 and 128 times
+# their rounding (2^-11, 2^-8); the most seen is 9, 18 and 75 times.
+TOLERANCE = {"fp32": 2e-4, "fp16": 8e-3, "bf16": 6e-2}
+NEAR_TIE = {
+    "fp32": {"metric": 1e-4, "attention": 1e-4, "head": 1e-4},
+    "fp16": {"metric": 1.6e-2, "attention": 6e-2, "head": 6e-2},
+    "bf16": {"metric": 1.2e-1, "attention": 5e-1, "head": 5e-1},
+}
 CHUNK = 8
 
 
@@ -50,10 +57,16 @@ class Flip:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """What verify found. decisions: share of (image, reduction) pairs decided as the reference decides. faults: what cannot be a tie."""
+    """What verify found.
+
+    near_tie: the most a flip may give away in this precision. decisions: share of (image, reduction) pairs decided as the reference
+    decides. faults: what cannot be a tie.
+    """
 
     path: str
     engine: str
+    precision: str
+    near_tie: float
     images: list[str]
     outputs: list[OutputParity]
     decisions: float | None
@@ -158,9 +171,13 @@ class _Collector:
     """Adds up the comparison over chunks of images."""
 
     def __init__(self, provenance: Provenance, names: list[str]):
+        from ..export import reducers
+
         self.provenance, self.names = provenance, names
         self.pairs: dict[str, list] = {n: [] for n in provenance.outputs}
         self.equal, self.total, self.flips, self.faults = 0, 0, [], []
+        needs = getattr(reducers.get(provenance.schedule.method), "NEEDS", ())
+        self.near_tie = max((NEAR_TIE[provenance.precision][n] for n in needs), default=0.0)
 
     def compare(self, reference, part, got: dict[str, np.ndarray], names: list[str]) -> None:
         """One chunk: decisions, then numbers under the file's decisions."""
@@ -176,7 +193,7 @@ class _Collector:
             for step, plan, mine, regret in zip(self.provenance.schedule.steps, plans, own.plans, other.regrets):
                 for i, name in enumerate(names):
                     if regret[i] > 0 or not _same(plan, mine, i):
-                        self.flips.append(Flip(name, step.block, float(regret[i]), bool(regret[i] <= NEAR_TIE)))
+                        self.flips.append(Flip(name, step.block, float(regret[i]), bool(regret[i] <= self.near_tie)))
             own = other
         for name, wanted in (("sources", own.sources), (self.provenance.outputs[0], own.output)):
             if name in self.pairs:
@@ -205,9 +222,9 @@ class _Collector:
         return not all(map(all, same))
 
     def finish(self, path: str, engine: str) -> ParityReport:
-        outputs = [_parity(n, *map(np.concatenate, zip(*p))) for n, p in self.pairs.items() if p]
+        outputs = [_parity(n, *map(np.concatenate, zip(*p)), TOLERANCE[self.provenance.precision]) for n, p in self.pairs.items() if p]
         flips = _first_only(self.flips)
-        return ParityReport(path, engine, self.names, outputs, self.equal / self.total if self.total else None, flips, self.faults)
+        return ParityReport(path, engine, self.provenance.precision, self.near_tie, self.names, outputs, self.equal / self.total if self.total else None, flips, self.faults)
 
 
 def _plan(part: dict, step, schedule):
@@ -244,7 +261,7 @@ def _first_only(flips: list[Flip]) -> list[Flip]:
     return [f for f in flips if f.margin > 0] or flips[:1]
 
 
-def _parity(name: str, got: np.ndarray, wanted: np.ndarray) -> OutputParity:
+def _parity(name: str, got: np.ndarray, wanted: np.ndarray, tolerance: float) -> OutputParity:
     if name == "sources":
         wrong = float((got != wanted).mean()) if got.shape == wanted.shape else 1.0
         return OutputParity(name, wrong, wrong, 1.0 - wrong, None, wrong == 0)
@@ -256,4 +273,4 @@ def _parity(name: str, got: np.ndarray, wanted: np.ndarray) -> OutputParity:
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     cosine = float(((a * b).sum(1) / np.maximum(norms, 1e-30)).min())
     top1 = float((a.argmax(1) == b.argmax(1)).mean()) if name == "logits" else None
-    return OutputParity(name, max_abs, max_rel, cosine, top1, max_rel <= TOLERANCE)
+    return OutputParity(name, max_abs, max_rel, cosine, top1, max_rel <= tolerance)

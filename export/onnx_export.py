@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import logging
 import os
@@ -13,7 +14,7 @@ from typing import Callable
 import torch
 
 from ..kernels import ops
-from . import checks, macs, vit
+from . import checks, macs, precision, stages, vit
 from .errors import UsageError
 from .load import LoadedModel
 from .provenance import KEY, Preprocess, Provenance
@@ -42,12 +43,13 @@ class ExportResult:
 
 
 def export_onnx(loaded: LoadedModel, schedule: Schedule, path: str | Path, batch: int | None = None, opset: int = 20,
-                simplify: bool = True, sources: bool = False, force: bool = False,
+                simplify: bool = True, sources: bool = False, force: bool = False, dtype: str = "fp32",
                 progress: Callable[[str], None] = lambda stage: None) -> ExportResult:
     """Write a model under a schedule as an ONNX file that carries its provenance.
 
     loaded: from `load_model`. schedule: from `Schedule.parse`. batch: images per run, None for any number. opset: 20 to 23.
     simplify: let onnxsim look at the graph too. sources: add output `sources` [B, N0], the final row of every input token, -1 when gone.
+    dtype: "fp32", or "fp16" or "bf16" for the trunk (see `precision`); input and outputs stay float32.
     Input `image` [B, 3, H, W] float32; output `logits` or `features`. Over 2 GB the weights go to PATH.data.
     progress: called with the name of each stage. The file is written aside and renamed.
     Raises: UsageError (nothing is written) for wrong options or a path that cannot be written; GraphError if the graph came out wrong.
@@ -55,6 +57,8 @@ def export_onnx(loaded: LoadedModel, schedule: Schedule, path: str | Path, batch
     path = check_output(path, force)
     if opset not in OPSETS:
         raise UsageError(f"--opset {opset}: wanted {OPSETS[0]} to {OPSETS[-1]}")
+    if dtype not in precision.DTYPES:
+        raise UsageError(f"--dtype {dtype}: wanted one of {', '.join(precision.DTYPES)}")
     if batch is not None and batch < 1:
         raise UsageError(f"--batch {batch}: wanted 1 or more, or dynamic")
     model, heads = loaded.module, score_heads(loaded, schedule)
@@ -62,13 +66,14 @@ def export_onnx(loaded: LoadedModel, schedule: Schedule, path: str | Path, batch
     if largest > checks.TOPK_LIMIT:
         raise UsageError(f"a block sorts {largest} tokens, more than TensorRT can ({checks.TOPK_LIMIT}): give a smaller image "
                          f"or a larger patch")
-    provenance = _provenance(loaded, schedule, opset, sources)
+    provenance = _provenance(loaded, schedule, opset, sources, dtype)
     progress("tracing")
     static = StaticViT(model, schedule, batch, sources, heads).eval()
     graph = _trace(static, provenance, batch, opset)
     decisions = [o.name for o in graph.graph.outputs[len(provenance.outputs):]]
     progress("simplifying")
-    proto, weights = _finish(graph, len(provenance.outputs), batch, simplify)
+    proto, weights = _finish(graph, len(provenance.outputs), batch, simplify, schedule.options.get("at", ()))
+    proto, weights = precision.convert(proto, weights, dtype)
     names = {o for n in proto.graph.node for o in n.output}
     provenance = Provenance(**{**vars(provenance), "decisions": tuple(d for d in decisions if d in names)})
     progress("checking")
@@ -81,12 +86,12 @@ def export_onnx(loaded: LoadedModel, schedule: Schedule, path: str | Path, batch
                         macs.count(provenance.dims, macs.dense(schedule)))
 
 
-def _provenance(loaded: LoadedModel, schedule: Schedule, opset: int, sources: bool) -> Provenance:
+def _provenance(loaded: LoadedModel, schedule: Schedule, opset: int, sources: bool, dtype: str) -> Provenance:
     from importlib.metadata import version
 
     model = loaded.module
     outputs = (vit.output_name(model), *(["sources"] if sources else []))
-    return Provenance(version("tokexport"), loaded.name, loaded.kwargs, loaded.weights, schedule, preprocess_of(model), opset, "fp32", outputs,
+    return Provenance(version("tokexport"), loaded.name, loaded.kwargs, loaded.weights, schedule, preprocess_of(model), opset, dtype, outputs,
                       vit.dims(model), labels_of(loaded))
 
 
@@ -163,8 +168,9 @@ def quiet():
         logging.disable(level)
 
 
-def _finish(model, n_outputs: int, batch: int | None, simplify: bool):
-    """Decisions become inner values, unread nodes go, parameters get the shapes TensorRT takes as they are, the batch becomes free.
+def _finish(model, n_outputs: int, batch: int | None, simplify: bool, at):
+    """Decisions become inner values, unread nodes go, parameters get the shapes TensorRT takes as they are, nodes the names of their
+    stages, the batch becomes free. at: the blocks of the score heads.
 
     Returns an onnx.ModelProto without its large weights, and those as {name: onnx_ir tensor}: they are written one by one.
     """
@@ -176,8 +182,10 @@ def _finish(model, n_outputs: int, batch: int | None, simplify: bool):
     del model.graph.outputs[n_outputs:]
     common.RemoveUnusedNodesPass()(model)
     _widen_parameters(model)
+    stage = "embed"
     for i, node in enumerate(model.graph):
-        node.name = f"{node.op_type}_{i}"
+        stage = stages.of_scopes(ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes") or "[]"), stage, at)
+        node.name = f"{stage}/{node.op_type}_{i}"
     model.producer_name = "tokexport"
     weights = {v.name: v.const_value for v in model.graph.initializers.values() if v.const_value.nbytes > LARGE}
     for name in weights:

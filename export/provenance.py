@@ -32,7 +32,7 @@ class Provenance:
     """How a file was made.
 
     version: of tokexport. model, model_kwargs: for timm. weights: see `LoadedModel`. schedule: the token counts. preprocess: of the images.
-    opset: of the graph. precision: "fp32". outputs: names. dims: sizes the MACs are counted from. labels: class names when known.
+    opset: of the graph. precision: "fp32", "fp16" or "bf16". outputs: names. dims: sizes the MACs are counted from. labels: class names when known.
     decisions: names of the graph's values that hold the merge plans.
     """
 
@@ -64,6 +64,7 @@ class Provenance:
             "weights": isinstance(w, dict) and named.get(w.get("source")) in w and isinstance(w.get("sha256"), str),
             "schedule": isinstance(s.options, dict) and 1 <= s.depth <= 10_000,
             "preprocess": len(p.size) == 2 and numbers(p.size, int) and numbers([*p.mean, *p.std, p.crop], (int, float)),
+            "precision": self.precision in ("fp32", "fp16", "bf16"),
             "dims": isinstance(d, dict) and numbers([d.get(k) for k in sizes], int)
                     and all(len(m) == 2 and numbers(m, int) for m in d.get("mlp", [""])),
             "outputs": numbers([*self.outputs, *self.labels, *self.decisions], str),

@@ -22,6 +22,17 @@ from .schedule import Schedule
 from .score_head import StaticScoreHead
 
 
+class Stage(nn.Module):
+    """A function as a module, so that its nodes in the graph are named after it (see `stages.of_scopes`)."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args):
+        return self.function(*args)
+
+
 class StaticBlock(nn.Module):
     """One block over rows [B N, C]; weights are the timm block's, folded where that saves a node."""
 
@@ -40,8 +51,9 @@ class StaticBlock(nn.Module):
         self.proj = _scaled_linear(p.proj, p.gamma1)
         self.mlp = copy.copy(p.mlp)  # the block's own, but for its last layer
         self.mlp._modules = {**p.mlp._modules, "fc2": _scaled_linear(p.mlp.fc2, p.gamma2)}
+        self.unit, self.bias, self.score = Stage(_unit), Stage(self._bias), Stage(self._score)
 
-    def attend(self, x, n: int, size, needs: tuple[str, ...], of: str = "class", rope=None):
+    def forward(self, x, n: int, size, needs: tuple[str, ...], of: str = "class", rope=None):
         """x [B n, C] -> x after the attention residual, and what is needed of "metric" and "attention" (see `Signals`).
 
         size: [.., n, 1] for proportional attention, or None. rope: (sines, cosines) [B or 1, heads or 1, n, D], or None.
@@ -52,21 +64,29 @@ class StaticBlock(nn.Module):
         qkv = ops.reshape(self.qkv(y), [images, n, 3 * h, self.qkv.out_features // (3 * h)]).transpose(1, 2)
         q, k, v, q_turned, k_turned = self._turned(qkv, rope)
         q, k_t = q_turned if self.scale is None else q_turned * self.scale, k_turned.transpose(-1, -2)
-        bias = None if size is None else ops.reshape(size.log(), [images, 1, 1, n])
-        attend = lambda q: (q @ k_t if bias is None else q @ k_t + bias).softmax(-1)
-        attention = attend(q)
+        bias = None if size is None else self.bias(size, n)
+        logits = q @ k_t
+        attention = (logits if bias is None else logits + bias).softmax(-1)
         out = self.attn_norm(ops.reshape((attention @ v).transpose(1, 2), [-1, self.proj.in_features]))
         out = out if self.gate is None else out * self.gate(y).sigmoid()
         found = {}
         if "metric" in needs:
-            metric = k.mean((0, 1)) if single else k.mean(1)
-            found["metric"] = metric / torch.linalg.vector_norm(metric, dim=-1, keepdim=True)
+            found["metric"] = self.unit(k.mean((0, 1)) if single else k.mean(1))
         if "attention" in needs:  # the class token's row is computed by itself: the attention stays one that engines fuse
-            rows = attend(ops.fixed_rows(q, [0])) if of == "class" else attention
-            m = h if of == "class" else h * n
-            rows = ops.reshape(rows, [m, n] if single else [-1, m, n])
-            found["score"] = ops.addmm(rows, ops.floats([1 / m] * m, [m, 1]), column(lift(n, self.n_prefix), rows), True, False)
+            found["score"] = self.score(ops.fixed_rows(q, [0]) @ k_t, bias, n) if of == "class" else self.score(attention, None, n)
         return x + self.proj(out), found
+
+    def _bias(self, size, n: int):
+        """Proportional attention: the logarithm of sizes [.., n, 1] as [B, 1, 1, n]."""
+        return ops.reshape(size.log(), [1 if self.single else -1, 1, 1, n])
+
+    def _score(self, rows, bias, n: int):
+        """Mean attention received [.., n, 1], prefix tokens lifted: of logits [B, heads, 1, n], or of attention [B, heads, n, n]."""
+        one = rows.shape[-2] == 1
+        rows = (rows if bias is None else rows + bias).softmax(-1) if one else rows
+        m = self.heads if one else self.heads * n
+        rows = ops.reshape(rows, [m, n] if self.single else [-1, m, n])
+        return ops.addmm(rows, ops.floats([1 / m] * m, [m, 1]), column(lift(n, self.n_prefix), rows), True, False)
 
     def _turned(self, qkv, rope):
         """q, k, v [B, heads, n, D], and q and k turned by the rotary embedding; both at once where no norm comes between."""
@@ -78,6 +98,10 @@ class StaticBlock(nn.Module):
         qk, v = qkv.split([2 * h, h], 1)
         both = _turn(qk, rope) if rope[0].shape[1] == 1 else torch.cat([_turn(t, rope) for t in qk.split(h, 1)], 1)
         return *qk.split(h, 1), v, *both.split(h, 1)
+
+
+def _unit(x):
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
 
 
 def _turn(x, rope):
@@ -130,6 +154,9 @@ class StaticViT(nn.Module):
         self.rotary = None if table is None else Rotary(table, parts[0].half, self.single)
         self.score_heads = nn.ModuleList(StaticScoreHead(h) for h in heads or ())
         self.head = Head(model)
+        reducer = reducers.get(schedule.method)
+        self.match = nn.ModuleDict({str(s.block): Stage(reducer.static) for s in schedule.steps})
+        self.merge = nn.ModuleDict({str(s.block): Stage(apply_static) for s in schedule.steps})
         self.drops = schedule.method in reducers.SQUEEZE or any(s.n_kept + s.n_folded < s.n_in for s in schedule.steps)
         self.last = SimpleNamespace(decisions=[])  # what torch.export does not put back as it was, as it does attributes
 
@@ -148,7 +175,7 @@ class StaticViT(nn.Module):
                 x, n = self._reduce(steps[i, "pre_block"], x, n, {"score": score}, state)
             needs = reducer.NEEDS if (i, "post_attn") in steps else ()
             rope = None if self.rotary is None else self.rotary(i, state.place)
-            x, found = block.attend(x, n, state.size if options.get("prop_attn") else None, needs, options.get("score", "class"), rope)
+            x, found = block(x, n, state.size if options.get("prop_attn") else None, needs, options.get("score", "class"), rope)
             if (i, "post_attn") in steps:
                 x, n = self._reduce(steps[i, "post_attn"], x, n, found, state)
             x = x + block.mlp(block.norm2(x))
@@ -169,10 +196,10 @@ class StaticViT(nn.Module):
         return x if self.single else ops.reshape(x, [-1, n, x.shape[-1]])
 
     def _reduce(self, step, x, n, found, state):
-        reducer, rows = reducers.get(self.schedule.method), self._rows(x, n)
+        rows = self._rows(x, n)
         signals = Signals(rows, self.n_prefix, self.has_class, state.size, any_batch=self.any_batch, **found)
-        plan = reducer.static(signals, step, use_target(n, self.batch_kind))
-        rows, state.size = apply_static(plan, rows, state.size)
+        plan = self.match[str(step.block)](signals, step, use_target(n, self.batch_kind))
+        rows, state.size = self.merge[str(step.block)](plan, rows, state.size)
         if self.sources:
             state.sources = self._follow(plan, state.sources, step)
         if self.rotary is not None:

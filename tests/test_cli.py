@@ -380,7 +380,7 @@ def test_bench_compares_every_file_with_a_dense_one_of_its_batch(call, vit, tmp_
     assert call("onnx", *TINY, "--r", 8, "--batch", 1, "-o", single)[0] == 0
     code, out, err = call("bench", vit, single, "--engines", "ort", "--batch", "1", "--seconds", "0.2", "--json")
     rows = json.loads(out)["rows"]
-    assert code == 0 and [r["file"] for r in rows] == ["dense, batch dynamic", "dense, batch 1", str(vit), str(single)]
+    assert code == 0 and [r["file"] for r in rows] == ["dense, batch dynamic, fp32", "dense, batch 1, fp32", str(vit), str(single)]
     assert [r["speedup"] for r in rows[:2]] == [1.0, 1.0]
     for dense, row in zip(rows[:2], rows[2:]):
         assert row["quotient"] == pytest.approx(row["speedup"] / row["macs_ratio"])

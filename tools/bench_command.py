@@ -12,7 +12,7 @@ from ..export.errors import UsageError
 
 @click.command("bench")
 @click.argument("files", nargs=-1)
-@click.option("--dense", metavar="FILE", help="What to compare with; default: the model without reduction, exported here as each file was (batch, opset).")
+@click.option("--dense", metavar="FILE", help="What to compare with; default: the model without reduction, exported here as each file was (batch, opset, dtype).")
 @click.option("--engines", default="ort,openvino", show_default=True, help="Comma-separated: ort, openvino.")
 @click.option("--batch", "batches", default="1,8", show_default=True, help="Comma-separated batch sizes; a file of another fixed batch is left out.")
 @click.option("--threads", default=1, show_default=True, help="Threads of the engine.")
@@ -40,8 +40,8 @@ def command(files, dense, engines, batches, threads, seconds, as_json):
     out = console()
     with tempfile.TemporaryDirectory() as folder, stages(out) as progress:
         if not found:
-            found = [inspect(_export(Path(folder), "deit_small_patch16_224", {}, "13", None, 20, progress))]
-        ways = list(dict.fromkeys((f.batch, f.provenance.opset) for f in found))
+            found = [inspect(_export(Path(folder), "deit_small_patch16_224", {}, "13", None, 20, "fp32", progress))]
+        ways = list(dict.fromkeys(map(_way, found)))
         denses = {way: dense or _export(Path(folder), found[0].provenance.model, found[0].provenance.model_kwargs, None, *way, progress)
                   for way in ways}
         denses = {way: inspect(path) for way, path in denses.items()}
@@ -71,7 +71,7 @@ def _sizes(text: str) -> list[int]:
     return sizes
 
 
-def _export(folder: Path, name: str, kwargs: dict, r: str | None, batch: int | None, opset: int, progress) -> Path:
+def _export(folder: Path, name: str, kwargs: dict, r: str | None, batch: int | None, opset: int, dtype: str, progress) -> Path:
     """A file with random weights: its speed is that of any weights."""
     progress(f"exporting {name}, {'dense' if r is None else 'ToMe r=' + r}, batch {batch or 'dynamic'}")
     from ..export import vit
@@ -82,14 +82,19 @@ def _export(folder: Path, name: str, kwargs: dict, r: str | None, batch: int | N
     loaded = load_model(name, kwargs)
     n, depth, prefix = vit.n_tokens(loaded.module), len(loaded.module.blocks), loaded.module.num_prefix_tokens
     schedule = Schedule.parse(r, method="tome" if r else "none", depth=depth, n_tokens=n, n_prefix=prefix)
-    path = folder / f"{'tome' if r else 'dense'}.{batch or 'dynamic'}.{opset}.onnx"
-    return export_onnx(loaded, schedule, path, batch=batch, opset=opset).path
+    path = folder / f"{'tome' if r else 'dense'}.{batch or 'dynamic'}.{opset}.{dtype}.onnx"
+    return export_onnx(loaded, schedule, path, batch=batch, opset=opset, dtype=dtype).path
+
+
+def _way(found) -> tuple:
+    """How a file was exported: what a dense one must share to be compared with it."""
+    return found.batch, found.provenance.opset, found.provenance.precision
 
 
 def _rows(found, denses: dict, engine: str, size: int, threads: int, seconds: float, progress) -> list[dict]:
     """One row per file: median milliseconds, speedup over its dense with 20 and 80 percentiles, MACs ratio and quotient.
 
-    denses: (batch, opset) of files -> the dense file they are compared with.
+    denses: `_way` of files -> the dense file they are compared with.
     """
     import contextlib
     import time
@@ -100,7 +105,7 @@ def _rows(found, denses: dict, engine: str, size: int, threads: int, seconds: fl
     from .timing import interleaved, ratio
 
     fits = lambda f: f.batch in (None, size)
-    dense_of = {str(f.path): denses[f.batch, f.provenance.opset] for f in found if fits(f)}
+    dense_of = {str(f.path): denses[_way(f)] for f in found if fits(f)}
     files = {str(d.path): d for d in dense_of.values() if fits(d)}
     baselines = set(files)
     files |= {str(f.path): f for f in found if str(f.path) in dense_of and str(dense_of[str(f.path)].path) in baselines}
@@ -125,7 +130,7 @@ def _rows(found, denses: dict, engine: str, size: int, threads: int, seconds: fl
         baseline = name if name in baselines else str(dense_of[name].path)
         middle, low, high = ratio(times[baseline], times[name])
         macs = f.macs_dense / f.macs
-        label = f"dense, batch {f.batch or 'dynamic'}" if name in baselines else name
+        label = f"dense, batch {f.batch or 'dynamic'}, {f.provenance.precision}" if name in baselines else name
         rows.append({"engine": engine, "batch": size, "file": label, "ms": float(np.median(times[name]) * 1e3), "rounds": rounds,
                      "speedup": middle, "speedup_20": low, "speedup_80": high, "macs_ratio": macs, "quotient": middle / macs})
     return rows

@@ -27,13 +27,16 @@ from ..export.reducers import METHODS
 @click.option("--score", type=click.Choice(["class", "mean"]), help="EViT, eTPS, DiffRate: sort by the attention the class token pays "
               "(default), or by the mean attention received (a substitute, for models without a class token).")
 @click.option("--batch", default="dynamic", show_default=True, metavar="N|dynamic", help="Images per run.")
+@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True,
+              help="Of the trunk; decisions, sizes and merging, input and outputs stay fp32.")
 @click.option("--opset", default=20, show_default=True, help="ONNX opset, 20 to 23.")
 @click.option("--simplify/--no-simplify", default=True, show_default=True, help="Let onnxsim look at the graph too.")
 @click.option("--sources", is_flag=True, help="Add output sources [B, N0]: the final row of every input token, -1 when it is gone.")
 @click.option("-o", "--output", metavar="FILE", help="Default: MODEL.METHOD.onnx in this directory.")
 @click.option("--force", is_flag=True, help="Replace the output file.")
 @click.option("--json", "as_json", is_flag=True, help="The summary as JSON on stdout.")
-def command(name, model_kwargs, checkpoint, pretrained, seed, predictor, method, batch, opset, simplify, sources, output, force, as_json, **options):
+def command(name, model_kwargs, checkpoint, pretrained, seed, predictor, method, batch, dtype, opset, simplify, sources, output, force, as_json,
+            **options):
     """Export a ViT, reduced or not, to a static ONNX file.
 
     tokexport onnx --method tome --r 13 -o vit.onnx
@@ -57,7 +60,7 @@ def command(name, model_kwargs, checkpoint, pretrained, seed, predictor, method,
         model = loaded.module
         schedule = Schedule.parse(method=method, depth=len(model.blocks), n_tokens=vit.n_tokens(model),
                                   n_prefix=model.num_prefix_tokens, **options)
-        result = onnx_export.export_onnx(loaded, schedule, path, images, opset, simplify, sources, force, progress)
+        result = onnx_export.export_onnx(loaded, schedule, path, images, opset, simplify, sources, force, dtype, progress)
     notes = [*loaded.notes, *schedule.notes]
     if "head" in getattr(reducers.get(method), "NEEDS", ()) and not loaded.heads:
         notes.append("the score heads are random too (same seed): give --predictor FILE, or a checkpoint that has them")
@@ -90,7 +93,7 @@ def _print(out, result, notes, batch) -> None:
     p = result.provenance
     h, w = p.preprocess.size
     out.print(str(result.path), style="bold", end="", markup=False)
-    out.print(f"  {p.model}, {p.schedule.method}, batch {batch}, opset {p.opset}", markup=False)
+    out.print(f"  {p.model}, {p.schedule.method}, batch {batch}, {p.precision}, opset {p.opset}", markup=False)
     out.print(f"  tokens   {tokens_words(result.tokens)}")
     out.print(f"  MACs     {macs_words(result.macs, result.macs_dense)}")
     out.print(f"  graph    {result.nodes} nodes, {size_words(result.size)}; input image [{batch}, {p.dims['channels']}, {h}, {w}], "

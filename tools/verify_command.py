@@ -46,8 +46,6 @@ def _print(out, report) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from ..engines.verify import NEAR_TIE
-
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title in ("output", "max abs", "max rel", "cosine", "top-1 agreement", ""):
         table.add_column(title, justify="left" if title == "output" else "right")
@@ -62,7 +60,8 @@ def _print(out, report) -> None:
         out.print(f"merge decisions equal to the reference's: {report.decisions:.1%} of image x reduction pairs")
     for f in report.flips[:10]:
         word = "[yellow]flipped near-tie[/yellow]" if f.passed else "[red]wrong decision[/red]"
-        out.print(f"  {word}: {escape(f.image)}, block {f.block}, " + ("impossible" if f.margin == float("inf") else f"gives away {f.margin:.1e} (a near-tie: at most {NEAR_TIE:.0e})"))
+        gives = f"gives away {f.margin:.1e} (a near-tie in {report.precision}: at most {report.near_tie:.0e})"
+        out.print(f"  {word}: {escape(f.image)}, block {f.block}, " + ("impossible" if f.margin == float("inf") else gives))
     if len(report.flips) > 10:
         out.print(f"  ... and {len(report.flips) - 10} more")
     colour = "green" if report.passed else "red"
