@@ -34,6 +34,21 @@ def check_output(path: str | Path, force: bool) -> Path:
     return path
 
 
+def read_model(path: Path) -> tuple:
+    """An ONNX file as `write_model` takes it: (onnx.ModelProto without its large weights, those as {name: onnx_ir tensor})."""
+    import onnx
+    from onnx_ir.serde import deserialize_tensor
+
+    proto = onnx.load(path, load_external_data=False)
+    large = [i for i in proto.graph.initializer if i.external_data or len(i.raw_data) > LARGE]
+    weights = {i.name: deserialize_tensor(i, str(path.parent.resolve())) for i in large}
+    small = [i for i in proto.graph.initializer if i.name not in weights]
+    kept = [onnx.TensorProto.FromString(i.SerializeToString()) for i in small]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept)
+    return proto, weights
+
+
 def write_model(proto, weights: dict, path: Path) -> int:
     """Write an ONNX file aside and rename it; returns the bytes on disk.
 

@@ -108,10 +108,10 @@ def _take_form(patch, kind, form):
 def _compare(model, schedule, kind, relative):
     """(largest relative difference of outputs, whether sources are equal, blocks that decide otherwise)."""
     seen, reducer_static, image = [], tome.static, _image(model)
-    static = static_vit.StaticViT(model, schedule, {"single": 1, "fixed": 2, "dynamic": None}[kind], sources=True)
     worst, equal, wrong = 0.0, True, []
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(tome, "static", lambda *a: seen.append(reducer_static(*a)) or seen[-1])
+        static = static_vit.StaticViT(model, schedule, {"single": 1, "fixed": 2, "dynamic": None}[kind], sources=True)
         for part in image.split(1 if kind == "single" else 2):
             seen.clear()
             wanted, got = reduce_model(model, schedule).run(part), static(part)

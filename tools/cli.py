@@ -11,6 +11,7 @@ from ..export.errors import GraphError, UsageError
 
 COMMANDS = {
     "onnx": "Export a ViT, reduced or not, to a static ONNX file.",
+    "trt": "Build a TensorRT engine from a file.",
     "verify": "Compare a file with the PyTorch reference it was made from.",
     "inspect": "Show what a file is and whether TensorRT would take it.",
     "bench": "Time files against each other in one run.",

@@ -45,3 +45,22 @@ def macs_words(macs: int, dense: int) -> str:
     """"2.69 G per image (dense 4.58 G, ratio 1.702)"."""
     unit, scale = ("G", 1e9) if dense >= 1e9 else ("M", 1e6)
     return f"{macs / scale:.2f} {unit} per image" + (f" (dense {dense / scale:.2f} {unit}, ratio {dense / macs:.3f})" if macs != dense else "")
+
+
+def layers_words(layers: dict) -> str:
+    """{"MATRIX_MULTIPLY": {"HALF": 48}} -> "480 in the network; matrix products 48 HALF; ..."."""
+    total = sum(n for types in layers.values() for n in types.values())
+    words = {"CONVOLUTION": "convolutions", "MATRIX_MULTIPLY": "matrix products", "SOFTMAX": "softmax", "TOPK": "top-k", "CAST": "casts"}
+    parts = [f"{said} " + " + ".join(f"{n} {t}" for t, n in sorted(layers[kind].items())) for kind, said in words.items() if kind in layers]
+    return "; ".join([f"{total} in the network", *parts])
+
+
+@contextmanager
+def bar(out):
+    """A function (stage, share done) that moves a progress bar until the block ends."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=out, transient=True,
+                  disable=not out.is_terminal) as progress:
+        task = progress.add_task("starting", total=1.0)
+        yield lambda stage, share: progress.update(task, description=stage, completed=share)

@@ -1,0 +1,153 @@
+"""The process in which an engine is built: TensorRT may crash, and then only this process ends.
+
+Reads one request (JSON) from standard input, writes one message (JSON) a line to the descriptor it was started with as argument:
+{"phase": [name, parent, steps]}, {"step": [name, done]}, {"done": name}, {"log": [severity, text]}, at last {"result": {...}} or
+{"error": text}. The engine is written to the request's "plan".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+
+from ..export.errors import UsageError
+from . import trt as runtimes
+
+WANTED = {"fp32": "FLOAT", "tf32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
+
+
+def main() -> None:
+    channel = os.fdopen(int(sys.argv[1]), "w")
+
+    def say(**message):
+        print(json.dumps(message), file=channel, flush=True)
+
+    try:
+        say(result=build(json.load(sys.stdin), say))
+    except UsageError as e:
+        say(error=str(e))
+
+
+def build(request: dict, say) -> dict:
+    """Parse, and unless it is a dry run, build and write. Returns layers, whether a profile was set, bytes and seconds."""
+    import time
+
+    runtime = runtimes.load(request["runtime"])
+    trt = runtime.trt
+    logger = _logger(trt, say)
+    builder = trt.Builder(logger)
+    if builder is None:
+        raise UsageError(f"{runtime.words} {runtime.version} cannot start")
+    network = builder.create_network(runtime.network_flags())
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(request["onnx"]):
+        raise UsageError(_parse_errors(parser, runtime))
+    layers = count_layers(network)
+    check_label(layers, request["precision"])
+    found = {"layers": layers, "version": runtime.version, "size": 0, "seconds": 0.0}
+    if request["dry_run"]:
+        return found
+    config = _config(runtime, builder, network, request, say)
+    start = time.perf_counter()
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise UsageError(f"{runtime.words} {runtime.version} could not build the engine; its own words are above")
+    Path(request["plan"]).write_bytes(memoryview(engine))
+    if request["timing_cache"] and not runtime.ahead_of_time:
+        Path(request["timing_cache"]).write_bytes(memoryview(config.get_timing_cache().serialize()))
+    return {**found, "size": engine.nbytes, "seconds": time.perf_counter() - start}
+
+
+def _config(runtime, builder, network, request: dict, say):
+    trt = runtime.trt
+    config = builder.create_builder_config()
+    config.progress_monitor = _monitor(trt, say)
+    (config.set_flag if request["precision"] == "tf32" else config.clear_flag)(trt.BuilderFlag.TF32)
+    if request["opt_level"] is not None:
+        config.builder_optimization_level = request["opt_level"]
+    if request["workspace"]:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request["workspace"])
+    if request["version_compatible"]:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if runtime.ahead_of_time:
+        kinds = [runtime.capabilities[c] for c in request["capabilities"]] or [trt.ComputeCapability.CURRENT]
+        config.num_compute_capabilities = len(kinds)
+        for i, kind in enumerate(kinds):
+            if not config.set_compute_capability(kind, i):
+                raise UsageError(f"{runtime.words} {runtime.version} cannot build for compute capability {request['capabilities'][i]}")
+    elif request["timing_cache"]:
+        path = Path(request["timing_cache"])
+        config.set_timing_cache(config.create_timing_cache(path.read_bytes() if path.exists() else b""), False)
+    if request["profile"]:
+        image = network.get_input(0)
+        profile = builder.create_optimization_profile()
+        profile.set_shape(image.name, *((n, *tuple(image.shape)[1:]) for n in request["profile"]))
+        config.add_optimization_profile(profile)
+    return config
+
+
+def count_layers(network) -> dict[str, dict[str, int]]:
+    """Layers of a strongly typed network, by kind and the type they give: {"MATRIX_MULTIPLY": {"HALF": 48, ...}, ...}."""
+    counts: dict[str, Counter] = {}
+    for layer in network:
+        if layer.num_outputs:
+            counts.setdefault(layer.type.name, Counter())[layer.get_output(0).dtype.name] += 1
+    return {kind: dict(types) for kind, types in sorted(counts.items())}
+
+
+def check_label(layers: dict, precision: str) -> None:
+    """Raises: UsageError unless most matrix products, and the convolution, are in the type that the precision names."""
+    wanted = WANTED[precision]
+    for kind in ("MATRIX_MULTIPLY", "CONVOLUTION"):
+        types = layers.get(kind, {})
+        if types.get(wanted, 0) * 2 <= sum(types.values()):
+            had = ", ".join(f"{n} {t}" for t, n in types.items()) or "none"
+            raise UsageError(f"the network is not {precision}: of its {kind} layers are {had}, wanted most of them {wanted}")
+
+
+def _parse_errors(parser, runtime) -> str:
+    """What the parser refuses, by node and the part of the model it comes from."""
+    said = []
+    for i in range(min(parser.num_errors, 5)):
+        e = parser.get_error(i)
+        name = e.node_name() if hasattr(e, "node_name") else ""
+        part = f" ({name.rpartition('/')[0].replace('.', ', ')})" if "/" in name else ""
+        said.append(f"node {name or e.node()}{part}: {e.desc()}")
+    return f"{runtime.words} {runtime.version} cannot parse the file: " + "; ".join(said or ["it does not say why"])
+
+
+def _logger(trt, say):
+    class Logger(trt.ILogger):
+        def __init__(self):
+            trt.ILogger.__init__(self)
+
+        def log(self, severity, text):
+            if severity <= trt.ILogger.Severity.WARNING:
+                say(log=[severity.name, text])
+
+    return Logger()
+
+
+def _monitor(trt, say):
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self):
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase, parent, steps):
+            say(phase=[phase, parent, steps])
+
+        def step_complete(self, phase, step):
+            say(step=[phase, step + 1])
+            return True
+
+        def phase_finish(self, phase):
+            say(done=phase)
+
+    return Monitor()
+
+
+if __name__ == "__main__":
+    main()

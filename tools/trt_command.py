@@ -1,0 +1,92 @@
+"""`tokexport trt`."""
+
+from __future__ import annotations
+
+import re
+
+import click
+
+from ..export.errors import UsageError
+
+UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@click.command("trt")
+@click.argument("file")
+@click.option("-o", "--output", metavar="PLAN", help="Default: the file's name with .plan.")
+@click.option("--fp32", "precision", flag_value="fp32", help="float32 throughout, without TF32.")
+@click.option("--tf32", "precision", flag_value="tf32", help="float32, matrix products with TF32's ten bits.")
+@click.option("--fp16", "precision", flag_value="fp16", help="The trunk in fp16; decisions, sizes and merging in float32.")
+@click.option("--bf16", "precision", flag_value="bf16", help="The trunk in bf16. Default: the file's own precision.")
+@click.option("--runtime", default="auto", show_default=True, metavar="auto|tensorrt|rtx",
+              help="auto: TensorRT where it and a GPU are there, else TensorRT-RTX.")
+@click.option("--compute-capability", metavar="86,89,120", help="TensorRT-RTX: GPUs the engine is for; needs none of them here.")
+@click.option("--batch", metavar="MIN:BEST:MAX", help="Batch sizes of a file with a dynamic batch.  [default: 1:8:32]")
+@click.option("--timing-cache", metavar="FILE", help="TensorRT: what was measured in builds before.  [default: beside the engine]")
+@click.option("--opt-level", type=int, metavar="0-5", help="How long the builder may search; default the builder's own.")
+@click.option("--workspace", metavar="4GiB", help="Most GPU memory for scratch; default the builder's own choice.")
+@click.option("--version-compatible", is_flag=True, help="TensorRT: an engine for later versions too.")
+@click.option("--dry-run", is_flag=True, help="Parse and report only; needs no GPU.")
+@click.option("--force", is_flag=True, help="Replace the engine.")
+@click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
+def command(file, output, precision, runtime, compute_capability, batch, timing_cache, opt_level, workspace, version_compatible, dry_run,
+            force, as_json):
+    """Build a TensorRT engine from FILE, made by `tokexport onnx`; PLAN.json beside it says what it is.
+
+    tokexport trt vit.onnx --fp16 --compute-capability 86,89
+    """
+    from ..engines.build import build_engine
+    from .terminal import bar, console, print_json
+
+    capabilities = tuple(c.strip().lower().removeprefix("sm").replace(".", "") for c in compute_capability.split(",")) if compute_capability else ()
+    out = console()
+    with bar(out) as progress:
+        result = build_engine(file, output, precision, runtime, capabilities, _sizes(batch), timing_cache, opt_level, _bytes(workspace),
+                              version_compatible, dry_run, force, progress)
+    if as_json:
+        print_json(_data(result))
+    else:
+        _print(out, result)
+
+
+def _sizes(text: str | None) -> tuple[int, int, int] | None:
+    if text is None:
+        return None
+    parts = text.split(":")
+    if len(parts) not in (1, 3) or not all(p.isascii() and p.isdigit() and len(p) < 6 for p in parts):
+        raise UsageError(f"--batch {text!r}: wanted smallest:best:largest, e.g. 1:8:32, or one number for all three")
+    return tuple(int(p) for p in (parts * 3)[:3])
+
+
+def _bytes(text: str | None) -> int:
+    if text is None:
+        return 0
+    match = re.fullmatch(r"(\d{1,12}) ?([A-Za-z]*)", text)
+    if not match or match[2] not in UNITS or not int(match[1]):
+        raise UsageError(f"--workspace {text!r}: wanted a size, e.g. 4GiB or 512MiB")
+    return int(match[1]) * UNITS[match[2]]
+
+
+def _data(result) -> dict:
+    from dataclasses import asdict
+
+    return {"path": str(result.path), "cached": result.cached, "seconds": result.seconds, "runtime": result.runtime,
+            "layers": result.layers, "warnings": result.warnings, "engine": asdict(result.engine) if result.engine else None}
+
+
+def _print(out, result) -> None:
+    from .terminal import layers_words, size_words
+
+    e = result.engine
+    if e is None:
+        out.print(f"{result.runtime} takes the file; nothing was built (--dry-run)", style="bold", markup=False)
+    else:
+        out.print(str(result.path), style="bold", end="", markup=False)
+        what = "identical request: the engine is there already" if result.cached else f"built in {result.seconds:.1f} s"
+        out.print(f"  {result.runtime}, {e.precision}, {size_words(e.size)}, {what}", markup=False)
+        out.print("  for      " + (f"compute capability {', '.join(e.compute_capability)}" if e.compute_capability else "the GPU here"))
+        out.print("  batch    " + (f"{e.batch}" if e.batch else "{} to {}, best at {}".format(e.profile[0], e.profile[2], e.profile[1])))
+    out.print("  layers   " + layers_words(result.layers))
+    for warning in result.warnings:
+        out.print("  warning  ", style="yellow", end="", markup=False)
+        out.print(warning, markup=False)
