@@ -54,7 +54,7 @@ def build(request: dict, say) -> dict:
     start = time.perf_counter()
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise UsageError(f"{runtime.words} {runtime.version} could not build the engine; its own words are above")
+        raise UsageError(f"{runtime.words} {runtime.version} could not build the engine; its own words are below")
     Path(request["plan"]).write_bytes(memoryview(engine))
     if request["timing_cache"] and not runtime.ahead_of_time:
         Path(request["timing_cache"]).write_bytes(memoryview(config.get_timing_cache().serialize()))

@@ -84,10 +84,28 @@ def convert(proto, weights: dict, dtype: str):
         if typed.get(name, high) != high:
             nodes.append(helper.make_node("Cast", [made[name, low]], [name], name=f"head/Cast_{name}", to=high))
     del graph.value_info[:]
-    _replace(graph.node, nodes)
+    _replace(graph.node, _turned_products(nodes, set(made.values())))
     _replace(graph.initializer, list(initializers.values()))
     inferred = _with_shapes(out, new_weights)
     return inferred, new_weights
+
+
+def _turned_products(nodes: list, casts: set[str]) -> list:
+    """Products A^T B of which B has just been cast, as (B^T A)^T.
+
+    TensorRT-RTX 1.7 cannot build the first form (a check in its Myelin, tactic.cpp:2418, fails); the second is the same sum.
+    """
+    from onnx import helper
+
+    out = []
+    for node in nodes:
+        attributes = {a.name: a.i for a in node.attribute}
+        if node.op_type == "Gemm" and len(node.input) == 2 and node.input[1] in casts and attributes.get("transA") and not attributes.get("transB"):
+            name, a, b = node.output[0], *node.input
+            out.append(helper.make_node("Gemm", [b, a], [f"{name}.T"], name=node.name, transA=1))
+            node = helper.make_node("Transpose", [f"{name}.T"], [name], name=f"{node.name}_T", perm=[1, 0])
+        out.append(node)
+    return out
 
 
 def _replace(field, items):

@@ -299,12 +299,6 @@ def _build(path, side, batch):
 
 
 @pytest.mark.parametrize("batch", [1, None])
-def test_tensorrt_builds_an_engine_with_the_source_map(options, batch, exported):
-    engine = _build(exported("tiny_vit", batch=batch, **options), 64, batch)
-    assert engine is not None and engine.nbytes > 1_000_000
-
-
-@pytest.mark.parametrize("batch", [1, None])
 @pytest.mark.parametrize("method", METHODS)
 def test_tensorrt_builds_an_engine_of_deit_small(method, batch, deit):
     path = deit(method, batch)

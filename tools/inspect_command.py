@@ -9,33 +9,78 @@ import click
 @click.argument("file")
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON on stdout.")
 def command(file, as_json):
-    """Show what FILE is: provenance, tokens per block, MACs, operators, and anything a TensorRT build would refuse."""
-    from ..export.inspection import inspect
-    from .terminal import console, macs_words, print_json, size_words, tokens_words
+    """Show what FILE, an ONNX file or an engine, is: provenance, tokens per block, MACs, operators, what TensorRT would refuse."""
+    from pathlib import Path
 
+    from ..export.inspection import inspect
+    from .terminal import macs_words, print_json, size_words, tokens_words
+
+    if Path(file).suffix == ".plan" or Path(f"{file}.json").is_file():
+        _engine(file, as_json)
+        return
     found = inspect(file)
     if as_json:
         print_json(found.to_json())
         return
-    out, p = console(), found.provenance
-    weights, s = p.weights, p.schedule
-    where = f"seed {weights['seed']}" if weights["source"] == "random" else weights["file"]
-    options = ", ".join(f"{k} {_short(v)}" for k, v in s.options.items())
-    h, w = p.preprocess.size
-    lines = [
-        ("model", " ".join([p.model, *(f"{k}={v}" for k, v in p.model_kwargs.items())])),
-        ("weights", f"{weights['source']} ({where}), SHA-256 {weights['sha256'][:16]}..."),
-        ("method", s.method + (f" ({options})" if options else "")),
-        ("tokens", tokens_words(s.tokens_per_block())),
+    p = found.provenance
+    _print([
+        *_origin(p),
+        ("tokens", tokens_words(p.schedule.tokens_per_block())),
         ("MACs", macs_words(found.macs, found.macs_dense)),
-        ("input", f"image [{found.batch or 'dynamic'}, {p.dims['channels']}, {h}, {w}], mean {_short(p.preprocess.mean)}, std {_short(p.preprocess.std)}, "
-                  f"{p.preprocess.interpolation}, crop {p.preprocess.crop:g} ({p.preprocess.crop_mode})"),
+        _input(p, found.batch or "dynamic"),
         ("outputs", ", ".join(p.outputs) + (f" ({len(p.labels)} labels)" if p.labels else "")),
         ("file", f"{size_words(found.size)}, opset {p.opset}, {p.precision}, tokexport {p.version}"),
         ("graph", f"{sum(found.ops.values())} nodes: " + ", ".join(f"{n} {k}" for k, n in found.ops.items())),
         ("TensorRT", "nothing it would refuse" if not found.refusals else "REFUSED: " + "; ".join(found.refusals)),
-        *(("note", n) for n in s.notes),
-    ]
+        *(("note", n) for n in p.schedule.notes),
+    ])
+
+
+def _engine(file: str, as_json: bool) -> None:
+    """What the sidecar of an engine says."""
+    import json
+    from dataclasses import asdict
+
+    from ..engines.build import read_sidecar
+    from ..export.provenance import Provenance
+    from .terminal import engine_lines, print_json, size_words, tokens_words
+
+    e = read_sidecar(file)
+    if as_json:
+        print_json({"path": str(file), **asdict(e)})
+        return
+    p = Provenance.from_json(json.dumps(e.provenance))
+    words = {"rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}.get(e.runtime["name"], e.runtime["name"])
+    _print([
+        *_origin(p),
+        ("tokens", tokens_words(p.schedule.tokens_per_block())),
+        _input(p, e.batch or "dynamic"),
+        ("outputs", ", ".join(p.outputs)),
+        ("engine", f"{words} {e.runtime['version']}, {e.precision}, {size_words(e.size)}, from {e.source}"),
+        *engine_lines(e),
+    ])
+
+
+def _origin(p) -> list[tuple[str, str]]:
+    """Model, weights and method of a provenance."""
+    weights, s = p.weights, p.schedule
+    where = f"seed {weights['seed']}" if weights["source"] == "random" else weights["file"]
+    options = ", ".join(f"{k} {_short(v)}" for k, v in s.options.items())
+    return [("model", " ".join([p.model, *(f"{k}={v}" for k, v in p.model_kwargs.items())])),
+            ("weights", f"{weights['source']} ({where}), SHA-256 {weights['sha256'][:16]}..."),
+            ("method", s.method + (f" ({options})" if options else ""))]
+
+
+def _input(p, batch) -> tuple[str, str]:
+    (h, w), pre = p.preprocess.size, p.preprocess
+    return ("input", f"image [{batch}, {p.dims['channels']}, {h}, {w}], mean {_short(pre.mean)}, std {_short(pre.std)}, "
+                     f"{pre.interpolation}, crop {pre.crop:g} ({pre.crop_mode})")
+
+
+def _print(lines: list[tuple[str, str]]) -> None:
+    from .terminal import console
+
+    out = console()
     for title, text in lines:
         out.print(f"{title:<9}", end="", style="bold")
         out.print(text, markup=False)

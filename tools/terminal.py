@@ -55,6 +55,13 @@ def layers_words(layers: dict) -> str:
     return "; ".join([f"{total} in the network", *parts])
 
 
+def engine_lines(e) -> list[tuple[str, str]]:
+    """What an `EngineFile` is for, (title, text) each."""
+    batch = str(e.batch) if e.batch else "{} to {}, best at {}".format(e.profile[0], e.profile[2], e.profile[1])
+    return [("for", f"compute capability {', '.join(e.compute_capability)}" if e.compute_capability else "the GPU it was built on"),
+            ("batch", batch), ("layers", layers_words(e.layers)), *(("warning", w) for w in e.warnings)]
+
+
 @contextmanager
 def bar(out):
     """A function (stage, share done) that moves a progress bar until the block ends."""

@@ -75,18 +75,17 @@ def _data(result) -> dict:
 
 
 def _print(out, result) -> None:
-    from .terminal import layers_words, size_words
+    from .terminal import engine_lines, layers_words, size_words
 
     e = result.engine
     if e is None:
         out.print(f"{result.runtime} takes the file; nothing was built (--dry-run)", style="bold", markup=False)
+        lines = [("layers", layers_words(result.layers)), *(("warning", w) for w in result.warnings)]
     else:
         out.print(str(result.path), style="bold", end="", markup=False)
         what = "identical request: the engine is there already" if result.cached else f"built in {result.seconds:.1f} s"
         out.print(f"  {result.runtime}, {e.precision}, {size_words(e.size)}, {what}", markup=False)
-        out.print("  for      " + (f"compute capability {', '.join(e.compute_capability)}" if e.compute_capability else "the GPU here"))
-        out.print("  batch    " + (f"{e.batch}" if e.batch else "{} to {}, best at {}".format(e.profile[0], e.profile[2], e.profile[1])))
-    out.print("  layers   " + layers_words(result.layers))
-    for warning in result.warnings:
-        out.print("  warning  ", style="yellow", end="", markup=False)
-        out.print(warning, markup=False)
+        lines = engine_lines(e)
+    for title, text in lines:
+        out.print(f"  {title:<9}", style="yellow" if title == "warning" else None, end="", markup=False)
+        out.print(text, markup=False)
