@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import stages
 from .errors import GraphError
 from .schedule import Schedule
 
@@ -55,18 +56,21 @@ def refusals(graph) -> list[str]:
 
 
 def attention_tokens(model) -> list[int]:
-    """Tokens in each square attention matrix [.., n, n] of an onnx.ModelProto with shapes, in graph order; -1 where not static."""
+    """Tokens in the attention of each block of an onnx.ModelProto with shapes, in graph order; -1 where not static.
+
+    It is the softmax over a square matrix in a block's stage "attn"; where that has gone, a single token was left.
+    """
     shapes = {v.name: [d.dim_value if d.HasField("dim_value") else -1 for d in v.type.tensor_type.shape.dim]
               for v in (*model.graph.value_info, *model.graph.output)}
-    out = []
+    out: dict[str, int] = {}
     for node in model.graph.node:
-        if node.op_type == "Softmax":
-            shape = shapes.get(node.output[0], [])
-            if len(shape) == 4 and shape[-1] == shape[-2]:
-                out.append(shape[-1])
-            elif not shape or -1 in shape[-2:]:
-                out.append(-1)
-    return out
+        stage = stages.of_node(node.name)
+        if stage.endswith(".attn"):
+            out.setdefault(stage, 1)
+            if node.op_type == "Softmax":
+                shape = shapes.get(node.output[0], [])
+                out[stage] = shape[-1] if len(shape) == 4 and shape[-1] == shape[-2] else -1
+    return list(out.values())
 
 
 def check_graph(model, schedule: Schedule) -> None:

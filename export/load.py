@@ -93,6 +93,8 @@ def _create(name: str, kwargs: dict, pretrained: bool, seed: int) -> nn.Module:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 3, 0.6)
         raise UsageError(f"unknown model {name!r}: wanted a timm model name{', e.g. ' + ', '.join(near) if near else ''}")
+    if not -(2**63) <= seed < 2**64:
+        raise UsageError(f"--seed {str(seed)[:24]}: wanted a number of 64 bits, e.g. 0")
     torch.manual_seed(seed)
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # the hub's log of every retry

@@ -69,11 +69,16 @@ def read(path: str | Path) -> tuple[list[int], list[int], int | None]:
     n = found.get("n_tokens", 2)
     if not isinstance(n, int) or isinstance(n, bool) or not 2 <= n <= 10**6:
         raise UsageError(f"{said}: n_tokens is no number of tokens, 2 to {10**6}: give what the counts were made for, or leave it out")
+    most = max(*found["prune_kept"], *found["merge_kept"])
+    if "n_tokens" in found and most > n:
+        raise UsageError(f"{said}: keeps {most} of n_tokens {n} tokens; wanted counts of at most n_tokens")
     return found["prune_kept"], found["merge_kept"], found.get("n_tokens")
 
 
 def _pairs(path, said: str) -> list[tuple]:
     """Keys and values of the file's JSON object; a key that is there twice is twice among them."""
+    if os.path.isdir(path):
+        raise UsageError(f"{said}: is a directory; wanted a JSON file")
     if not os.path.isfile(path):
         raise UsageError(f"{said}: no such file; wanted one, or a published list such as deit_small@2.9 (see `tokexport rates`)")
     try:

@@ -70,17 +70,28 @@ class ReducedViT(nn.Module):
                 x, size, at, place = self._reduce(steps[i, "post_attn"], x, size, at, place, score, k.mean(1), replay, out)
             x = x + _scaled(p.mlp(p.norm2(x)), p.gamma2)
         out.tokens = m.norm(x)
-        out.output, out.sources, out.size = m.forward_head(out.tokens), at, size[..., 0]
+        out.output, out.sources, out.size = self._head(out.tokens, size), at, size[..., 0]
         return out
+
+    def _head(self, tokens, size):
+        m, p = self.model, self.n_prefix
+        if not vit.pools_by_size(m, self.schedule):
+            return m.forward_head(tokens)
+        pooled = (tokens * size)[:, p:].sum(1) / size[:, p:].sum(1)
+        return m.head(m.head_drop(m.fc_norm(pooled)))
 
     @property
     def n_prefix(self) -> int:
         return self.model.num_prefix_tokens
 
     def _head_score(self, block, x):
-        """The head's log-probability to keep, prefix tokens lifted, [B, N, 1]."""
+        """The head's log-probability to keep less that to drop, prefix tokens lifted, [B, N, 1].
+
+        The authors sort by the first alone: the same order, until it is so near 0 that float32 cannot tell tokens apart.
+        """
         stage = self.schedule.options["at"].index(block)
-        score = self.heads[stage](x[:, self.n_prefix :])[..., :1]
+        keep, drop = self.heads[stage](x[:, self.n_prefix :]).split(1, -1)
+        score = keep - drop
         return _lifted(torch.cat([score.new_zeros(len(x), self.n_prefix, 1), score], 1), self.n_prefix)
 
     def _reduce(self, step, x, size, at, place, score, metric, replay, out):

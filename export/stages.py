@@ -21,6 +21,8 @@ def of_scopes(scopes: list[str], before: str, at: list[int] = ()) -> str:
         return f"block{path[1]}.{_IN_BLOCK.get(path[2] if len(path) > 2 else '', 'attn')}"
     if path[0] in FP32:
         return f"block{path[1]}.{path[0]}"
+    if path[0] == "share":  # of tokens in a pool by size
+        return "head.merge"
     if path[0] == "score_heads":
         return f"block{at[int(path[1])]}.match"
     return "head" if path[0] in ("head", "norm") else "embed"

@@ -153,7 +153,8 @@ class StaticViT(nn.Module):
         self.blocks = nn.ModuleList(StaticBlock(p, self.single, self.n_prefix, table is not None) for p in parts)
         self.rotary = None if table is None else Rotary(table, parts[0].half, self.single)
         self.score_heads = nn.ModuleList(StaticScoreHead(h) for h in heads or ())
-        self.head = Head(model)
+        self.head, self.by_size = Head(model), vit.pools_by_size(model, schedule)
+        self.share = Stage(self._share)
         reducer = reducers.get(schedule.method)
         self.match = nn.ModuleDict({str(s.block): Stage(reducer.static) for s in schedule.steps})
         self.merge = nn.ModuleDict({str(s.block): Stage(apply_static) for s in schedule.steps})
@@ -180,7 +181,8 @@ class StaticViT(nn.Module):
                 x, n = self._reduce(steps[i, "post_attn"], x, n, found, state)
             x = x + block.mlp(block.norm2(x))
         rows = self._rows(x, n)
-        out = [self.head(self.norm, rows, self.single)]
+        share = None if not self.by_size or state.size is None else self.share(state.size)
+        out = [self.head(self.norm, rows, self.single, share)]
         if self.sources:
             out.append(self._source_rows(state.sources, rows))
         self.last.decisions = list(state.decisions)
@@ -190,6 +192,12 @@ class StaticViT(nn.Module):
     def decisions(self) -> list[str]:
         """Names of what the last `forward` gave behind its outputs."""
         return self.last.decisions
+
+    def _share(self, size):
+        """Share of every patch token in a pool by size [.., n, 1], prefix tokens 0."""
+        n = size.shape[-2]
+        size = size * column([0.0] * self.n_prefix + [1.0] * (n - self.n_prefix), size)
+        return size / ops.matmul(size, ops.floats([1.0] * n, [n, 1]), True, False)
 
     def _rows(self, x, n):
         """[B n, C] with its batch axis, or as it is for one image."""
@@ -290,7 +298,11 @@ class Head(nn.Module):
                 whole = getattr(model, "pool_include_prefix", True)  # EVA pools all tokens
                 self.pool = StaticAttentionPool(model.attn_pool, 0 if whole else model.num_prefix_tokens)
 
-    def forward(self, norm, x, single: bool):
+    def forward(self, norm, x, single: bool, share=None):
+        """x: tokens [.., n, C]. share: of every token in the average pool [.., n, 1], None for timm's own pooling."""
+        if share is not None:
+            x = ops.matmul(share, norm(x), True, False)
+            return self.head(self.fc_norm(x if single else ops.reshape(x, [-1, x.shape[-1]])))
         if self.distilled:
             x = norm(ops.fixed_rows(x, [0, 1]))
             first, second = (x[:1], x[1:]) if single else (x[:, 0], x[:, 1])

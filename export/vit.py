@@ -158,9 +158,27 @@ def check_schedule(model: nn.Module, schedule: Schedule, heads: nn.ModuleList | 
     if schedule.options.get("score") == "class" and schedule.steps and not has_class_token(model):
         raise UsageError(f"{schedule.method} sorts tokens by the attention of the class token, which this model does not have: give "
                          f"--score mean (the mean attention a token receives, a substitute) or --method tome")
+    pools_by_size(model, schedule)
     stages = len(schedule.options["at"]) if any(s.site == "pre_block" for s in schedule.steps) else 0
     if stages > len(heads or ()):
         raise UsageError(f"{schedule.method} needs {stages} score heads, {len(heads or ())} were given: see score_heads(loaded, schedule)")
+
+
+def pools_by_size(model: nn.Module, schedule: Schedule) -> bool:
+    """Whether the average pool at the end weighs tokens by their size (option `pool` of ToMe and DiffRate).
+
+    "size", "mean" (timm's plain mean), or "auto": by size for a model that pools as MAE's fine-tuned ones do, over the patches beside
+    a class token and before the norm, as both authors' MAE code does; plain for others, as their code for timm's models.
+    Raises: UsageError for "size" where there is no average pool, or another word.
+    """
+    said = schedule.options.get("pool", "mean")
+    if said not in ("auto", "size", "mean"):
+        raise UsageError(f"--pool {said!r}: wanted size or mean")
+    average = getattr(model, "attn_pool", None) is None and model.global_pool == "avg" and not hasattr(model, "head_dist")
+    if said == "size" and not average:
+        raise UsageError("--pool size weighs the tokens of an average pool, which this model does not have: leave it out")
+    like_mae = has_class_token(model) and isinstance(model.norm, nn.Identity) and not getattr(model, "pool_include_prefix", False)
+    return bool(schedule.steps) and average and (said == "size" or (said == "auto" and like_mae))
 
 
 def output_name(model: nn.Module) -> str:
@@ -179,8 +197,8 @@ def dims(model: nn.Module) -> dict:
     mlp = [(m.in_features, m.out_features) for m in block.mlp.modules() if isinstance(m, nn.Linear)]
     proj = model.patch_embed.proj
     return {"width": model.embed_dim, "attn_width": block.attn.proj.in_features, "mlp": mlp, "classes": model.num_classes,
-            "channels": proj.in_channels, "gate": int(getattr(block.attn, "gate", None) is not None), "heads": 2 if hasattr(model, "head_dist") else 1, "patches": model.patch_embed.num_patches,
-            "patch_values": proj.in_channels * proj.kernel_size[0] * proj.kernel_size[1], "pool": model.global_pool}
+            "channels": proj.in_channels, "gate": int(getattr(block.attn, "gate", None) is not None),
+            "heads": 2 if hasattr(model, "head_dist") else 1, "patches": model.patch_embed.num_patches, "patch_values": proj.in_channels * proj.kernel_size[0] * proj.kernel_size[1], "pool": model.global_pool}
 
 
 def split_heads(p: BlockParts, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

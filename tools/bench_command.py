@@ -27,7 +27,7 @@ def command(files, dense, engines, batches, threads, seconds, as_json):
     from ..export.inspection import inspect
     from .terminal import console, print_json, stages
 
-    engines, sizes = engines.split(","), _sizes(batches)
+    engines, sizes = list(dict.fromkeys(engines.split(","))), _sizes(batches)
     for engine in engines:
         require(engine)
     if not 1 <= threads <= 1024 or not 0 < seconds < 86400:
@@ -57,6 +57,8 @@ def _check_dense(dense, found) -> None:
     models = {(f.provenance.model, str(f.provenance.model_kwargs)) for f in [*found, *([dense] if dense else [])]}
     if len(models) > 1:
         raise UsageError(f"bench compares files of one model, these are of {', '.join(' '.join(m) for m in sorted(models))}")
+    if dense and dense.path in [f.path for f in found]:
+        raise UsageError(f"--dense {dense.path} is among the files that are compared with it: leave it out there")
     if dense and dense.provenance.schedule.steps:
         raise UsageError(f"--dense {dense.path} is reduced ({dense.provenance.schedule.method}): wanted one made with --method none")
 
@@ -68,7 +70,7 @@ def _sizes(text: str) -> list[int]:
         sizes = [0]
     if min(sizes) < 1:
         raise UsageError(f"--batch {text!r}: wanted batch sizes, e.g. 1,8")
-    return sizes
+    return list(dict.fromkeys(sizes))
 
 
 def _export(folder: Path, name: str, kwargs: dict, r: str | None, batch: int | None, opset: int, dtype: str, progress) -> Path:

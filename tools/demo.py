@@ -53,7 +53,7 @@ def _export(folder: Path, checkpoint: Path, name: str, method: str, progress, ou
     loaded = load_model(samples.MODEL, samples.KWARGS, checkpoint)
     schedule = Schedule.parse(R if method == "tome" else None, method=method, depth=12, n_tokens=257)
     result = export_onnx(loaded, schedule, folder / f"dinov2_{method}.onnx", sources=method != "none", force=True)
-    out.print(f"   {result.path}: tokens {tokens_words(result.tokens) if schedule.steps else '257 throughout'}")
+    out.print(f"   {result.path}: tokens {tokens_words(schedule.n_tokens, result.tokens) if schedule.steps else '257 throughout'}")
     out.print(f"   {'':{len(str(result.path))}}  MACs {macs_words(result.macs, result.macs_dense)}")
     return result
 

@@ -25,7 +25,7 @@ def command(file, as_json):
     p = found.provenance
     _print([
         *_origin(p),
-        ("tokens", tokens_words(p.schedule.tokens_per_block())),
+        ("tokens", tokens_words(p.schedule.n_tokens, p.schedule.tokens_per_block())),
         ("MACs", macs_words(found.macs, found.macs_dense)),
         _input(p, found.batch or "dynamic"),
         ("outputs", ", ".join(p.outputs) + (f" ({len(p.labels)} labels)" if p.labels else "")),
@@ -53,7 +53,7 @@ def _engine(file: str, as_json: bool) -> None:
     words = {"rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}.get(e.runtime["name"], e.runtime["name"])
     _print([
         *_origin(p),
-        ("tokens", tokens_words(p.schedule.tokens_per_block())),
+        ("tokens", tokens_words(p.schedule.n_tokens, p.schedule.tokens_per_block())),
         _input(p, e.batch or "dynamic"),
         ("outputs", ", ".join(p.outputs)),
         ("engine", f"{words} {e.runtime['version']}, {e.precision}, {size_words(e.size)}, from {e.source}"),

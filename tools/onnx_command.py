@@ -23,7 +23,9 @@ from ..export.reducers import METHODS
 @click.option("--fuse/--no-fuse", default=None, help="EViT: the tokens left out become one; default on.")
 @click.option("--rates", metavar="NAME|FILE", help="DiffRate: a published list (tokexport rates), e.g. deit_small@2.9, or a JSON file.")
 @click.option("--prop-attn/--no-prop-attn", default=None,
-              help="ToMe, DiffRate: proportional attention, default on; off for MAE-trained models and models trained with ToMe.")
+              help="ToMe, DiffRate: proportional attention, default on; off for ToMe on MAE-trained models and on models trained with ToMe.")
+@click.option("--pool", type=click.Choice(["size", "mean"]), help="ToMe, DiffRate: weigh an average pool by token size, or not; "
+              "default by size for models that pool like MAE's, as the authors do.")
 @click.option("--score", type=click.Choice(["class", "mean"]), help="EViT, eTPS, DiffRate: sort by the attention the class token pays "
               "(default), or by the mean attention received (a substitute, for models without a class token).")
 @click.option("--batch", default="dynamic", show_default=True, metavar="N|dynamic", help="Images per run.")
@@ -94,7 +96,7 @@ def _print(out, result, notes, batch) -> None:
     h, w = p.preprocess.size
     out.print(str(result.path), style="bold", end="", markup=False)
     out.print(f"  {p.model}, {p.schedule.method}, batch {batch}, {p.precision}, opset {p.opset}", markup=False)
-    out.print(f"  tokens   {tokens_words(result.tokens)}")
+    out.print(f"  tokens   {tokens_words(p.schedule.n_tokens, result.tokens)}")
     out.print(f"  MACs     {macs_words(result.macs, result.macs_dense)}")
     out.print(f"  graph    {result.nodes} nodes, {size_words(result.size)}; input image [{batch}, {p.dims['channels']}, {h}, {w}], "
               f"output {', '.join(p.outputs)}", markup=False)

@@ -28,7 +28,7 @@ def command(listed, as_json):
     for row in rows:
         out.print(f"{row['name']:<17}", end="", style="bold", markup=False)
         out.print(macs_words(row["macs"], row["macs_dense"]), markup=False)
-        out.print("  " + tokens_words(row["tokens"]), markup=False)
+        out.print("  " + tokens_words(row["tokens"][0][0], row["tokens"]), markup=False)
 
 
 def _rows() -> list[dict]:

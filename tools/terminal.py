@@ -36,9 +36,9 @@ def size_words(n: int) -> str:
     return f"{n} B"
 
 
-def tokens_words(tokens: list) -> str:
-    """Tokens after each block, from the first: "197 | 184 171 158 ..."."""
-    return f"{tokens[0][0]} in, then " + " ".join(str(m) for _, m in tokens)
+def tokens_words(n_tokens: int, tokens: list) -> str:
+    """Tokens before the first block and after each: "197 in, then 184 171 158 ..."."""
+    return f"{n_tokens} in, then " + " ".join(str(m) for _, m in tokens)
 
 
 def macs_words(macs: int, dense: int) -> str:

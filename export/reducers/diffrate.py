@@ -18,7 +18,7 @@ from ..schedule import Step
 from . import ranking
 
 NEEDS = ("attention",)
-OPTIONS = {"rates": None, "prop_attn": True, "score": "class"}
+OPTIONS = {"rates": None, "prop_attn": True, "score": "class", "pool": "auto"}
 
 
 def steps(options: dict, n_tokens: int, n_prefix: int, depth: int) -> tuple:

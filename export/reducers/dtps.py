@@ -26,5 +26,5 @@ def steps(options: dict, n_tokens: int, n_prefix: int, depth: int) -> tuple:
 
 
 def regret(s: Signals, step: Step, plan: MergePlan) -> torch.Tensor:
-    """How much the plan gives away, [B]: of the log-probability to keep, or of the host's cosine."""
+    """How much the plan gives away, [B]: of the log-odds to keep, or of the host's cosine."""
     return ranking.regret(s, step, plan, ranking.cosines(s, plan.keep, plan.src, etps.EPS), log=False)

@@ -35,5 +35,5 @@ def static(s: Signals, step: Step, by_target: bool) -> MergePlan:
 
 
 def regret(s: Signals, step: Step, plan: MergePlan) -> torch.Tensor:
-    """How much the plan gives away, [B]: of the log-probability to keep."""
+    """How much the plan gives away, [B]: of the log-odds to keep."""
     return ranking.regret(s, step, plan, log=False)

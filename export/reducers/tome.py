@@ -20,7 +20,7 @@ from . import matching
 
 NEEDS = ("metric",)
 labels, regret = matching.labels, matching.regret
-OPTIONS = {"r": None, "prop_attn": True}
+OPTIONS = {"r": None, "prop_attn": True, "pool": "auto"}
 
 
 def steps(options: dict, n_tokens: int, n_prefix: int, depth: int) -> tuple:
