@@ -74,6 +74,18 @@ def open_engine(path: str | Path, engine: str = "ort", threads: int = 0, outputs
     yield runner
 
 
+def in_batches(runner: Runner, image: np.ndarray) -> dict[str, np.ndarray]:
+    """Outputs for images [B, 3, H, W], as many as the runner takes at once or fewer: filled up to its fixed batch and cut again.
+
+    Inner values of a file for one image get the batch axis that they do not have.
+    """
+    batch = next(iter(runner.inputs.values()))[0]
+    short = (batch or len(image)) - len(image)
+    full = np.concatenate([image, np.repeat(image[-1:], short, 0)]) if short else image
+    out = runner.run({"image": full})
+    return {k: v[None] if batch == 1 and "." in k else v[: len(image)] for k, v in out.items()}
+
+
 def _model_bytes(path: Path, outputs: tuple[str, ...]):
     """The file's model with some inner values as outputs too (weights beside the file stay there)."""
     import onnx

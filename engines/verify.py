@@ -16,7 +16,7 @@ import numpy as np
 from ..export.errors import UsageError
 from ..export.inspection import inspect
 from ..export.provenance import Provenance
-from .runners import open_engine, require
+from .runners import in_batches, open_engine, require
 
 # By the file's precision. TOLERANCE: of the largest output value, on equal decisions. NEAR_TIE: what a flipped near-tie may give away,
 # of a cosine of keys ("metric"), or of a score's logarithm, its relative difference. For fp16 and bf16 these are 16, 32 and 128 times
@@ -116,7 +116,7 @@ def verify(path: str | Path, images: list[str | Path] | None = None, checkpoint:
         for start in range(0, len(names), batch or CHUNK):
             progress(f"comparing image {start + 1} of {len(names)}")
             part = pixels[start : start + (batch or CHUNK)]
-            report.compare(reference, part, _run(runner, part, batch), names[start : start + len(part)])
+            report.compare(reference, part, in_batches(runner, part), names[start : start + len(part)])
     return report.finish(str(path), engine)
 
 
@@ -156,15 +156,6 @@ def _images(images, provenance: Provenance) -> tuple[list[str], np.ndarray]:
         return [str(p) for p in paths], load_images(paths, provenance.preprocess)
     shape = (4, provenance.dims["channels"], *provenance.preprocess.size)
     return [f"noise {i}" for i in range(4)], np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-
-
-def _run(runner, part: np.ndarray, batch: int | None) -> dict[str, np.ndarray]:
-    """The runner's outputs for some images, filled up to a fixed batch and cut again."""
-    short = (batch or len(part)) - len(part)
-    full = np.concatenate([part, np.repeat(part[-1:], short, 0)]) if short else part
-    single = batch == 1
-    out = runner.run({"image": full})
-    return {k: v[None] if single and "." in k else v[: len(part)] for k, v in out.items()}
 
 
 class _Collector:

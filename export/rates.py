@@ -10,7 +10,7 @@ from pathlib import Path
 from .counts import check_counts
 from .errors import UsageError
 
-DATA = Path(__file__).parent / "data" / "diffrate_rates.json"  # facts published with DiffRate (Chen et al. 2023), as they are there
+DATA = Path(__file__).with_name("diffrate_rates.json")  # facts published with DiffRate (Chen et al. 2023), as they are there
 MODELS = {  # our name: theirs; their CAFormer is no plain ViT
     "deit_tiny": "ViT-T-DeiT", "deit_small": "ViT-S-DeiT", "deit_base": "ViT-B-DeiT",
     "mae_base": "ViT-B-MAE", "mae_large": "ViT-L-MAE", "mae_huge": "ViT-H-MAE",

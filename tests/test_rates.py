@@ -125,7 +125,9 @@ def test_a_damaged_file_is_refused_in_words(tmp_path, what):
 
 def test_what_is_no_file_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for said in (tmp_path, tmp_path / "none.json", tmp_path / "pipe", "n" * 5000, "a\0b"):
+    with pytest.raises(UsageError, match="is a directory"):
+        rates.resolve(tmp_path)
+    for said in (tmp_path / "none.json", tmp_path / "pipe", "n" * 5000, "a\0b"):
         with pytest.raises(UsageError, match="no such file"):
             rates.resolve(said)
     for said in ("", " ", None, 5, ["deit_small@2.9"]):

@@ -14,6 +14,7 @@ COMMANDS = {
     "trt": "Build a TensorRT engine from a file.",
     "verify": "Compare a file with the PyTorch reference it was made from.",
     "inspect": "Show what a file is and whether TensorRT would take it.",
+    "run": "Run a file on images.",
     "bench": "Time files against each other in one run.",
     "rates": "List the keep counts published with DiffRate.",
     "demo": "Export, verify, time and draw ToMe on real weights and photos.",
