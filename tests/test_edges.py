@@ -2,9 +2,14 @@
 
 import onnx
 import pytest
+import torch
 
-from tokexport import Schedule, UsageError, export_onnx, load_model, verify
+from tokexport import Schedule, UsageError, export_onnx, load_model, reduce_model, verify
+from tokexport.export import vit
 from tokexport.export.formats import random_heads
+from tokexport.export.reducers import METHODS
+from tokexport.export.score_head import score_heads
+from tokexport.export.static_vit import StaticViT
 from tokexport.tools.terminal import tokens_words
 
 KWARGS = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2, "num_classes": 10}
@@ -62,3 +67,26 @@ def test_the_tokens_of_the_image_come_first(tmp_path):
 def test_a_seed_has_64_bits(seed):
     with pytest.raises(UsageError, match="64 bits"):
         load_model("vit_tiny_patch16_224", KWARGS, seed=seed)
+
+
+SIZES = {"384 pixels": (384, 16), "not square": ((64, 96), 8), "patch 14": (224, 14), "patch 32": (256, 32), "not a multiple": ((70, 100), 8)}
+ASKED = {"none": {}, "tome": {"r": 5}, "diffrate": {"rates": "deit_small@2.9"}}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", SIZES)
+def test_any_image_and_patch_size(size, method, relative):
+    """The static model computes what the reference does, whatever the grid; published DiffRate counts are scaled to it."""
+    pixels, patch = SIZES[size]
+    depth = 12 if method == "diffrate" else 4
+    loaded = load_model("vit_tiny_patch16_224", {**KWARGS, "img_size": pixels, "patch_size": patch, "embed_dim": 32, "depth": depth}, seed=3)
+    model = loaded.module
+    asked = ASKED.get(method, {"at": (1, 2)})
+    s = Schedule.parse(method=method, depth=depth, n_tokens=vit.n_tokens(model), n_prefix=1, **asked)
+    heads = score_heads(loaded, s)
+    image = torch.randn(2, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        got, where = StaticViT(model, s, None, True, heads)(image)[:2]
+    wanted = reduce_model(model, s, heads).run(image)
+    assert relative(got, wanted.output) <= 1e-4 and torch.equal(where, wanted.sources)
+    assert s.n_tokens == 1 + model.patch_embed.num_patches and (method == "none") == (s.n_final == s.n_tokens)
