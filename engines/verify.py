@@ -218,7 +218,8 @@ class _Collector:
     def finish(self, path: str, engine: str) -> ParityReport:
         outputs = [_parity(n, *map(np.concatenate, zip(*p)), TOLERANCE[self.provenance.precision]) for n, p in self.pairs.items() if p]
         flips = _first_only(self.flips)
-        return ParityReport(path, engine, self.provenance.precision, self.near_tie, self.names, outputs, self.equal / self.total if self.total else None, flips, self.faults)
+        share = self.equal / self.total if self.total else None
+        return ParityReport(path, engine, self.provenance.precision, self.near_tie, self.names, outputs, share, flips, self.faults)
 
 
 def _plan(part: dict, step, schedule):

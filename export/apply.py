@@ -39,7 +39,10 @@ def apply_eager(plan: MergePlan, x: torch.Tensor, size: torch.Tensor) -> tuple[t
 
 
 def follow(plan: MergePlan, at: torch.Tensor, n: int) -> torch.Tensor:
-    """Positions after a reference plan of things at rows `at` [B, M] of n before it; -1 stays -1, a row that is dropped or squeezed becomes -1."""
+    """Positions after a reference plan of things at rows `at` [B, M] of n before it.
+
+    -1 stays -1; a row that is dropped or squeezed becomes -1.
+    """
     batch = at.shape[0]
     where = torch.full((batch, n), -1, dtype=torch.int64)
     where.scatter_(1, plan.keep[..., 0], torch.arange(plan.keep.shape[1]).expand(batch, -1))

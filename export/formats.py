@@ -167,8 +167,9 @@ def check_heads(heads: dict[str, Tensor], width: int, n_stages: int) -> None:
     wanted = {f"{s}.{k}": shape for s in range(n_stages) for k, shape in head_shapes(width).items()}
     wrong = [f"missing {k}" for k in wanted if k not in heads] + [f"unexpected {k}" for k in heads if k not in wanted]
     wrong += [f"{k} is {tuple(heads[k].shape)}, wanted {s}" for k, s in wanted.items() if k in heads and tuple(heads[k].shape) != s]
-    wrong += [f"{k} is {str(heads[k].dtype).removeprefix('torch.')}, wanted floats" for k in wanted if k in heads and not heads[k].is_floating_point()]
-    wrong += [f"{k} is not finite" for k in wanted if k in heads and heads[k].is_floating_point() and not heads[k].isfinite().all()]
+    here = {k: heads[k] for k in wanted if k in heads}
+    wrong += [f"{k} is {str(t.dtype).removeprefix('torch.')}, wanted floats" for k, t in here.items() if not t.is_floating_point()]
+    wrong += [f"{k} is not finite" for k, t in here.items() if t.is_floating_point() and not t.isfinite().all()]
     if wrong:
         more = [f"... and {len(wrong) - 8} more"] if len(wrong) > 8 else []
         raise UsageError("score heads do not fit:\n  " + "\n  ".join([*wrong[:8], *more]))

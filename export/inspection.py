@@ -68,8 +68,8 @@ def _check_graph(path: Path, model, provenance: Provenance) -> None:
     if bool(schedule.steps) and schedule.method == "none":
         wrong.append("method")
     if wrong:
-        raise UsageError(f"{path}: the graph is not the one its provenance speaks of ({', '.join(wrong)}): it was changed, or made by another version; "
-                         f"make it again with `tokexport onnx`")
+        raise UsageError(f"{path}: the graph is not the one its provenance speaks of ({', '.join(wrong)}): it was changed, or made by "
+                         f"another version; make it again with `tokexport onnx`")
 
 
 def inspect(path: str | Path) -> Inspection:

@@ -100,7 +100,8 @@ def _turned_products(nodes: list, casts: set[str]) -> list:
     out = []
     for node in nodes:
         attributes = {a.name: a.i for a in node.attribute}
-        if node.op_type == "Gemm" and len(node.input) == 2 and node.input[1] in casts and attributes.get("transA") and not attributes.get("transB"):
+        turned = attributes.get("transA") and not attributes.get("transB")
+        if node.op_type == "Gemm" and turned and len(node.input) == 2 and node.input[1] in casts:
             name, a, b = node.output[0], *node.input
             out.append(helper.make_node("Gemm", [b, a], [f"{name}.T"], name=node.name, transA=1))
             node = helper.make_node("Transpose", [f"{name}.T"], [name], name=f"{node.name}_T", perm=[1, 0])

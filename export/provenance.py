@@ -32,8 +32,8 @@ class Provenance:
     """How a file was made.
 
     version: of tokexport. model, model_kwargs: for timm. weights: see `LoadedModel`. schedule: the token counts. preprocess: of the images.
-    opset: of the graph. precision: "fp32", "fp16" or "bf16". outputs: names. dims: sizes the MACs are counted from. labels: class names when known.
-    decisions: names of the graph's values that hold the merge plans.
+    opset: of the graph. precision: "fp32", "fp16" or "bf16". outputs: names. dims: sizes the MACs are counted from.
+    labels: class names when known. decisions: names of the graph's values that hold the merge plans.
     """
 
     version: str

@@ -120,11 +120,13 @@ def _halves(d: int) -> list[int]:
 def _halved(p: vit.BlockParts):
     """qkv, q_norm and k_norm with the channels of every query and key head in the order of `_halves`."""
     d = p.qkv.out_features // (3 * p.heads)
-    order = torch.tensor([base + i for base in range(0, 2 * p.heads * d, d) for i in _halves(d)] + list(range(2 * p.heads * d, 3 * p.heads * d)))
+    turned = [base + i for base in range(0, 2 * p.heads * d, d) for i in _halves(d)]
+    order = torch.tensor(turned + list(range(len(turned), 3 * p.heads * d)))
     norms = []
     for norm in (p.q_norm, p.k_norm):
         norm = copy.copy(norm)
-        norm._parameters = {k: v if v is None else nn.Parameter(v.detach()[_halves(d)], requires_grad=False) for k, v in norm._parameters.items()}
+        halved = lambda v: None if v is None else nn.Parameter(v.detach()[_halves(d)], requires_grad=False)
+        norm._parameters = {k: halved(v) for k, v in norm._parameters.items()}
         norms.append(norm)
     return vit.linear(p.qkv.weight[order], None if p.qkv.bias is None else p.qkv.bias[order]), *norms
 

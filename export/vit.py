@@ -198,7 +198,8 @@ def dims(model: nn.Module) -> dict:
     proj = model.patch_embed.proj
     return {"width": model.embed_dim, "attn_width": block.attn.proj.in_features, "mlp": mlp, "classes": model.num_classes,
             "channels": proj.in_channels, "gate": int(getattr(block.attn, "gate", None) is not None),
-            "heads": 2 if hasattr(model, "head_dist") else 1, "patches": model.patch_embed.num_patches, "patch_values": proj.in_channels * proj.kernel_size[0] * proj.kernel_size[1], "pool": model.global_pool}
+            "heads": 2 if hasattr(model, "head_dist") else 1, "patches": model.patch_embed.num_patches,
+            "patch_values": proj.in_channels * proj.kernel_size[0] * proj.kernel_size[1], "pool": model.global_pool}
 
 
 def split_heads(p: BlockParts, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

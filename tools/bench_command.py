@@ -12,9 +12,11 @@ from ..export.errors import UsageError
 
 @click.command("bench")
 @click.argument("files", nargs=-1)
-@click.option("--dense", metavar="FILE", help="What to compare with; default: the model without reduction, exported here as each file was (batch, opset, dtype).")
+@click.option("--dense", metavar="FILE", help="What to compare with; default: the model without reduction, exported here as each file was "
+              "(batch, opset, dtype).")
 @click.option("--engines", default="ort,openvino", show_default=True, help="Comma-separated: ort, openvino.")
-@click.option("--batch", "batches", default="1,8", show_default=True, help="Comma-separated batch sizes; a file of another fixed batch is left out.")
+@click.option("--batch", "batches", default="1,8", show_default=True,
+              help="Comma-separated batch sizes; a file of another fixed batch is left out.")
 @click.option("--threads", default=1, show_default=True, help="Threads of the engine.")
 @click.option("--seconds", default=20.0, show_default=True, help="Time for each engine and batch.")
 @click.option("--json", "as_json", is_flag=True, help="The figures as JSON on stdout.")
@@ -161,7 +163,8 @@ def _print(out, rows, threads) -> None:
     from rich.table import Table
 
     said = ", ".join(f"{k} {v}" for k, v in _machine().items())
-    table = Table(title=f"{threads} thread{'s' * (threads > 1)}, interleaved in one run; {said}", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    title = f"{threads} thread{'s' * (threads > 1)}, interleaved in one run; {said}"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
     for title in ("engine", "batch", "file", "median ms", "speedup", "20-80 %", "MACs ratio", "speedup / MACs ratio"):
         table.add_column(title, justify="left" if title in ("engine", "file") else "right")
     for r in rows:

@@ -38,7 +38,8 @@ def command(file, output, precision, runtime, compute_capability, batch, timing_
     from ..engines.build import build_engine
     from .terminal import bar, console, print_json
 
-    capabilities = tuple(c.strip().lower().removeprefix("sm").replace(".", "") for c in compute_capability.split(",")) if compute_capability else ()
+    plain = lambda c: c.strip().lower().removeprefix("sm").replace(".", "")
+    capabilities = () if compute_capability is None else tuple(map(plain, compute_capability.split(",")))
     out = console()
     with bar(out) as progress:
         result = build_engine(file, output, precision, runtime, capabilities, _sizes(batch), timing_cache, opt_level, _bytes(workspace),
