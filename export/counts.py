@@ -111,8 +111,8 @@ def parse_at(said: str | list | tuple, depth: int) -> list[int]:
     outside = [v for v in values if not 0 <= v < depth]
     if outside:
         default = ", which is the default," if tuple(values) == (3, 6, 9) else ""
-        raise UsageError(f"--at {_short(','.join(map(str, values)))}{default}: there is no block {_short(outside[0])}, the model has "
-                         f"{depth} (0 to {depth - 1})")
+        said = said if isinstance(said, str) else values
+        raise UsageError(f"--at {_short(said)}{default}: there is no block {_short(outside[0])}, the model has {depth} (0 to {depth - 1})")
     if any(a >= b for a, b in zip(values, values[1:])):
         raise UsageError(f"--at {_short(said)}: wanted each block once, in ascending order")
     return values

@@ -369,7 +369,8 @@ def test_bench_compares_like_with_like(call, vit, tmp_path):
     other, fixed = tmp_path / "other.onnx", tmp_path / "b3.onnx"
     assert call("onnx", *TINY, "--model-kwargs", "mlp_ratio=2", "--method", "none", "-o", other)[0] == 0
     assert call("onnx", *TINY, "--r", 8, "--batch", 3, "-o", fixed)[0] == 0
-    for args, word in (([vit, "--dense", other], "one model"), ([vit, "--dense", vit], "reduced"), ([fixed, "--batch", "1"], "--batch 3"),
+    for args, word in (([vit, "--dense", other], "one model"), ([vit, "--dense", vit], "among the files"),
+                       ([fixed, "--dense", vit, "--batch", "3"], "reduced"), ([fixed, "--batch", "1"], "--batch 3"),
                        ([vit, "--seconds", "nan"], "--seconds"), ([vit, "--threads", "99999"], "--threads")):
         code, _, err = call("bench", *args)
         assert code == 2 and word in err, err

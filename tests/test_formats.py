@@ -300,7 +300,7 @@ def test_a_predictors_file_without_heads_is_refused(write, said, tmp_path):
     (lambda h: h, 48, 3, ["for width 32, the model has 48"]), (lambda h: h, 32, 2, ["for 3 stages", "2 blocks"]),
     (lambda h: {k: v for k, v in h.items() if k[0] != "1"}, 32, 3, ["for 2 stages"]),
     (lambda h: {k.replace("1.", "7.", 1) if k[0] == "1" else k: v for k, v in h.items()}, 32, 3,
-     [f"missing 1.{k}" for k in formats.head_shapes(32)] + [f"unexpected 7.{k}" for k in formats.head_shapes(32)]),
+     [f"missing 1.{k}" for k in list(formats.head_shapes(32))[:8]] + ["more"]),
     (lambda h: {**h, "0.extra": torch.ones(1), "0.out_conv.0.bias": torch.ones(3)}, 32, 3,
      ["unexpected 0.extra", "0.out_conv.0.bias is (3,), wanted (16,)"]),
     (lambda h: {**h, "2.in_conv.1.bias": torch.full((32,), torch.nan)}, 32, 3, ["2.in_conv.1.bias is not finite"]),
