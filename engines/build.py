@@ -17,7 +17,7 @@ from ..export.inspection import inspect
 from ..export.writing import check_output
 from . import trt as runtimes
 
-PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8")
 PROFILE = (1, 8, 32)
 
 
@@ -26,7 +26,7 @@ class EngineFile:
     """What the sidecar PLAN.json says of an engine.
 
     provenance: of the ONNX file. runtime: {"name", "version"}. compute_capability: GPUs it is for, [] for the one it was built on.
-    precision: "fp32", "tf32", "fp16" or "bf16". layers: of the typed network, by kind and type. profile: smallest, best and largest
+    precision: one of PRECISIONS. layers: of the typed network, by kind and type. profile: smallest, best and largest
     batch, null for a fixed one. batch: the fixed one, or null. size: bytes. sha256: of the engine. request: hash of what was asked,
     by which an engine is known again. source: the ONNX file.
     """
@@ -82,7 +82,8 @@ def read_sidecar(path: str | Path) -> EngineFile:
 def build_engine(onnx_path: str | Path, path: str | Path | None = None, precision: str | None = None, runtime: str = "auto",
                  capabilities: tuple[str, ...] = (), profile: tuple[int, int, int] | None = None, timing_cache: str | Path | None = None,
                  opt_level: int | None = None, workspace: int = 0, version_compatible: bool = False, dry_run: bool = False,
-                 force: bool = False, progress: Callable[[str, float], None] = lambda stage, share: None) -> BuildResult:
+                 force: bool = False, progress: Callable[[str, float], None] = lambda stage, share: None,
+                 calibration: list[str | Path] = ()) -> BuildResult:
     """Build a TensorRT engine in a process of its own.
 
     onnx_path: a file made by `export_onnx`. path: of the engine, default the file's name with .plan; PATH.json lies beside it.
@@ -90,7 +91,7 @@ def build_engine(onnx_path: str | Path, path: str | Path | None = None, precisio
     "tensorrt". capabilities: for TensorRT-RTX, e.g. ("86", "89"); without them a GPU must be there. profile: smallest, best and
     largest batch of a dynamic one, default 1, 8, 32. timing_cache: a file, default beside the engine; TensorRT-RTX has none.
     opt_level: 0 to 5. workspace: bytes, 0 for the builder's own choice. version_compatible: runs on later versions too.
-    dry_run: parse and report only. force: replace the engine.
+    dry_run: parse and report only. force: replace the engine. calibration: images or folders that "int8" is calibrated on.
     progress: called with a stage and the share that is done.
     Raises: UsageError, and nothing is written, for wrong options, a file that TensorRT refuses, or when the builder fails or crashes.
     """
@@ -103,6 +104,8 @@ def build_engine(onnx_path: str | Path, path: str | Path | None = None, precisio
         "runtime": name, "precision": _precision(precision, found), "capabilities": list(capabilities),
         "profile": _profile(profile, found), "opt_level": opt_level, "workspace": workspace, "version_compatible": version_compatible,
     }
+    calibration = _calibration(calibration, request["precision"], found)
+    request["calibration"] = [_sha256(p) for p in calibration]
     _check(request, name, timing_cache, dry_run)
     path = Path(onnx_path.with_suffix(".plan") if path is None else path)
     version = _version(name)
@@ -117,7 +120,7 @@ def build_engine(onnx_path: str | Path, path: str | Path | None = None, precisio
     folder = path.parent if not dry_run else None
     with tempfile.TemporaryDirectory(prefix=".tokexport-", dir=folder) as aside:
         progress("typing the graph", 0.0)
-        source = _typed(onnx_path, found, request["precision"], Path(aside))
+        source = _typed(onnx_path, found, request["precision"], Path(aside), calibration)
         plan = Path(aside) / path.name
         out, warnings = _child({**request, "onnx": str(source), "plan": str(plan), "timing_cache": str(cache) if cache else None,
                                 "dry_run": dry_run}, progress)
@@ -143,6 +146,19 @@ def _precision(said: str | None, found) -> str:
     if own != "fp32":
         raise UsageError(f"{found.path} is {own} already: --{said} needs the fp32 file it could be made from (tokexport onnx --dtype fp32)")
     return said
+
+
+def _calibration(said, precision: str, found) -> list[Path]:
+    """The images to calibrate on; none when there is nothing to calibrate."""
+    if precision != "int8" or found.provenance.precision == "int8":
+        if said:
+            raise UsageError(f"--calib goes with --int8 and an fp32 file, this is {found.provenance.precision} to {precision}: leave it out")
+        return []
+    if not said:
+        raise UsageError("--int8 needs --calib IMAGES: a folder of some tens of images like those the model will see")
+    from .images import find_images
+
+    return find_images(said)
 
 
 def _profile(said, found) -> list[int] | None:
@@ -203,15 +219,18 @@ def _cached(path: Path, key: str) -> EngineFile | None:
     return found if found.request == key else None
 
 
-def _typed(path: Path, found, precision: str, folder: Path) -> Path:
+def _typed(path: Path, found, precision: str, folder: Path, calibration: list[Path]) -> Path:
     """The file itself, or a copy in another precision in folder."""
     if precision in ("tf32", found.provenance.precision):
         return path.resolve()
-    from ..export.precision import convert
-    from ..export.writing import read_model, write_model
+    if precision == "int8":
+        from .quantize import quantize
 
-    proto, weights = convert(*read_model(path), precision)
-    write_model(proto, weights, folder / "typed.onnx")
+        quantize(path, calibration, folder / "typed.onnx")
+        return folder / "typed.onnx"
+    from ..export.precision import write_as
+
+    write_as(path, folder / "typed.onnx", precision)
     return folder / "typed.onnx"
 
 

@@ -12,11 +12,13 @@ import os
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Iterable
 
+from ..export import stages
 from ..export.errors import UsageError
 from . import trt as runtimes
 
-WANTED = {"fp32": "FLOAT", "tf32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
+WANTED = {"fp32": "FLOAT", "tf32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "int8": "HALF"}  # int8: of what is not quantised
 
 
 def main() -> None:
@@ -46,7 +48,7 @@ def build(request: dict, say) -> dict:
     if not parser.parse_from_file(request["onnx"]):
         raise UsageError(_parse_errors(parser, runtime))
     layers = count_layers(network)
-    check_label(layers, request["precision"])
+    check_label(count_layers([layer for layer in network if not stages.in_fp32(layer.name)]), request["precision"])
     found = {"layers": layers, "version": runtime.version, "size": 0, "seconds": 0.0}
     if request["dry_run"]:
         return found
@@ -89,21 +91,28 @@ def _config(runtime, builder, network, request: dict, say):
     return config
 
 
-def count_layers(network) -> dict[str, dict[str, int]]:
-    """Layers of a strongly typed network, by kind and the type they give: {"MATRIX_MULTIPLY": {"HALF": 48, ...}, ...}."""
+def count_layers(network: Iterable) -> dict[str, dict[str, int]]:
+    """Layers of a strongly typed network, by kind and the type they give: {"MATRIX_MULTIPLY": {"HALF": 48, ...}, ...}.
+
+    A product of two dequantized values counts as INT8, which is what it runs in.
+    """
     counts: dict[str, Counter] = {}
+    dequantized = {layer.get_output(0).name for layer in network if layer.type.name == "DEQUANTIZE"}
     for layer in network:
         if layer.num_outputs:
-            counts.setdefault(layer.type.name, Counter())[layer.get_output(0).dtype.name] += 1
+            int8 = layer.type.name == "MATRIX_MULTIPLY" and all(layer.get_input(i).name in dequantized for i in range(2))
+            counts.setdefault(layer.type.name, Counter())["INT8" if int8 else layer.get_output(0).dtype.name] += 1
     return {kind: dict(types) for kind, types in sorted(counts.items())}
 
 
 def check_label(layers: dict, precision: str) -> None:
-    """Raises: UsageError unless most matrix products, and the convolution, are in the type that the precision names."""
-    wanted = WANTED[precision]
-    for kind in ("MATRIX_MULTIPLY", "CONVOLUTION"):
+    """Raises: UsageError unless most matrix products, and the convolution, are in the type the precision names.
+
+    layers: from `count_layers`, of the parts that are not float32 whatever the precision.
+    """
+    for kind, wanted in (("MATRIX_MULTIPLY", "INT8" if precision == "int8" else WANTED[precision]), ("CONVOLUTION", WANTED[precision])):
         types = layers.get(kind, {})
-        if types.get(wanted, 0) * 2 <= sum(types.values()):
+        if not types or max(types, key=types.get) != wanted:
             had = ", ".join(f"{n} {t}" for t, n in types.items()) or "none"
             raise UsageError(f"the network is not {precision}: of its {kind} layers are {had}, wanted most of them {wanted}")
 

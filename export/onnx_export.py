@@ -126,19 +126,24 @@ def _trace(static: StaticViT, provenance: Provenance, batch: int | None, opset: 
     A batch that is to be free is traced as a number as well: tracing with a symbol takes three times as long.
     """
     image = torch.zeros(batch or TRACED, static.patch.in_channels, *provenance.preprocess.size)
+    program = translate(static, (image,), opset)
+    for value, name in zip(program.model.graph.outputs, [*provenance.outputs, *static.decisions], strict=True):
+        value.name = name
+    return program.model
+
+
+def translate(module: torch.nn.Module, inputs: tuple, opset: int = 20, dynamic=None) -> torch.onnx.ONNXProgram:
+    """Trace a module made of PyTorch's operators and those of `kernels.ops`. dynamic: torch.export's dynamic_shapes."""
     with quiet(), torch.no_grad(), _no_collection():
-        program = torch.export.export(static, (image,), strict=False)
+        program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
         retrace, program.run_decompositions = program.run_decompositions, lambda table=None: program
         options = {"dynamo": True, "opset_version": opset, "input_names": ["image"], "verbose": False,
                    "custom_translation_table": ops.translations()}
         try:  # all operators of a plain ViT have an ONNX form: tracing again to decompose them would double the time
-            program = torch.onnx.export(program, **options)
+            return torch.onnx.export(program, **options)
         except torch.onnx.OnnxExporterError:
             program.run_decompositions = retrace
-            program = torch.onnx.export(program, **options)
-    for value, name in zip(program.model.graph.outputs, [*provenance.outputs, *static.decisions], strict=True):
-        value.name = name
-    return program.model
+            return torch.onnx.export(program, **options)
 
 
 @contextlib.contextmanager

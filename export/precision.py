@@ -6,10 +6,15 @@ A typed file has its trunk (embedding, attention, MLP, head) in fp16 or bf16; de
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 
 from . import stages
 from .errors import UsageError
+from .provenance import KEY, of_model
+from .writing import read_model, write_model
 
 FP16_MAX = 65504.0
 DTYPES = ("fp32", "fp16", "bf16")
@@ -63,6 +68,8 @@ def convert(proto, weights: dict, dtype: str):
             if types.get(name) != high:
                 if name in small:
                     initializers[name] = small[name]
+                elif name in weights:
+                    new_weights[name] = weights[name]
                 continue
             if name in small or name in weights:
                 node.input[i] = constant(name, to)
@@ -88,6 +95,18 @@ def convert(proto, weights: dict, dtype: str):
     _replace(graph.initializer, list(initializers.values()))
     inferred = _with_shapes(out, new_weights)
     return inferred, new_weights
+
+
+def write_as(path: Path, to: Path, dtype: str) -> int:
+    """Write a float32 file of tokexport in another precision; returns its bytes.
+
+    to: written aside and renamed, whatever is there. Raises: UsageError as `convert`.
+    """
+    proto, weights = convert(*read_model(path), dtype)
+    made = replace(of_model(proto, str(path)), precision=dtype)
+    del proto.metadata_props[:]
+    proto.metadata_props.add(key=KEY, value=made.to_json())
+    return write_model(proto, weights, to)
 
 
 def _turned_products(nodes: list, casts: set[str]) -> list:

@@ -32,8 +32,9 @@ class Provenance:
     """How a file was made.
 
     version: of tokexport. model, model_kwargs: for timm. weights: see `LoadedModel`. schedule: the token counts. preprocess: of the images.
-    opset: of the graph. precision: "fp32", "fp16" or "bf16". outputs: names. dims: sizes the MACs are counted from.
-    labels: class names when known. decisions: names of the graph's values that hold the merge plans.
+    opset: of the graph. precision: "fp32", "fp16", "bf16" or "int8". outputs: names. dims: sizes the MACs are counted from.
+    labels: class names when known. decisions: names of the graph's values that hold the merge plans. calibration: images int8's
+    scales were measured on.
     """
 
     version: str
@@ -48,6 +49,7 @@ class Provenance:
     dims: dict
     labels: tuple[str, ...] = ()
     decisions: tuple[str, ...] = field(default=())
+    calibration: int = 0
 
     def to_json(self) -> str:
         """One line of JSON; `from_json` takes it back."""
@@ -64,7 +66,7 @@ class Provenance:
             "weights": isinstance(w, dict) and named.get(w.get("source")) in w and isinstance(w.get("sha256"), str),
             "schedule": isinstance(s.options, dict) and 1 <= s.depth <= 10_000,
             "preprocess": len(p.size) == 2 and numbers(p.size, int) and numbers([*p.mean, *p.std, p.crop], (int, float)),
-            "precision": self.precision in ("fp32", "fp16", "bf16"),
+            "precision": self.precision in ("fp32", "fp16", "bf16", "int8") and numbers([self.calibration], int),
             "dims": isinstance(d, dict) and numbers([d.get(k) for k in sizes], int)
                     and all(len(m) == 2 and numbers(m, int) for m in d.get("mlp", [""])),
             "outputs": numbers([*self.outputs, *self.labels, *self.decisions], str),

@@ -27,6 +27,9 @@ METHOD_CASES = {
     "diffrate merge": {"rates": {"prune_kept": [65, 65, 60, 50, 40, 30], "merge_kept": [65, 60, 50, 40, 30, 30]}},
     "diffrate up and down": {"rates": {"prune_kept": [60, 64, 50, 58, 40, 65], "merge_kept": [55, 60, 45, 52, 38, 60]}},
 }
+# Every method at its paper's main setting on DeiT-S.
+DEIT = {"none": {}, "tome": {"r": 13}, "evit": {}, "etps": {}, "dtps": {}, "dynamicvit": {}, "diffrate": {"rates": "deit_small@2.9"}}
+DINOV2 = {**{m: {} for m in DEIT}, "tome": {"r": "13"}, "diffrate": {"rates": "deit_small@2.9"}}
 FAST_FIRST = ("test_schedule", "test_counts", "test_rates", "test_ops", "test_load", "test_static_forms", "test_graph", "test_golden")
 
 
@@ -119,6 +122,77 @@ def exported(tiny, schedule_of, tmp_path_factory):
         return made[key]
 
     return export
+
+
+@pytest.fixture(scope="session")
+def typed(exported, tmp_path_factory):
+    """typed(dtype, batch, method=..., ...) -> path of tiny_vit with `sources` in a precision, made once."""
+    from tokexport.export.precision import write_as
+
+    made, folder = {}, tmp_path_factory.mktemp("typed")
+
+    def write(dtype, batch=None, **options):
+        plain = exported("tiny_vit", batch=batch, **options)
+        if (plain, dtype) not in made:
+            made[plain, dtype] = folder / f"{len(made)}.onnx"
+            write_as(plain, made[plain, dtype], dtype)
+        return made[plain, dtype]
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def exported_large(tmp_path_factory, schedule_of):
+    """exported_large(name, kwargs, batch, checkpoint, predictor, method and its options) -> path of a large model with `sources`,
+    its weights random without a checkpoint; made once."""
+    from tokexport import export_onnx, load_model
+
+    models, made, folder = {}, {}, tmp_path_factory.mktemp("large")
+
+    def export(name, kwargs, batch, checkpoint=None, predictor=None, sources=False, **options):
+        model, key = (name, str(kwargs), predictor), (name, batch, str(options))
+        if model not in models:
+            models[model] = load_model(name, kwargs, checkpoint, predictor=predictor)
+        if key not in made:
+            made[key] = folder / f"{len(made)}.onnx"
+            export_onnx(models[model], schedule_of(models[model].module, **options), made[key], batch=batch, sources=sources)
+        return made[key]
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def deit(exported_large):
+    """deit(method, batch) -> path of DeiT-S at the paper's main setting (DEIT)."""
+    return lambda method, batch: exported_large("deit_small_patch16_224", {}, batch, method=method, **DEIT[method])
+
+
+@pytest.fixture(scope="session")
+def dinov2(exported_large, tmp_path_factory):
+    """dinov2(method, batch, ...) -> path of DINOv2 ViT-S/14 with its real weights and `sources`; score heads, which nobody has trained,
+    are random."""
+    from safetensors.torch import save_file
+
+    from tokexport.export.formats import random_heads
+    from tokexport.tools import samples
+
+    folder = tmp_path_factory.mktemp("dinov2")
+
+    def export(method, batch=None, **options):
+        checkpoint, heads = samples.dinov2_checkpoint(folder), None
+        if method in ("dtps", "dynamicvit"):
+            heads = folder / "heads.safetensors"
+            if not heads.exists():
+                save_file(random_heads(384, 3, seed=5), heads)
+        return exported_large(samples.MODEL, samples.KWARGS, batch, checkpoint, heads, True, method=method, **options)
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def dinov2_how():
+    """A row of options per method for `dinov2`."""
+    return DINOV2
 
 
 @pytest.fixture(scope="session")

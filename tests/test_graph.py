@@ -6,7 +6,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from tokexport import Schedule, UsageError, export_onnx, load_model, reduce_model
+from tokexport import Schedule, UsageError, export_onnx, reduce_model
 from tokexport.export import checks
 from tokexport.export.errors import GraphError
 from tokexport.export.reducers import METHODS
@@ -18,7 +18,6 @@ BUDGETS = {
     ("none", 1): (230, 390), ("tome", 1): (450, 800), ("tome", None): (562, 1000), ("evit", 1): (260, 440), ("etps", 1): (300, 600),
     ("dtps", 1): (300, 600), ("dynamicvit", 1): (300, 600), ("diffrate", 1): (500, 1000),
 }
-ON_DEIT = {"tome": {"r": 13}, "diffrate": {"rates": "deit_small@2.9"}}  # the others as they are by default
 ADDED = 0.03  # of the weights: what the constants of a reduction may take
 
 
@@ -203,28 +202,6 @@ def test_every_engine_gives_the_references_numbers(engine, kind, batch, check_en
 @pytest.mark.parametrize("batch", [1, None])
 def test_every_engine_runs_every_method(engine, options, batch, check_engine):
     check_engine(engine, "tiny_vit", batch, **options)
-
-
-@pytest.fixture(scope="module")
-def exported_large(tmp_path_factory, schedule_of):
-    """exported_large(name, kwargs, batch, method and its options) -> path of a model with random weights, made once."""
-    models, made, folder = {}, {}, tmp_path_factory.mktemp("large")
-
-    def export(name, kwargs, batch, **options):
-        if name not in models:
-            models[name] = load_model(name, kwargs)
-        key = name, batch, str(options)
-        if key not in made:
-            made[key] = folder / f"{len(made)}.onnx"
-            export_onnx(models[name], schedule_of(models[name].module, **options), made[key], batch=batch)
-        return made[key]
-
-    return export
-
-
-@pytest.fixture(scope="module")
-def deit(exported_large):
-    return lambda method, batch: exported_large("deit_small_patch16_224", {}, batch, method=method, **ON_DEIT.get(method, {}))
 
 
 @pytest.mark.parametrize("method, batch", BUDGETS)

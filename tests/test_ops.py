@@ -67,11 +67,9 @@ def _first(case):
 
 
 def _run_onnx(name, tensors, further, feeds, dynamic):
-    from tokexport.export.onnx_export import quiet
+    from tokexport.export.onnx_export import translate
 
-    with quiet():
-        program = torch.onnx.export(Call(name, further), (tensors,), dynamo=True, opset_version=20, dynamic_shapes=dynamic, verbose=False,
-                                    custom_translation_table=ops.translations())
+    program = translate(Call(name, further), (tensors,), dynamic=dynamic)
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
     kinds = {n.op_type for n in program.model_proto.graph.node}
     return session.run(None, {i.name: t.numpy() for i, t in zip(session.get_inputs(), feeds, strict=True)}), kinds

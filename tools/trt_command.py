@@ -17,7 +17,10 @@ UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10*
 @click.option("--fp32", "precision", flag_value="fp32", help="float32 throughout, without TF32.")
 @click.option("--tf32", "precision", flag_value="tf32", help="float32, matrix products with TF32's ten bits.")
 @click.option("--fp16", "precision", flag_value="fp16", help="The trunk in fp16; decisions, sizes and merging in float32.")
-@click.option("--bf16", "precision", flag_value="bf16", help="The trunk in bf16. Default: the file's own precision.")
+@click.option("--bf16", "precision", flag_value="bf16", help="The trunk in bf16.")
+@click.option("--int8", "precision", flag_value="int8", help="Linear layers in int8, the rest of the trunk in fp16; needs --calib. "
+              "Default of these five: the file's own precision.")
+@click.option("--calib", multiple=True, metavar="IMAGES", help="Files or folders that --int8 is calibrated on; repeatable.")
 @click.option("--runtime", default="auto", show_default=True, metavar="auto|tensorrt|rtx",
               help="auto: TensorRT where it and a GPU are there, else TensorRT-RTX.")
 @click.option("--compute-capability", metavar="86,89,120", help="TensorRT-RTX: GPUs the engine is for; needs none of them here.")
@@ -29,7 +32,7 @@ UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10*
 @click.option("--dry-run", is_flag=True, help="Parse and report only; needs no GPU.")
 @click.option("--force", is_flag=True, help="Replace the engine.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
-def command(file, output, precision, runtime, compute_capability, batch, timing_cache, opt_level, workspace, version_compatible, dry_run,
+def command(file, output, precision, calib, runtime, compute_capability, batch, timing_cache, opt_level, workspace, version_compatible, dry_run,
             force, as_json):
     """Build a TensorRT engine from FILE, made by `tokexport onnx`; PLAN.json beside it says what it is.
 
@@ -43,7 +46,7 @@ def command(file, output, precision, runtime, compute_capability, batch, timing_
     out = console()
     with bar(out) as progress:
         result = build_engine(file, output, precision, runtime, capabilities, _sizes(batch), timing_cache, opt_level, _bytes(workspace),
-                              version_compatible, dry_run, force, progress)
+                              version_compatible, dry_run, force, progress, list(calib))
     if as_json:
         print_json(_data(result))
     else:
