@@ -74,16 +74,17 @@ def open_engine(path: str | Path, engine: str = "ort", threads: int = 0, outputs
     yield runner
 
 
-def in_batches(runner: Runner, image: np.ndarray) -> dict[str, np.ndarray]:
+def in_batches(runner: Runner, image: np.ndarray, tokens: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
     """Outputs for images [B, 3, H, W], as many as the runner takes at once or fewer: filled up to its fixed batch and cut again.
 
-    Inner values of a file for one image get the batch axis that they do not have.
+    Inner values get the batch axis that they do not have: decisions of a file for one image, and `tokens`, rows of all images at once.
     """
     batch = next(iter(runner.inputs.values()))[0]
     short = (batch or len(image)) - len(image)
     full = np.concatenate([image, np.repeat(image[-1:], short, 0)]) if short else image
     out = runner.run({"image": full})
-    return {k: v[None] if batch == 1 and "." in k else v[: len(image)] for k, v in out.items()}
+    split = lambda k, v: v.reshape(len(full), -1, v.shape[-1]) if k in tokens else v[None] if batch == 1 and "." in k else v
+    return {k: split(k, v)[: len(image)] for k, v in out.items()}
 
 
 def _model_bytes(path: Path, outputs: tuple[str, ...]):
@@ -91,13 +92,19 @@ def _model_bytes(path: Path, outputs: tuple[str, ...]):
     import onnx
 
     model = onnx.load(path, load_external_data=False)
-    known = {o.name for o in model.graph.output}
-    model.graph.output.extend(onnx.helper.make_tensor_value_info(o, onnx.TensorProto.INT64, None) for o in outputs if o not in known)
+    known, types = {o.name for o in model.graph.output}, {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
+    more = [onnx.helper.make_tensor_value_info(o, types.get(o, onnx.TensorProto.INT64), None) for o in outputs if o not in known]
+    model.graph.output.extend(more)
     return model
 
 
 def _shape(dims) -> tuple:
     return tuple(d if isinstance(d, int) and d > 0 else None for d in dims)
+
+
+def _float32(bits: np.ndarray) -> np.ndarray:
+    """bf16 values, which NumPy does not know and OpenVINO gives as any 16 bits, as float32."""
+    return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
 def _onnxruntime(path: Path, threads: int, outputs: tuple[str, ...], batch: int | None) -> Runner:
@@ -125,6 +132,7 @@ def _openvino(path: Path, threads: int, outputs: tuple[str, ...], batch: int | N
 
     core = ov.Core()
     model = core.read_model(path)
+    asked = [*(sorted(o.names)[0] for o in model.outputs), *outputs]
     for name in outputs:
         if name not in {n for o in model.outputs for n in o.names}:
             model.add_outputs(name)
@@ -138,11 +146,12 @@ def _openvino(path: Path, threads: int, outputs: tuple[str, ...], batch: int | N
     compiled = core.compile_model(model, "CPU", config)
     request = compiled.create_infer_request()
     dims = lambda port: tuple(None if d.is_dynamic else d.get_length() for d in port.partial_shape)
-    name = lambda port: sorted(port.names)[0] if port.names else port.any_name
-    wanted = {name(o): o for o in compiled.outputs}
+    ports = {n: o for o in compiled.outputs for n in o.names}  # one may have several names
+    wanted = {name: ports[name] for name in asked}
 
     def call(feeds):
         result = request.infer(feeds)
-        return {n: np.array(result[port]) for n, port in wanted.items()}
+        return {n: _float32(np.array(result[port])) if port.element_type == ov.Type.bf16 else np.array(result[port])
+                for n, port in wanted.items()}
 
-    return Runner("openvino", {name(i): dims(i) for i in compiled.inputs}, {n: dims(p) for n, p in wanted.items()}, call)
+    return Runner("openvino", {i.any_name: dims(i) for i in compiled.inputs}, {n: dims(p) for n, p in wanted.items()}, call)

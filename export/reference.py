@@ -21,6 +21,7 @@ class ReferenceResult:
     sources: [B, N0] where each input token ended up, -1 when it is gone.
     plans: the merge plan of every step, in order. size: [B, N] input tokens per final token.
     regrets: with replayed decisions, per step [B]: how far they are from the reference's own (see the reducer).
+    departs: with observed tokens, per stage [B]: how far they are from what the reference makes of those before them.
     """
 
     output: torch.Tensor
@@ -29,6 +30,7 @@ class ReferenceResult:
     size: torch.Tensor
     plans: list[MergePlan] = field(default_factory=list)
     regrets: list[torch.Tensor] = field(default_factory=list)
+    departs: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class ReducedViT(nn.Module):
@@ -49,26 +51,37 @@ class ReducedViT(nn.Module):
         return self.run(image).output
 
     @torch.no_grad()
-    def run(self, image: torch.Tensor, replay: list[MergePlan] | None = None) -> ReferenceResult:
-        """Compute, deciding itself or, with `replay`, under the given plans (one per step), whose regret is then measured."""
+    def run(self, image: torch.Tensor, replay: list[MergePlan] | None = None,
+            observed: dict[str, torch.Tensor] | None = None) -> ReferenceResult:
+        """Compute, deciding itself or, with `replay`, under the given plans (one per step), whose regret is then measured.
+
+        observed: tokens behind stages, as somebody else has them, by stage name (see `stages`; any shape of B N C values). Each is
+        compared with what the reference makes of the tokens before it, and goes on in its place: errors do not add up.
+        """
         m = self.model
         x, _ = vit.embed(m, m.patch_embed(image))
         x = m.norm_pre(x)
+        seen = observed or {}
         batch, n, _ = x.shape
         size, at = torch.ones(batch, n, 1, dtype=x.dtype), torch.arange(n).expand(batch, n)
         rope, place = vit.rotary_table(m), at
         out = ReferenceResult(x, x, at, size[..., 0])
+        x = _compare("embed", x, None, seen, out)
         steps, options = self.schedule.by_site, self.schedule.options
         for i, block in enumerate(m.blocks):
             if (i, "pre_block") in steps:
                 x, size, at, place = self._reduce(steps[i, "pre_block"], x, size, at, place, self._head_score(i, x), None, replay, out)
-            p = vit.parts(block)
+                x = _compare(f"block{i}.merge", x, None, seen, out)
+            p, before = vit.parts(block), x
             turn = None if rope is None else rope[i % len(rope)][:, place].transpose(0, 1)
             x, k, attention = attend(p, x, size if out.plans and options.get("prop_attn") else None, turn)
+            x = _compare(f"block{i}.attn", x, before, seen, out)
             if (i, "post_attn") in steps:
                 score = received(attention, self.n_prefix, options.get("score", "class"))
                 x, size, at, place = self._reduce(steps[i, "post_attn"], x, size, at, place, score, k.mean(1), replay, out)
-            x = x + _scaled(p.mlp(p.norm2(x)), p.gamma2)
+                x = _compare(f"block{i}.merge", x, None, seen, out)
+            before, x = x, x + _scaled(p.mlp(p.norm2(x)), p.gamma2)
+            x = _compare(f"block{i}.mlp", x, before, seen, out)
         out.tokens = m.norm(x)
         out.output, out.sources, out.size = self._head(out.tokens, size), at, size[..., 0]
         return out
@@ -107,6 +120,20 @@ class ReducedViT(nn.Module):
         place = place.gather(1, plan.keep[..., 0])  # a token stands where it stood; one made of others stands nowhere
         place = torch.cat([place, place.new_full((len(x), plan.n_extra), self.schedule.n_tokens)], 1)
         return (*apply_eager(plan, x, size), follow(plan, at, step.n_in), place)
+
+
+def _compare(name: str, x: torch.Tensor, before: torch.Tensor | None, seen: dict[str, torch.Tensor], out: ReferenceResult):
+    """The observed tokens of a stage in place of x, when there are any, after noting how far they depart.
+
+    before: tokens the stage added to; the difference is then over what it added, else over the tokens, the worst row.
+    """
+    if name not in seen:
+        return x
+    found = seen[name].to(x.dtype).reshape(x.shape)
+    apart = lambda a, over, dims: a.square().sum(dims).sqrt() / over.square().sum(dims).sqrt().clamp(min=1e-30)
+    error = apart(found - x, x, 2).amax(1) if before is None else apart(found - x, x - before, (1, 2))
+    out.departs[name] = error.nan_to_num(torch.inf, torch.inf)
+    return found
 
 
 def received(attention: torch.Tensor, n_prefix: int, of: str) -> torch.Tensor:

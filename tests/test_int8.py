@@ -28,8 +28,12 @@ def quantised(exported, tmp_path_factory):
     return make
 
 
-def test_linear_layers_are_int8_and_decisions_float32(options, quantised):
-    _check_types(quantised(**options))
+BY_METHOD = pytest.mark.parametrize("method", METHODS)
+
+
+@BY_METHOD
+def test_linear_layers_are_int8_and_decisions_float32(method, method_cases, quantised):
+    _check_types(quantised(method=method, **method_cases[method]))
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -54,8 +58,9 @@ def _check_types(path):
 
 
 @pytest.mark.parametrize("engine", ["ort", "openvino"])
-def test_it_passes_its_own_tolerance_and_not_that_of_fp16(engine, options, quantised):
-    report = verify(quantised(**options), samples.sample_photos(), engine=engine)
+@BY_METHOD
+def test_it_passes_its_own_tolerance_and_not_that_of_fp16(engine, method, method_cases, quantised):
+    report = verify(quantised(method=method, **method_cases[method]), samples.sample_photos(), engine=engine)
     assert report.passed and report.precision == "int8" and report.outputs[0].max_rel > 8e-3, report.summary()
 
 
@@ -68,19 +73,18 @@ def test_a_wrong_scale_is_found(quantised, tmp_path):
     assert len(scales) >= 4 and not verify(tmp_path / "planted.onnx", samples.sample_photos()).passed
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_an_engine_is_built_of_it(method, exported, method_cases, tmp_path):
+@BY_METHOD
+def test_an_engine_is_built_of_it(method, quantised, method_cases, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: engine builds need it (no GPU)")
-    ask = {"path": tmp_path / "v.plan", "precision": "int8", "runtime": "rtx", "capabilities": ("86",), "calibration": samples.sample_photos()}
-    found = build_engine(exported("tiny_vit", method=method, **method_cases[method]), **ask)
+    found = build_engine(quantised(method=method, **method_cases[method]), tmp_path / "v.plan", runtime="rtx", capabilities=("86",))
     assert found.engine.precision == "int8" and found.layers["MATRIX_MULTIPLY"]["INT8"] == 24 and found.layers["CONVOLUTION"] == {"HALF": 1}
-    assert build_engine(exported("tiny_vit", method=method, **method_cases[method]), **ask).cached
 
 
 def test_other_images_are_another_engine(exported, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: engine builds need it (no GPU)")
     ask = {"path": tmp_path / "v.plan", "precision": "int8", "runtime": "rtx", "capabilities": ("86",)}
-    build_engine(exported("tiny_vit", method="evit", at=(1, 3, 4)), **ask, calibration=samples.sample_photos())
+    first, again = (build_engine(exported("tiny_vit", method="evit", at=(1, 3, 4)), **ask, calibration=samples.sample_photos()) for _ in range(2))
+    assert first.engine.precision == "int8" and not first.cached and again.cached
     with pytest.raises(UsageError, match="exists"):
         build_engine(exported("tiny_vit", method="evit", at=(1, 3, 4)), **ask, calibration=samples.sample_photos()[:1])
 

@@ -5,6 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 
+def grid_of(provenance) -> tuple[int, int]:
+    """Patches (rows, columns) of the images a file takes."""
+    (h, w), n = provenance.preprocess.size, provenance.dims["patches"]
+    rows = round((n * h / w) ** 0.5)
+    return rows, n // rows
+
+
 def draw_sources(image, grid: tuple[int, int], sources: np.ndarray):
     """The photo with every group of merged patches in its mean colour, outlined; patches that are gone are dimmed.
 
