@@ -131,11 +131,10 @@ class Comparison:
         if not self.got:
             return []
         join = lambda sides, what: np.concatenate([getattr(s, what) for s in sides])
-        rows = []
+        name, rows = self.provenance.outputs[0], []
         if self.got[0].sources is not None and self.replayed[0].sources is not None:
             rows.append(_same_rows(join(self.got, "sources"), join(self.replayed, "sources")))
-        name = self.provenance.outputs[0]
-        return [*rows, output_parity(name, join(self.got, "output"), join(self.replayed, "output"), TOLERANCE[self.precision])]
+        return [output_parity(name, join(self.got, "output"), join(self.replayed, "output"), TOLERANCE[self.precision]), *rows]
 
     def images(self) -> list[ImageParity]:
         """Every image."""
