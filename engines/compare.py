@@ -183,6 +183,22 @@ def read_side(got: dict[str, np.ndarray], provenance: Provenance) -> Side | str:
     return Side(plans, output, got.get("sources"))
 
 
+def token_maps(side: Side, schedule) -> list[np.ndarray]:
+    """Row of each input token after every step under a side's decisions, -1 when it is gone: one [B, N0] a step."""
+    from dataclasses import replace
+
+    import torch
+
+    from ..export import reducers
+    from ..export.apply import follow
+
+    at, out = torch.arange(schedule.n_tokens).expand(len(side.output), -1), []
+    for step, plan in zip(schedule.steps, side.plans):
+        at = follow(replace(plan, squeezed=schedule.method in reducers.SQUEEZE), at, step.n_in)
+        out.append(at.numpy())
+    return out
+
+
 def _plan(part: dict, step, schedule):
     """Columns of a static plan [B, .., 1], by name, as a plan of row numbers; None when they are none."""
     import torch

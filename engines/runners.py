@@ -13,7 +13,7 @@ import numpy as np
 
 from ..export.errors import MissingPackageError, UsageError
 
-PACKAGES = {"ort": ("onnxruntime", "cpu", "ONNX Runtime"), "openvino": ("openvino", "cpu", "OpenVINO")}
+PACKAGES = {"ort": ("onnxruntime", "cpu", "ONNX Runtime"), "openvino": ("openvino", "cpu", "OpenVINO"), "torch": ("torch", "cpu", "PyTorch")}
 
 
 @dataclass
@@ -54,7 +54,8 @@ def open_engine(path: str | Path, engine: str = "ort", threads: int = 0, outputs
                 batch: int | None = None) -> Iterator[Runner]:
     """Open an ONNX file for running.
 
-    engine: "ort" (ONNX Runtime on the CPU) or "openvino". threads: 0 for the engine's own choice.
+    engine: "ort" (ONNX Runtime on the CPU), "openvino", or "torch", the eager reference the file was made from. threads: 0 for the
+    engine's own choice.
     outputs: inner values to give beside the file's outputs (see `Provenance.decisions`).
     batch: the one batch size a file with a dynamic batch will be run with; OpenVINO is faster when it knows (ToMe DeiT-S, batch 8: 4 %).
     Raises: UsageError when the file does not load, MissingPackageError when the engine is not installed.
@@ -63,7 +64,7 @@ def open_engine(path: str | Path, engine: str = "ort", threads: int = 0, outputs
     if not Path(path).is_file():
         raise UsageError(f"{path}: no such file")
     try:
-        runner = {"ort": _onnxruntime, "openvino": _openvino}[engine](Path(path), threads, outputs, batch)
+        runner = {"ort": _onnxruntime, "openvino": _openvino, "torch": _torch}[engine](Path(path), threads, outputs, batch)
     except UsageError:
         raise
     except Exception as e:
@@ -155,3 +156,32 @@ def _openvino(path: Path, threads: int, outputs: tuple[str, ...], batch: int | N
                 for n, port in wanted.items()}
 
     return Runner("openvino", {i.any_name: dims(i) for i in compiled.inputs}, {n: dims(p) for n, p in wanted.items()}, call)
+
+
+def _torch(path: Path, threads: int, outputs: tuple[str, ...], batch: int | None) -> Runner:
+    """The eager reference, as the method's paper would run it; threads are PyTorch's own, of the whole process."""
+    import torch
+
+    from ..export.inspection import inspect
+    from ..export.reference import ReducedViT
+    from ..export.score_head import score_heads
+    from .verify import rebuild
+
+    if outputs:
+        raise UsageError("the eager reference has no inner values to give")
+    found = inspect(path)
+    p, loaded = found.provenance, rebuild(found.provenance, path)
+    reference = ReducedViT(loaded.module, p.schedule, score_heads(loaded, p.schedule))
+    if threads:
+        torch.set_num_threads(threads)
+
+    def call(feeds):
+        image = torch.from_numpy(np.ascontiguousarray(feeds["image"]))
+        if not p.schedule.steps:
+            with torch.no_grad():
+                return {p.outputs[0]: loaded.module(image).numpy()}
+        out = reference.run(image)
+        return {p.outputs[0]: out.output.numpy(), **({"sources": out.sources.numpy()} if "sources" in p.outputs else {})}
+
+    shape = (found.batch, p.dims["channels"], *p.preprocess.size)
+    return Runner("torch", {"image": shape}, {n: (found.batch, None) for n in p.outputs}, call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Callable
@@ -12,7 +13,7 @@ from ..export.errors import UsageError
 from ..export.inspection import inspect
 from ..export.provenance import Provenance
 from .bisect import StageParity, stage_parity
-from .compare import Comparison, Flip, ImageParity, OutputParity, Side, cosines, read_side, run_reference, top
+from .compare import Comparison, Flip, ImageParity, OutputParity, Side, cosines, read_side, run_reference, token_maps, top
 from .runners import in_batches, open_engine, require
 from .tolerances import TOLERANCE
 
@@ -119,7 +120,7 @@ def verify(path: str | Path, images: list[str | Path] | None = None, checkpoint:
     loaded = rebuild(provenance, Path(path), checkpoint, predictor)
     reference = ReducedViT(loaded.module, provenance.schedule, score_heads(loaded, provenance.schedule))
     found, own, dense = Comparison(provenance, precision, against is not None), [], []
-    with _sides(path, engine, provenance) as run, _sides(against, engine, provenance) as other:
+    with open_side(path, engine) as run, open_side(against, engine) as other:
         for start in range(0, len(names), CHUNK):
             progress(f"comparing image {start + 1} of {len(names)}")
             part, some = pixels[start : start + CHUNK], names[start : start + CHUNK]
@@ -155,27 +156,22 @@ def _comparable(path, provenance: Provenance, against) -> str:
     return other.precision
 
 
-def _sides(path, engine: str, provenance: Provenance):
-    """A context with a function: images [B, 3, H, W] -> `Side`, or a sentence when the file's decisions are no plan."""
-    import contextlib
+@contextmanager
+def open_side(path: str | Path | None, engine: str = "ort"):
+    """A function: images [B, 3, H, W] -> `Side`, or a sentence when the file's decisions are no plan. None for no path."""
+    if path is None:
+        yield None
+        return
+    p = inspect(path).provenance
+    with open_engine(path, engine, outputs=p.decisions) as runner:
+        size = next(iter(runner.inputs.values()))[0]
 
-    @contextlib.contextmanager
-    def opened():
-        if path is None:
-            yield None
-            return
-        p = inspect(path).provenance
-        with open_engine(path, engine, outputs=p.decisions) as runner:
-            size = next(iter(runner.inputs.values()))[0]
+        def run(image):
+            step = size or len(image)
+            runs = [in_batches(runner, image[i : i + step]) for i in range(0, len(image), step)]
+            return read_side({k: np.concatenate([r[k] for r in runs]) for k in runs[0]}, p)
 
-            def run(image):
-                step = size or len(image)
-                runs = [in_batches(runner, image[i : i + step]) for i in range(0, len(image), step)]
-                return read_side({k: np.concatenate([r[k] for r in runs]) for k in runs[0]}, p)
-
-            yield run
-
-    return opened()
+        yield run
 
 
 def _dense(reference, image: np.ndarray) -> np.ndarray:
@@ -207,26 +203,11 @@ def _maps(found: Comparison) -> dict[str, np.ndarray]:
     """Where each input token ended up, by image: the file's row, then the other side's."""
     out, start = {}, 0
     for got, wanted in zip(found.got, found.wanted):
-        both = [_follow(side, found.provenance.schedule) for side in (got, wanted)]
-        for i in range(len(got.output)):
-            out[found.names[start + i]] = np.stack([b[i] for b in both])
+        both = [token_maps(side, found.provenance.schedule)[-1:] for side in (got, wanted)]
+        for i in range(len(got.output) if both[0] else 0):
+            out[found.names[start + i]] = np.stack([b[0][i] for b in both])
         start += len(got.output)
     return out
-
-
-def _follow(side: Side, schedule) -> np.ndarray:
-    """Final row of each input token under a side's decisions [B, N0]."""
-    from dataclasses import replace
-
-    import torch
-
-    from ..export import reducers
-    from ..export.apply import follow
-
-    at = torch.arange(schedule.n_tokens).expand(len(side.output), -1)
-    for step, plan in zip(schedule.steps, side.plans):
-        at = follow(replace(plan, squeezed=schedule.method in reducers.SQUEEZE), at, step.n_in)
-    return at.numpy()
 
 
 def rebuild(provenance: Provenance, path: Path, checkpoint: str | Path | None = None, predictor: str | Path | None = None):

@@ -15,6 +15,8 @@ COMMANDS = {
     "verify": "Compare a file with the PyTorch reference it was made from.",
     "inspect": "Show what a file is and whether TensorRT would take it.",
     "run": "Run a file on images.",
+    "viz": "Draw on photos which patches a file merges and drops.",
+    "eval": "Accuracy on a folder of labelled images.",
     "bench": "Time files against each other in one run.",
     "rates": "List the keep counts published with DiffRate.",
     "demo": "Export, verify, time and draw ToMe on real weights and photos.",

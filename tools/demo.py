@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..export.errors import UsageError
 from . import draw, samples
 from .terminal import macs_words, print_json, stages, tokens_words
 
@@ -14,16 +13,12 @@ R = 13
 def run(folder: Path, as_json: bool, out) -> None:
     """Export DINOv2 ViT-S/14 dense and with ToMe r=13, verify both on photos, time them, draw what was merged.
 
-    folder: made if need be; files of an earlier run are replaced. out: rich console. Exits with 1 when a file does not verify.
+    folder: there already; files of an earlier run are replaced. out: rich console. Exits with 1 when a file does not verify.
     """
     from ..engines.runners import require
 
     require("ort")  # what verify needs: known before a minute is spent
     photos = samples.sample_photos()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UsageError(f"--out {folder}: cannot be made ({e.strerror})") from None
     with stages(out) as progress:
         progress("loading torch, reading the weights of DINOv2 ViT-S/14")
         checkpoint = samples.dinov2_checkpoint(folder)

@@ -6,13 +6,21 @@ from pathlib import Path
 
 import click
 
+from ..export.errors import UsageError
+
 
 @click.command("demo")
-@click.option("--out", default="demo-out", show_default=True, metavar="DIR", help="Where the files go.")
+@click.option("--out", "folder", default="demo-out", show_default=True, metavar="DIR", help="Where the files go.")
+@click.option("--offline", is_flag=True, help="Every method on this project's own small model and scikit-learn's digits instead.")
 @click.option("--json", "as_json", is_flag=True, help="The figures as JSON on stdout.")
-def command(out, as_json):
+def command(folder, offline, as_json):
     """Export, verify, time and draw ToMe on real DINOv2 weights and photos, from packages already installed (see `make demo`)."""
-    from .demo import run
+    from . import demo, demo_offline
     from .terminal import console
 
-    run(Path(out), as_json, console())
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UsageError(f"--out {folder}: cannot be made ({e.strerror})") from None
+    (demo_offline if offline else demo).run(folder, as_json, console())

@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 
+GONE = np.float32([14, 20, 56])  # a tint, so that a dark patch that is gone is told from one that is there
+
+
 def grid_of(provenance) -> tuple[int, int]:
     """Patches (rows, columns) of the images a file takes."""
     (h, w), n = provenance.preprocess.size, provenance.dims["patches"]
@@ -13,7 +16,7 @@ def grid_of(provenance) -> tuple[int, int]:
 
 
 def draw_sources(image, grid: tuple[int, int], sources: np.ndarray):
-    """The photo with every group of merged patches in its mean colour, outlined; patches that are gone are dimmed.
+    """The photo with every group of merged patches in its mean colour, outlined; patches that are gone are dimmed and tinted.
 
     image: PIL image as the model saw it. grid: patches (rows, columns). sources: [rows * columns] the final token of each patch, -1 gone.
     Returns a PIL image, at least 448 pixels high.
@@ -29,7 +32,7 @@ def draw_sources(image, grid: tuple[int, int], sources: np.ndarray):
     for t in np.unique(token):
         here = token == t
         if t < 0:
-            out[here] = pixels[here] * 0.25
+            out[here] = pixels[here] * 0.25 + GONE
         elif here.sum() > cell[0] * cell[1]:  # a patch that stayed alone keeps its texture
             out[here] = pixels[here].mean(0)
     edge = np.zeros(token.shape, dtype=bool)
@@ -54,4 +57,14 @@ def side_by_side(images: list, captions: list[str]):
         pen.text((x, 8), caption, fill="black", font=font)
         canvas.paste(image, (x, top))
         x += width + gap
+    return canvas
+
+
+def stacked(rows: list):
+    """PIL images above one another."""
+    from PIL import Image
+
+    canvas = Image.new("RGB", (max(r.width for r in rows), sum(r.height for r in rows)), "white")
+    for i, r in enumerate(rows):
+        canvas.paste(r, (0, sum(q.height for q in rows[:i])))
     return canvas

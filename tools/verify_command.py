@@ -29,12 +29,15 @@ def command(files, images, against, bisect, report, checkpoint, predictor, engin
 
     tokexport verify vit.onnx --images photos/
     """
+    from pathlib import Path
+
+    from ..engines.images import SUFFIXES
     from ..engines.runners import require
     from ..export.inspection import inspect
     from ..export.writing import check_output
     from .terminal import console, print_json, stages
 
-    images = [*images, *files_not(files)]
+    images = [*images, *(f for f in files if Path(f).is_dir() or Path(f).suffix.lower() in SUFFIXES)]
     files = [f for f in files if f not in images]
     if not files:
         raise UsageError(f"verify: no file to verify among {', '.join(images)}: wanted one made with `tokexport onnx` (.onnx)")
@@ -66,15 +69,6 @@ def command(files, images, against, bisect, report, checkpoint, predictor, engin
         if page:
             out.print(f"report: {page}", markup=False)
     sys.exit(0 if passed else 1)
-
-
-def files_not(files) -> list[str]:
-    """Those of the arguments that are images or folders of images."""
-    from pathlib import Path
-
-    from ..engines.images import SUFFIXES
-
-    return [f for f in files if Path(f).is_dir() or Path(f).suffix.lower() in SUFFIXES]
 
 
 def _print(out, report) -> None:

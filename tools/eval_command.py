@@ -1,0 +1,137 @@
+"""`tokexport eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..export.errors import UsageError
+
+BATCH = 16
+
+
+@click.command("eval")
+@click.argument("files", nargs=-1, required=True, metavar="FILE...")
+@click.option("--data", required=True, metavar="FOLDER", help="Images in a folder for each class.")
+@click.option("--limit", type=int, metavar="N", help="At most N images, spread evenly over the classes.")
+@click.option("--engine", default="ort", show_default=True, metavar="ort|openvino")
+@click.option("--reference/--no-reference", default=True, show_default=True, help="Also the PyTorch reference of each, and the dense model.")
+@click.option("--checkpoint", metavar="FILE", help="Where the weights are now; they are checked by hash.")
+@click.option("--predictor", metavar="FILE", help="Where the score heads are now (dTPS, DynamicViT).")
+@click.option("--json", "as_json", is_flag=True, help="The figures as JSON on stdout.")
+def command(files, data, limit, engine, reference, checkpoint, predictor, as_json):
+    """Top-1 and top-5 accuracy of FILES on labelled images, beside the PyTorch reference's and the dense model's.
+
+    A class folder is named by its index or its label; otherwise there must be one for each class, in alphabetical order.
+    """
+    from ..engines.runners import require
+    from ..export.inspection import inspect
+    from .terminal import console, print_json, stages
+
+    require(engine)
+    found = [inspect(f) for f in files]
+    for f in found:
+        if f.provenance.outputs[0] != "logits":
+            raise UsageError(f"{f.path} has no classes (its output is {f.provenance.outputs[0]}): eval needs a classifier")
+    images = labelled(Path(data), found[0].provenance, limit)
+    out = console()
+    rows = []
+    with stages(out) as progress:
+        for f in found:
+            rows += evaluate(f, images, engine, reference, checkpoint, predictor, progress, dense=f is found[-1])
+    if as_json:
+        print_json({"data": str(data), "images": len(images), "rows": rows})
+    else:
+        _print(out, rows, len(images))
+
+
+def labelled(folder: Path, provenance, limit: int | None) -> list[tuple[Path, int]]:
+    """Images and their classes. Raises: UsageError for a folder without class folders, or whose names say no class."""
+    from ..engines.images import SUFFIXES
+
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit {limit}: wanted 1 or more images")
+    if not folder.is_dir():
+        raise UsageError(f"--data {folder}: no such folder")
+    names = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
+    if not names:
+        raise UsageError(f"--data {folder} has no folders: wanted one for each class, with its images")
+    index = _classes(names, provenance, folder)
+    inside = {n: sorted(p for p in (folder / n).iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()) for n in names}
+    images = [(p, index[n]) for n in names for p in inside[n]]
+    if not images:
+        raise UsageError(f"--data {folder}: its folders have no images ({', '.join(SUFFIXES)})")
+    if limit is None or limit >= len(images):
+        return images
+    return [images[i * len(images) // limit] for i in range(limit)]
+
+
+def _classes(names: list[str], provenance, folder: Path) -> dict[str, int]:
+    """Class folder -> class index: by number, by label, or in order."""
+    n = provenance.dims["classes"]
+    if all(name.isascii() and name.isdigit() and len(name) < 9 and int(name) < n for name in names):
+        return {name: int(name) for name in names}
+    labels = {label: i for i, label in enumerate(provenance.labels)}
+    if all(name in labels for name in names):
+        return {name: labels[name] for name in names}
+    if len(names) == n:
+        return {name: i for i, name in enumerate(names)}
+    raise UsageError(f"--data {folder} has {len(names)} folders ({', '.join(names[:3])}, ...), the model {n} classes: name them by index "
+                     f"(0 to {n - 1}) or by label, or have one for each class")
+
+
+def evaluate(found, images: list[tuple[Path, int]], engine: str, reference: bool, checkpoint, predictor, progress, dense: bool = True) -> list[dict]:
+    """Rows of figures: the file's, and with `reference` its reference's and (with `dense`) the dense model's."""
+    import numpy as np
+
+    from ..engines.images import load_images
+    from ..engines.runners import in_batches, open_engine
+
+    p, wanted = found.provenance, np.array([label for _, label in images])
+    runs = {}
+    with open_engine(found.path, engine, batch=found.batch or BATCH if engine == "openvino" else None) as runner:
+        size = runner.inputs["image"][0] or BATCH
+        runs[str(found.path)] = size, lambda image: in_batches(runner, image)[p.outputs[0]]
+        if reference:
+            progress("loading torch")
+            import torch
+
+            from ..engines.verify import rebuild
+            from ..export.reference import ReducedViT
+            from ..export.score_head import score_heads
+
+            loaded = rebuild(p, found.path, checkpoint, predictor)
+            eager = ReducedViT(loaded.module, p.schedule, score_heads(loaded, p.schedule))
+            if p.schedule.steps:
+                runs[f"reference, {p.schedule.method}"] = size, lambda image: eager(torch.from_numpy(image)).numpy()
+            if dense or not p.schedule.steps:
+                runs["reference, dense"] = size, lambda image: loaded.module(torch.from_numpy(image)).numpy()
+        logits: dict[str, list] = {name: [] for name in runs}
+        for start in range(0, len(images), size):
+            progress(f"{found.path.name}: image {start + 1} of {len(images)}")
+            pixels = load_images([path for path, _ in images[start : start + size]], p.preprocess)
+            for name, (_, call) in runs.items():
+                logits[name].append(call(pixels))
+    return [_row(name, np.concatenate(v), wanted, p.schedule if name == str(found.path) else None) for name, v in logits.items()]
+
+
+def _row(name: str, logits, wanted, schedule) -> dict:
+    import numpy as np
+
+    if not np.isfinite(logits).all():
+        raise UsageError(f"{name} gives values that are not finite on these images")
+    best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+    hits = best == wanted[:, None]
+    return {"what": name, "tokens": schedule.n_final if schedule else None, "top1": float(hits[:, 0].mean()), "top5": float(hits.any(1).mean())}
+
+
+def _print(out, rows, n: int) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"{n} images", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for title in ("", "tokens left", "top-1", "top-5"):
+        table.add_column(title, justify="right" if title else "left")
+    for r in rows:
+        table.add_row(r["what"], "" if r["tokens"] is None else str(r["tokens"]), f"{r['top1']:.2%}", f"{r['top5']:.2%}")
+    out.print(table)
