@@ -27,8 +27,8 @@ class EngineFile:
 
     provenance: of the ONNX file. runtime: {"name", "version"}. compute_capability: GPUs it is for, [] for the one it was built on.
     precision: one of PRECISIONS. layers: of the typed network, by kind and type. profile: smallest, best and largest
-    batch, null for a fixed one. batch: the fixed one, or null. size: bytes. sha256: of the engine. request: hash of what was asked,
-    by which an engine is known again. source: the ONNX file.
+    batch, null for a fixed one. batch: the fixed one, or null. outputs: names, decisions among them when they were asked for. size:
+    bytes. sha256: of the engine. request: hash of what was asked, by which an engine is known again. source: the ONNX file.
     """
 
     provenance: dict
@@ -38,6 +38,7 @@ class EngineFile:
     layers: dict
     profile: list[int] | None
     batch: int | None
+    outputs: list[str]
     size: int
     sha256: str
     request: str
@@ -83,7 +84,7 @@ def build_engine(onnx_path: str | Path, path: str | Path | None = None, precisio
                  capabilities: tuple[str, ...] = (), profile: tuple[int, int, int] | None = None, timing_cache: str | Path | None = None,
                  opt_level: int | None = None, workspace: int = 0, version_compatible: bool = False, dry_run: bool = False,
                  force: bool = False, progress: Callable[[str, float], None] = lambda stage, share: None,
-                 calibration: list[str | Path] = ()) -> BuildResult:
+                 calibration: list[str | Path] = (), decisions: bool = False) -> BuildResult:
     """Build a TensorRT engine in a process of its own.
 
     onnx_path: a file made by `export_onnx`. path: of the engine, default the file's name with .plan; PATH.json lies beside it.
@@ -92,6 +93,7 @@ def build_engine(onnx_path: str | Path, path: str | Path | None = None, precisio
     largest batch of a dynamic one, default 1, 8, 32. timing_cache: a file, default beside the engine; TensorRT-RTX has none.
     opt_level: 0 to 5. workspace: bytes, 0 for the builder's own choice. version_compatible: runs on later versions too.
     dry_run: parse and report only. force: replace the engine. calibration: images or folders that "int8" is calibrated on.
+    decisions: the engine also gives the merge decisions, by which `verify` judges it.
     progress: called with a stage and the share that is done.
     Raises: UsageError, and nothing is written, for wrong options, a file that TensorRT refuses, or when the builder fails or crashes.
     """
@@ -103,6 +105,7 @@ def build_engine(onnx_path: str | Path, path: str | Path | None = None, precisio
     request = {
         "runtime": name, "precision": _precision(precision, found), "capabilities": list(capabilities),
         "profile": _profile(profile, found), "opt_level": opt_level, "workspace": workspace, "version_compatible": version_compatible,
+        "outputs": [*found.provenance.outputs, *(found.provenance.decisions if decisions else ())],
     }
     calibration = _calibration(calibration, request["precision"], found)
     request["calibration"] = [_sha256(p) for p in calibration]
@@ -128,7 +131,7 @@ def build_engine(onnx_path: str | Path, path: str | Path | None = None, precisio
         if dry_run:
             return BuildResult(path, None, out["layers"], False, 0.0, warnings, words)
         made = EngineFile(json.loads(found.provenance.to_json()), {"name": name, "version": out["version"]}, list(capabilities),
-                          request["precision"], out["layers"], request["profile"], found.batch, out["size"], _sha256(plan), key,
+                          request["precision"], out["layers"], request["profile"], found.batch, request["outputs"], out["size"], _sha256(plan), key,
                           str(onnx_path), warnings)
         beside = Path(aside) / sidecar(path).name
         beside.write_text(json.dumps(asdict(made), indent=1))

@@ -47,6 +47,7 @@ def build(request: dict, say) -> dict:
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(request["onnx"]):
         raise UsageError(_parse_errors(parser, runtime))
+    _mark(network, request["outputs"])
     layers = count_layers(network)
     check_label(count_layers([layer for layer in network if not stages.in_fp32(layer.name)]), request["precision"])
     found = {"layers": layers, "version": runtime.version, "size": 0, "seconds": 0.0}
@@ -89,6 +90,18 @@ def _config(runtime, builder, network, request: dict, say):
         profile.set_shape(image.name, *((n, *tuple(image.shape)[1:]) for n in request["profile"]))
         config.add_optimization_profile(profile)
     return config
+
+
+def _mark(network, outputs: list[str]) -> None:
+    """Make values outputs of the network that are none yet. Raises: UsageError for one that it does not have."""
+    wanted = set(outputs) - {network.get_output(i).name for i in range(network.num_outputs)}
+    for layer in network:
+        for i in range(layer.num_outputs):
+            if layer.get_output(i).name in wanted:
+                wanted.remove(layer.get_output(i).name)
+                network.mark_output(layer.get_output(i))
+    if wanted:
+        raise UsageError(f"the network has no {', '.join(sorted(wanted)[:3])}: make the ONNX file again with this version of tokexport")
 
 
 def count_layers(network: Iterable) -> dict[str, dict[str, int]]:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Iterator
 
@@ -13,31 +14,44 @@ import numpy as np
 
 from ..export.errors import MissingPackageError, UsageError
 
-PACKAGES = {"ort": ("onnxruntime", "cpu", "ONNX Runtime"), "openvino": ("openvino", "cpu", "OpenVINO"), "torch": ("torch", "cpu", "PyTorch")}
+PACKAGES = {
+    "ort": ("onnxruntime", "cpu", "ONNX Runtime"), "openvino": ("openvino", "cpu", "OpenVINO"), "torch": ("torch", "cpu", "PyTorch"),
+    "ort-cuda": ("onnxruntime", "gpu", "ONNX Runtime with CUDA"), "ort-tensorrt": ("onnxruntime", "gpu", "ONNX Runtime with TensorRT"),
+}
+PROVIDERS = {"ort": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider", "ort-tensorrt": "TensorrtExecutionProvider"}
 
 
 @dataclass
 class Runner:
-    """An opened file. inputs, outputs: name -> shape (None where free). `run` takes and gives float32 (int64 for indices) arrays."""
+    """An opened file. inputs, outputs: name -> shape (None where free). `run` takes and gives float32 (int64 for indices) arrays.
+
+    plan: of a TensorRT engine, what is loaded.
+    """
 
     engine: str
     inputs: dict[str, tuple]
     outputs: dict[str, tuple]
     _call: object = field(repr=False, default=None)
+    plan: object = field(repr=False, default=None)
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """One run. Raises: UsageError when an input is missing, of another shape or type, or the engine fails."""
+        """One run. Raises: UsageError when an input is missing, of another shape or type or not finite, or the engine fails."""
         for name, shape in self.inputs.items():
             if name not in feeds:
                 raise UsageError(f"input {name!r} is missing: got {', '.join(feeds) or 'nothing'}")
             got = feeds[name]
-            if got.dtype != np.float32 or len(got.shape) != len(shape) or any(w not in (None, g) for g, w in zip(got.shape, shape)):
+            if str(got.dtype).removeprefix("torch.") != "float32" or len(got.shape) != len(shape) or any(w not in (None, g) for g, w in zip(got.shape, shape)):
                 wanted = " x ".join("any" if w is None else str(w) for w in shape)
                 raise UsageError(f"input {name!r} is {got.dtype} {' x '.join(map(str, got.shape))}, wanted float32 {wanted}")
+            if isinstance(got, np.ndarray) and not np.isfinite(got).all():
+                raise UsageError(f"input {name!r} has values that are not finite: {np.size(got) - np.isfinite(got).sum()} of {np.size(got)}")
         try:
             return self._call(feeds)
+        except UsageError:
+            raise
         except Exception as e:  # engines have exception types of their own
-            raise UsageError(f"{PACKAGES[self.engine][2]} failed while running the file: {' '.join(str(e).split())[:400]}") from None
+            words = PACKAGES[self.engine][2] if self.engine in PACKAGES else "TensorRT"
+            raise UsageError(f"{words} failed while running the file: {' '.join(str(e).split())[:400]}") from None
 
 
 def require(engine: str) -> None:
@@ -47,32 +61,49 @@ def require(engine: str) -> None:
     package, extra, words = PACKAGES[engine]
     if importlib.util.find_spec(package) is None:
         raise MissingPackageError(package, extra, words)
+    if PROVIDERS.get(engine, "CPUExecutionProvider") != "CPUExecutionProvider":
+        import onnxruntime
+
+        if PROVIDERS[engine] not in onnxruntime.get_available_providers():
+            raise UsageError(f"{words} is not in the onnxruntime that is installed: pip uninstall onnxruntime; pip install 'tokexport[gpu]'")
 
 
 @contextmanager
 def open_engine(path: str | Path, engine: str = "ort", threads: int = 0, outputs: tuple[str, ...] = (),
-                batch: int | None = None) -> Iterator[Runner]:
-    """Open an ONNX file for running.
+                batch: int | None = None, cuda_graph: bool = False) -> Iterator[Runner]:
+    """Open an ONNX file, or an engine built by `build_engine` (.plan), for running.
 
-    engine: "ort" (ONNX Runtime on the CPU), "openvino", or "torch", the eager reference the file was made from. threads: 0 for the
-    engine's own choice.
+    engine: of an ONNX file: "ort" (ONNX Runtime on the CPU), "ort-cuda", "ort-tensorrt", "openvino", or "torch", the eager reference
+    the file was made from. threads: 0 for the engine's own choice. cuda_graph: see `plan_runner.open_plan`; of engines only.
     outputs: inner values to give beside the file's outputs (see `Provenance.decisions`).
     batch: the one batch size a file with a dynamic batch will be run with; OpenVINO is faster when it knows (ToMe DeiT-S, batch 8: 4 %).
     Raises: UsageError when the file does not load, MissingPackageError when the engine is not installed.
     """
+    if is_plan(path):
+        from .plan_runner import open_plan
+
+        yield open_plan(Path(path), outputs, cuda_graph)
+        return
+    if cuda_graph:
+        raise UsageError(f"{path}: CUDA graphs are of TensorRT engines (.plan)")
     require(engine)
     if not Path(path).is_file():
         raise UsageError(f"{path}: no such file")
     try:
-        runner = {"ort": _onnxruntime, "openvino": _openvino, "torch": _torch}[engine](Path(path), threads, outputs, batch)
+        runner = {"openvino": _openvino, "torch": _torch}.get(engine, partial(_onnxruntime, engine))(Path(path), threads, outputs, batch)
     except UsageError:
         raise
     except Exception as e:
-        if engine == "ort" and "bfloat16" in str(e):
+        if engine.startswith("ort") and "bfloat16" in str(e):
             raise UsageError(f"{path}: ONNX Runtime has no bf16 operators on the CPU: use OpenVINO or TensorRT, or a file with "
                              f"--dtype fp16") from None
         raise UsageError(f"{path}: {PACKAGES[engine][2]} cannot load it: {str(e).strip().splitlines()[0][:300]}") from None
     yield runner
+
+
+def is_plan(path: str | Path) -> bool:
+    """Whether a path names an engine, not an ONNX file."""
+    return Path(path).suffix == ".plan" or Path(f"{path}.json").is_file()
 
 
 def in_batches(runner: Runner, image: np.ndarray, tokens: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
@@ -108,7 +139,7 @@ def _float32(bits: np.ndarray) -> np.ndarray:
     return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
-def _onnxruntime(path: Path, threads: int, outputs: tuple[str, ...], batch: int | None) -> Runner:
+def _onnxruntime(engine: str, path: Path, threads: int, outputs: tuple[str, ...], batch: int | None) -> Runner:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -121,10 +152,12 @@ def _onnxruntime(path: Path, threads: int, outputs: tuple[str, ...], batch: int 
         if any(i.data_location == 1 for i in model.graph.initializer):
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent.resolve()))
         source = model.SerializeToString()
-    session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(source, options, providers=list(dict.fromkeys([PROVIDERS[engine], "CPUExecutionProvider"])))
+    if session.get_providers()[0] != PROVIDERS[engine]:  # it falls back to the CPU by itself
+        raise UsageError(f"{path}: {PACKAGES[engine][2]} cannot be used here (no NVIDIA GPU, or its libraries are missing)")
     names = [o.name for o in session.get_outputs()]
     call = lambda feeds: dict(zip(names, session.run(None, feeds)))
-    return Runner("ort", {i.name: _shape(i.shape) for i in session.get_inputs()}, {o.name: _shape(o.shape) for o in session.get_outputs()}, call)
+    return Runner(engine, {i.name: _shape(i.shape) for i in session.get_inputs()}, {o.name: _shape(o.shape) for o in session.get_outputs()}, call)
 
 
 def _openvino(path: Path, threads: int, outputs: tuple[str, ...], batch: int | None) -> Runner:

@@ -14,7 +14,7 @@ from ..export.inspection import inspect
 from ..export.provenance import Provenance
 from .bisect import StageParity, stage_parity
 from .compare import Comparison, Flip, ImageParity, OutputParity, Side, cosines, read_side, run_reference, token_maps, top
-from .runners import in_batches, open_engine, require
+from .runners import in_batches, is_plan, open_engine, require
 from .tolerances import TOLERANCE
 
 CHUNK = 8
@@ -110,8 +110,9 @@ def verify(path: str | Path, images: list[str | Path] | None = None, checkpoint:
     from ..export.reference import ReducedViT
     from ..export.score_head import score_heads
 
-    require(engine)
-    provenance = inspect(path).provenance
+    provenance, engine = described(path, engine)
+    if bisect and is_plan(path):
+        raise UsageError(f"--bisect, --report: {path} is an engine, whose stages cannot be read; bisect the ONNX file it was built from")
     precision = provenance.precision
     if against is not None:
         precision = max(precision, _comparable(path, provenance, against), key=TOLERANCE.get)
@@ -143,9 +144,28 @@ def verify(path: str | Path, images: list[str | Path] | None = None, checkpoint:
                         _cost(found, own, dense), stages, _maps(found))
 
 
+def described(path: str | Path, engine: str) -> tuple[Provenance, str]:
+    """What an ONNX file or a TensorRT engine says of itself, and what runs it.
+
+    Raises: UsageError for a file without provenance, a runtime that is not installed, or an engine that keeps its decisions to itself.
+    """
+    if not is_plan(path):
+        require(engine)
+        return inspect(path).provenance, engine
+    from .build import read_sidecar
+    from .plan_runner import provenance_of
+
+    found = read_sidecar(path)
+    p = provenance_of(found)
+    if any(s.n_in > 1 for s in p.schedule.steps) and not p.decisions:
+        raise UsageError(f"{path} does not give its merge decisions, without which a flipped near-tie cannot be told from a bug: build it "
+                         f"with `tokexport trt --decisions`")
+    return p, found.runtime["name"]
+
+
 def _comparable(path, provenance: Provenance, against) -> str:
     """The other file's precision. Raises: UsageError when the two do not compute the same."""
-    other = inspect(against).provenance
+    other, _ = described(against, "ort")
     same = {"model": (provenance.model, provenance.model_kwargs) == (other.model, other.model_kwargs),
             "weights": provenance.weights["sha256"] == other.weights["sha256"],
             "method, options or token counts": provenance.schedule == other.schedule}
@@ -162,7 +182,7 @@ def open_side(path: str | Path | None, engine: str = "ort"):
     if path is None:
         yield None
         return
-    p = inspect(path).provenance
+    p, _ = described(path, engine)
     with open_engine(path, engine, outputs=p.decisions) as runner:
         size = next(iter(runner.inputs.values()))[0]
 

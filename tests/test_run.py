@@ -77,7 +77,7 @@ def test_features_find_the_image_most_alike(files, photos):
 def test_what_is_refused(files, photos, tmp_path):
     (tmp_path / "v.plan").write_bytes(b"x")
     for args, word in (([files(10), tmp_path / "none.png"], "no such file"), ([files(10), tmp_path], "no image"),
-                       ([tmp_path / "v.plan", photos], "engines cannot be run yet"), ([tmp_path / "v.onnx", photos], "no such file"),
+                       ([tmp_path / "v.plan", photos], "no v.plan.json"), ([tmp_path / "v.onnx", photos], "no such file"),
                        ([files(10), photos, "--engine", "abacus"], "unknown engine")):
         error = run(*args).exception
         assert isinstance(error, UsageError) and word in str(error)

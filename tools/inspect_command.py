@@ -46,8 +46,9 @@ def _engine(file: str, as_json: bool) -> None:
     from .terminal import engine_lines, print_json, size_words, tokens_words
 
     e = read_sidecar(file)
+    layers = _layers(file)
     if as_json:
-        print_json({"path": str(file), **asdict(e)})
+        print_json({"path": str(file), **asdict(e), **({"engine_layers": layers} if layers else {})})
         return
     p = Provenance.from_json(json.dumps(e.provenance))
     words = {"rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}.get(e.runtime["name"], e.runtime["name"])
@@ -55,10 +56,27 @@ def _engine(file: str, as_json: bool) -> None:
         *_origin(p),
         ("tokens", tokens_words(p.schedule.n_tokens, p.schedule.tokens_per_block())),
         _input(p, e.batch or "dynamic"),
-        ("outputs", ", ".join(p.outputs)),
+        ("outputs", ", ".join(e.outputs)),
         ("engine", f"{words} {e.runtime['version']}, {e.precision}, {size_words(e.size)}, from {e.source}"),
         *engine_lines(e),
+        *([("built", f"{len(layers)} layers in the engine")] if layers else []),
     ])
+
+
+def _layers(file: str) -> list[dict]:
+    """The engine's own layers, where it can be loaded; none elsewhere."""
+    from pathlib import Path
+
+    from ..engines import trt
+    from ..engines.plan_runner import layer_information
+    from ..export.errors import UsageError
+
+    if not trt.gpus():
+        return []
+    try:
+        return layer_information(Path(file))
+    except UsageError:
+        return []
 
 
 def _origin(p) -> list[tuple[str, str]]:

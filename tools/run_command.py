@@ -12,23 +12,25 @@ TOP = 5
 @click.command("run")
 @click.argument("file")
 @click.argument("images", nargs=-1, required=True)
-@click.option("--engine", default="ort", show_default=True, metavar="ort|openvino")
+@click.option("--engine", default="ort", show_default=True, metavar="ENGINE", help="Of an ONNX file: ort, ort-cuda, ort-tensorrt, openvino "
+              "or torch (the eager reference).")
 @click.option("--json", "as_json", is_flag=True, help="The results as JSON on stdout.")
 def command(file, images, engine, as_json):
-    """Run FILE on IMAGES (files or folders): the five likeliest classes of each, or the image most like it when the model has none."""
-    from pathlib import Path
-
+    """Run FILE (an ONNX file or an engine) on IMAGES (files or folders): the five likeliest classes of each, or the image most like it when the model has none."""
     import numpy as np
 
+    from ..engines.build import read_sidecar
     from ..engines.images import find_images
-    from ..engines.runners import require
+    from ..engines.plan_runner import provenance_of
+    from ..engines.runners import is_plan, require
     from ..export.inspection import inspect
     from .terminal import console, print_json, stages
 
-    if Path(file).suffix == ".plan":
-        raise UsageError(f"{file} is an engine: engines cannot be run yet, give the ONNX file it was built from")
-    require(engine)
-    provenance = inspect(file).provenance
+    if is_plan(file):
+        provenance = provenance_of(read_sidecar(file))
+    else:
+        require(engine)
+        provenance = inspect(file).provenance
     paths = find_images(list(images))
     out = console()
     with stages(out) as progress:

@@ -29,10 +29,11 @@ UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10*
 @click.option("--opt-level", type=int, metavar="0-5", help="How long the builder may search; default the builder's own.")
 @click.option("--workspace", metavar="4GiB", help="Most GPU memory for scratch; default the builder's own choice.")
 @click.option("--version-compatible", is_flag=True, help="TensorRT: an engine for later versions too.")
+@click.option("--decisions", is_flag=True, help="The engine gives the merge decisions too, so that verify can judge them.")
 @click.option("--dry-run", is_flag=True, help="Parse and report only; needs no GPU.")
 @click.option("--force", is_flag=True, help="Replace the engine.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
-def command(file, output, precision, calib, runtime, compute_capability, batch, timing_cache, opt_level, workspace, version_compatible, dry_run,
+def command(file, output, precision, calib, runtime, compute_capability, batch, timing_cache, opt_level, workspace, version_compatible, decisions, dry_run,
             force, as_json):
     """Build a TensorRT engine from FILE, made by `tokexport onnx`; PLAN.json beside it says what it is.
 
@@ -46,7 +47,7 @@ def command(file, output, precision, calib, runtime, compute_capability, batch, 
     out = console()
     with bar(out) as progress:
         result = build_engine(file, output, precision, runtime, capabilities, _sizes(batch), timing_cache, opt_level, _bytes(workspace),
-                              version_compatible, dry_run, force, progress, list(calib))
+                              version_compatible, dry_run, force, progress, list(calib), decisions)
     if as_json:
         print_json(_data(result))
     else:

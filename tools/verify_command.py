@@ -24,15 +24,16 @@ def command(files, images, against, bisect, report, checkpoint, predictor, engin
     """Compare FILE with the PyTorch reference it was made from. Exit 0: passed, 1: failed.
 
     The reference is rebuilt from the provenance in the file and runs with the file's own merge decisions, so numbers are compared
-    like with like; each decision is judged by itself: a flipped near-tie passes, anything else fails. Arguments that are no .onnx
-    files are images.
+    like with like; each decision is judged by itself: a flipped near-tie passes, anything else fails. Engines
+    (.plan) are verified too where there is a GPU. Arguments that are images or folders are what they are compared on.
 
     tokexport verify vit.onnx --images photos/
     """
     from pathlib import Path
 
+    from ..engines.build import read_sidecar
     from ..engines.images import SUFFIXES
-    from ..engines.runners import require
+    from ..engines.runners import is_plan, require
     from ..export.inspection import inspect
     from ..export.writing import check_output
     from .terminal import console, print_json, stages
@@ -44,9 +45,9 @@ def command(files, images, against, bisect, report, checkpoint, predictor, engin
     if report and len(files) > 1:
         raise UsageError("--report is of one FILE: verify them one by one")
     page = report and check_output(report, force)
-    for file in [*files, *([against] if against else [])]:
-        inspect(file)  # wrong files are known before torch is loaded
     require(engine)
+    for file in [*files, *([against] if against else [])]:  # wrong files are known before torch is loaded
+        read_sidecar(file) if is_plan(file) else inspect(file)
     out = console()
     reports = []
     with stages(out) as progress:
