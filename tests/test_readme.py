@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tokexport.export.reducers import METHODS
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 pytestmark = pytest.mark.slow
 
@@ -28,6 +30,9 @@ def test_the_quick_start_works(tmp_path):
             args += ["--seconds", "1"]
         out = subprocess.run([sys.executable, "-m", "tokexport", *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
         assert out.returncode == 0, f"{line}\n{out.stderr}"
+        if "--offline" in args:  # all methods, each with its picture
+            assert "All files agree" in out.stderr and out.stderr.count("100.0%") >= 6
+            assert all((tmp_path / f"offline/digits_{m}.png").stat().st_size > 5_000 for m in METHODS if m != "none")
 
 
 def test_the_python_example_works(tmp_path):
