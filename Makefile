@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 	$(BIN)/tokexport demo --out demo-out
 
 test: $(VENV)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-gpu: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu -rs

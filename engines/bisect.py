@@ -48,7 +48,7 @@ def borders(model) -> dict[str, str]:
 
     floats = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
     width = {v.name: v.type.tensor_type.shape.dim[-1].dim_value for v in model.graph.value_info
-             if v.type.tensor_type.elem_type in floats and len(v.type.tensor_type.shape.dim) > 1}
+             if v.type.tensor_type.elem_type in floats and len(v.type.tensor_type.shape.dim) in (2, 3)}
     part = lambda stage: stage.rpartition(".")[2]
     home = {o: stages.of_node(n.name) for n in model.graph.node for o in n.output}
     readers: dict[str, set] = {}
@@ -68,16 +68,9 @@ def borders(model) -> dict[str, str]:
     return {stage: name for stage, (_, name) in found.items()}
 
 
-def stage_parity(path: Path, engine: str, reference, precision: str, near_tie: float, image: np.ndarray, plans: list,
-                 progress: Callable[[str], None] = lambda stage: None) -> list[StageParity]:
-    """Every stage of a file in the order it is computed.
-
-    reference: the eager model. plans: the file's own decisions. image: [B, 3, H, W], a few.
-    """
-    import torch
-
-    places = list(borders(read_onnx(path)).items())
-    observed: dict[str, torch.Tensor] = {}
+def observe(path: Path, engine: str, image: np.ndarray, progress: Callable[[str], None] = lambda stage: None) -> dict[str, np.ndarray]:
+    """A file's tokens behind every stage of the trunk, [B, N, C] float32 by stage name. image: [B, 3, H, W], a few."""
+    places, observed = list(borders(read_onnx(path)).items()), {}
     for start in range(0, len(places), AT_ONCE):
         some = dict(places[start : start + AT_ONCE])
         progress(f"stages {start + 1} to {start + len(some)} of {len(places)}")
@@ -85,8 +78,29 @@ def stage_parity(path: Path, engine: str, reference, precision: str, near_tie: f
             batch = next(iter(runner.inputs.values()))[0] or len(image)
             runs = [in_batches(runner, image[i : i + batch], tuple(some.values())) for i in range(0, len(image), batch)]
         for stage, name in some.items():
-            observed[stage] = torch.from_numpy(np.concatenate([r[name] for r in runs]).astype(np.float32))
-    out = reference.run(torch.from_numpy(image), replay=plans, observed=observed)
+            observed[stage] = np.concatenate([r[name] for r in runs]).astype(np.float32)
+    return observed
+
+
+def not_finite(path: Path, engine: str, schedule, image: np.ndarray) -> str | None:
+    """The first stage behind which a file's tokens are not finite, in words; None when they all are."""
+    observed = observe(path, engine, image)
+    first = next((s for s in _order(schedule) if s in observed and not np.isfinite(observed[s]).all()), None)
+    return None if first is None else StageParity(first, float("inf"), 0.0).words
+
+
+def stage_parity(path: Path, engine: str, reference, precision: str, near_tie: float, image: np.ndarray, got,
+                 progress: Callable[[str], None] = lambda stage: None) -> list[StageParity]:
+    """Every stage of a file in the order it is computed.
+
+    reference: the eager model. got: the file's own `Side` for image [B, 3, H, W], a few.
+    """
+    import torch
+
+    observed = {stage: torch.from_numpy(v) for stage, v in observe(path, engine, image, progress).items()}
+    out = reference.run(torch.from_numpy(image), replay=got.plans, observed=observed)
+    apart, length = (torch.from_numpy(got.output.astype(np.float32)) - out.output).norm(dim=1), out.output.norm(dim=1).clamp(min=1e-30)
+    out.departs["head"] = (apart / length).nan_to_num(torch.inf, torch.inf)
     steps = {f"block{s.block}.match": r for s, r in zip(reference.schedule.steps, out.regrets)}
     order = {s: i for i, s in enumerate(_order(reference.schedule))}
     rows = [StageParity(s, float(e.max()), STAGE[precision]) for s, e in out.departs.items()]

@@ -14,6 +14,7 @@ from typing import Callable
 
 from ..export.errors import UsageError
 from ..export.inspection import inspect
+from ..export.provenance import Provenance
 from ..export.writing import check_output
 from . import trt as runtimes
 
@@ -73,11 +74,30 @@ def read_sidecar(path: str | Path) -> EngineFile:
         raise UsageError(f"{path} has no {sidecar(path).name} beside it: it was not built by `tokexport trt`, or was moved without it")
     try:
         found = EngineFile(**json.loads(sidecar(path).read_text()))
+        wrong = _misfits(found)
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} of the wrong kind")
+        Provenance.from_json(json.dumps(found.provenance))
     except (ValueError, TypeError) as e:
         raise UsageError(f"{sidecar(path)} cannot be read ({type(e).__name__}: {e}): build the engine again") from None
     if _sha256(path) != found.sha256:
         raise UsageError(f"{path} is not the engine that {sidecar(path).name} speaks of (truncated or replaced): build it again")
     return found
+
+
+def _misfits(e: EngineFile) -> list[str]:
+    """Fields of a sidecar whose values are not of the kind they should be."""
+    texts = lambda v: isinstance(v, list) and all(isinstance(t, str) for t in v)
+    whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0
+    counts = lambda v: isinstance(v, dict) and all(isinstance(t, dict) and all(map(whole, t.values())) for t in v.values())
+    fits = {
+        "runtime": isinstance(e.runtime, dict) and e.runtime.get("name") in runtimes.PACKAGES and isinstance(e.runtime.get("version"), str),
+        "compute_capability": texts(e.compute_capability), "precision": e.precision in PRECISIONS, "layers": counts(e.layers),
+        "profile": e.profile is None or isinstance(e.profile, list) and len(e.profile) == 3 and all(map(whole, e.profile)),
+        "batch": e.batch is None or whole(e.batch), "outputs": texts(e.outputs), "size": whole(e.size), "warnings": texts(e.warnings),
+        "batch and profile": bool(e.batch) != bool(e.profile), "source": isinstance(e.source, str),
+    }
+    return [name for name, ok in fits.items() if not ok]
 
 
 def build_engine(onnx_path: str | Path, path: str | Path | None = None, precision: str | None = None, runtime: str = "auto",
@@ -114,11 +134,13 @@ def build_engine(onnx_path: str | Path, path: str | Path | None = None, precisio
     version = _version(name)
     key = hashlib.sha256(json.dumps([request, version, _sha256(onnx_path)], sort_keys=True).encode()).hexdigest()
     if not dry_run:
-        same = _cached(path, key)
+        if path.suffix == ".onnx":
+            raise UsageError(f"output {path}: an engine is no ONNX file: wanted another suffix, e.g. {path.with_suffix('.plan')}")
+        same = None if force else _cached(path, key)
         if same:
             return BuildResult(path, same, same.layers, True, 0.0, same.warnings, f"{runtimes.PACKAGES[name][2]} {version}")
-        check_output(path, force)
-        check_output(sidecar(path), force)
+        check_output(path, force, [onnx_path, *calibration])
+        check_output(sidecar(path), force, [onnx_path, *calibration])
     cache = timing_cache or (path.with_suffix(".timing") if name == "tensorrt" else None)
     folder = path.parent if not dry_run else None
     with tempfile.TemporaryDirectory(prefix=".tokexport-", dir=folder) as aside:

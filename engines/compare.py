@@ -7,7 +7,7 @@ and each decision is judged by what it gives away in the reference's own scores.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -70,7 +70,8 @@ class Comparison:
     """Adds up chunks. precision: of the looser side. two_files: the other side is a file too, whose decisions are judged as well.
 
     got, wanted: per chunk, as computed; replayed: what got is compared with, on equal decisions. equal: per block, whether each image
-    is decided alike. margins: (image, block) -> what a difference gives away.
+    is decided alike. margins: (image, block) -> what a difference gives away. others: the other file's outputs and the reference's under
+    its decisions, of chunks with differences.
     """
 
     provenance: Provenance
@@ -82,6 +83,7 @@ class Comparison:
     replayed: list[Side] = field(default_factory=list)
     equal: dict[int, list] = field(default_factory=dict)
     margins: dict[tuple[str, int], float] = field(default_factory=dict)
+    others: list[tuple] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
     @property
@@ -98,8 +100,10 @@ class Comparison:
             self.equal.setdefault(step.block, []).extend(column)
         if not all(map(all, same)):
             like, regrets = replay(reference, image, got.plans)
-            if self.two_files:
-                regrets = [torch.maximum(a, b) for a, b in zip(regrets, replay(reference, image, wanted.plans)[1])]
+            if self.two_files:  # the other file is judged by itself as well
+                other, more = replay(reference, image, wanted.plans)
+                regrets = [torch.maximum(a, b) for a, b in zip(regrets, more)]
+                self.others.append((wanted.output, other.output, list(names)))
             for k, step in enumerate(steps):
                 for i, name in enumerate(names):
                     if (regrets[k][i] > 0 and not self.two_files) or not _same(got.plans[k], wanted.plans[k], i):
@@ -134,17 +138,23 @@ class Comparison:
         name, rows = self.provenance.outputs[0], []
         if self.got[0].sources is not None and self.replayed[0].sources is not None:
             rows.append(_same_rows(join(self.got, "sources"), join(self.replayed, "sources")))
-        return [output_parity(name, join(self.got, "output"), join(self.replayed, "output"), TOLERANCE[self.precision]), *rows]
+        limit = TOLERANCE[self.precision]
+        if self.others:
+            found = output_parity(name, *(np.concatenate([o[i] for o in self.others]) for i in range(2)), limit)
+            rows.append(replace(found, name=f"{name} of the other file"))
+        return [output_parity(name, join(self.got, "output"), join(self.replayed, "output"), limit), *rows]
 
     def images(self) -> list[ImageParity]:
         """Every image."""
         rows, flips = [], self.flips
         differ = {name for name, _ in self.margins}
+        limit, first = TOLERANCE[self.precision], self.provenance.outputs[0]
+        broken = {n for a, b, names in self.others for n, x, y in zip(names, a, b) if not output_parity(first, x[None], y[None], limit).passed}
         for side, like, start in zip(self.got, self.replayed, np.cumsum([0] + [len(s.output) for s in self.got])):
             for i, (a, b) in enumerate(zip(side.output, like.output)):
                 name = self.names[start + i]
                 found = output_parity(self.provenance.outputs[0], a[None], b[None], TOLERANCE[self.precision])
-                wrong = not found.passed or any(f.image == name and not f.passed for f in flips)
+                wrong = not found.passed or name in broken or any(f.image == name and not f.passed for f in flips)
                 verdict = "failed" if wrong else "flipped" if name in differ else "equal"
                 rows.append(ImageParity(name, verdict, found.max_rel, found.cosine, sum(n == name for n, _ in self.margins)))
         return rows
@@ -178,15 +188,14 @@ def read_side(got: dict[str, np.ndarray], provenance: Provenance) -> Side | str:
             part = {"keep": torch.zeros(len(output), 1, 1, dtype=torch.int64), "src": torch.zeros(len(output), 0, 1, dtype=torch.int64)}
         plan = _plan(part, step, provenance.schedule)
         if plan is None:
-            return f"block {step.block}: the decisions of the file are no plan (a row is kept twice, lost, or has no host)"
+            what = "" if np.isfinite(output).all() else "; its output is not finite (verify --bisect names the first such stage)"
+            return f"block {step.block}: the decisions of the file are no plan (a row is kept twice, lost, or has no host){what}"
         plans.append(plan)
     return Side(plans, output, got.get("sources"))
 
 
 def token_maps(side: Side, schedule) -> list[np.ndarray]:
     """Row of each input token after every step under a side's decisions, -1 when it is gone: one [B, N0] a step."""
-    from dataclasses import replace
-
     import torch
 
     from ..export import reducers

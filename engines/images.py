@@ -15,7 +15,10 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 def find_images(said: str | Path | list[str | Path]) -> list[Path]:
     """Image files among files and folders, folders in order of name. Raises: UsageError for a missing path, or when there is none."""
     found: list[Path] = []
-    for path in map(Path, [said] if isinstance(said, (str, Path)) else said):
+    said = [said] if isinstance(said, (str, Path)) else list(said)
+    if not all(str(s).strip() for s in said):
+        raise UsageError("images: an empty name was given: wanted files or folders (. for this one)")
+    for path in map(Path, said):
         if path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
             if not inside:

@@ -103,7 +103,7 @@ def open_engine(path: str | Path, engine: str = "ort", threads: int = 0, outputs
 
 def is_plan(path: str | Path) -> bool:
     """Whether a path names an engine, not an ONNX file."""
-    return Path(path).suffix == ".plan" or Path(f"{path}.json").is_file()
+    return Path(path).suffix == ".plan" or Path(path).suffix != ".onnx" and Path(f"{path}.json").is_file()
 
 
 def in_batches(runner: Runner, image: np.ndarray, tokens: tuple[str, ...] = ()) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ import numpy as np
 from ..export.errors import UsageError
 from ..export.inspection import inspect
 from ..export.provenance import Provenance
-from .bisect import StageParity, stage_parity
+from .bisect import StageParity, not_finite, stage_parity
 from .compare import Comparison, Flip, ImageParity, OutputParity, Side, cosines, read_side, run_reference, token_maps, top
 from .runners import in_batches, is_plan, open_engine, require
 from .tolerances import TOLERANCE
@@ -130,6 +130,8 @@ def verify(path: str | Path, images: list[str | Path] | None = None, checkpoint:
             fault = next((s for s in (got, wanted) if isinstance(s, str)), None)
             if fault:
                 found.faults.append(fault)
+                where = not_finite(Path(path), engine, provenance.schedule, part) if bisect else None
+                found.faults += [f"{where} is the first stage whose tokens are not finite"] if where else []
                 break
             found.add(reference, part, got, wanted, some)
             own.append(mine.output)
@@ -138,7 +140,7 @@ def verify(path: str | Path, images: list[str | Path] | None = None, checkpoint:
     if bisect and found.got:
         k = max(range(len(by_image)), key=lambda i: (by_image[i].verdict == "failed", by_image[i].max_rel)) // CHUNK  # the worst image's
         part = pixels[k * CHUNK : (k + 1) * CHUNK]
-        stages = stage_parity(Path(path), engine, reference, provenance.precision, found.near_tie, part, found.got[k].plans, progress)
+        stages = stage_parity(Path(path), engine, reference, provenance.precision, found.near_tie, part, found.got[k], progress)
     return ParityReport(str(path), engine, None if against is None else str(against), precision, found.near_tie, TOLERANCE[precision], names,
                         found.outputs(), found.share, found.flips, found.faults, by_image, _by_block(found),
                         _cost(found, own, dense), stages, _maps(found))
@@ -151,6 +153,8 @@ def described(path: str | Path, engine: str) -> tuple[Provenance, str]:
     """
     if not is_plan(path):
         require(engine)
+        if engine == "torch":
+            raise UsageError("--engine torch is the reference itself: wanted what the file is to run on, e.g. ort or openvino")
         return inspect(path).provenance, engine
     from .build import read_sidecar
     from .plan_runner import provenance_of

@@ -40,9 +40,15 @@ def read_onnx(path: str | Path):
     """The onnx.ModelProto of a file, weights left beside it. Raises: UsageError when it is missing or no ONNX file."""
     import onnx
 
+    if not str(path).strip():
+        raise UsageError("an empty file name was given: wanted an ONNX file")
     path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: wanted an ONNX file")
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
+    if path.suffix == ".plan":
+        raise UsageError(f"{path} is an engine: wanted the ONNX file it was built from")
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception:

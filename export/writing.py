@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
+from typing import Iterable
 
 from .errors import UsageError
 
@@ -12,15 +13,22 @@ TWO_GB = 2**31 - 2**24  # protobuf's limit, less room for the graph
 LARGE = 4096  # bytes; weights above are kept out of the graph until they are written
 
 
-def check_output(path: str | Path, force: bool) -> Path:
-    """The path, when a file can be written there. Raises: UsageError when it exists (without force) or its folder cannot be written."""
+def check_output(path: str | Path, force: bool, inputs: Iterable[str | Path | None] = ()) -> Path:
+    """The path, when a file can be written there.
+
+    inputs: what the command reads, which force does not replace either.
+    Raises: UsageError when it exists (without force), is one of the inputs, or its folder cannot be written.
+    """
     if not str(path).strip() or "\0" in str(path):
         raise UsageError(f"output {str(path)!r}: wanted a file name, e.g. vit.onnx")
     path = Path(path)
     if os.path.isdir(path):  # Path.is_dir raises for a name that is too long
-        raise UsageError(f"output {path} is a directory: wanted a file name, e.g. {path / 'vit.onnx'}")
+        raise UsageError(f"output {path} is a directory: wanted a file name")
     if os.path.exists(path) and not os.path.isfile(path):
         raise UsageError(f"output {path} is no regular file (a device, a pipe): wanted a file name")
+    for source in inputs:
+        if source and os.path.exists(path) and os.path.exists(source) and os.path.samefile(path, source):
+            raise UsageError(f"output {path} is one of the files that are read: wanted another name")
     if os.path.lexists(path) and not force:
         raise UsageError(f"output {path} exists: give --force to replace it, or another name with -o")
     folder = path.parent

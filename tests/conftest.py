@@ -31,6 +31,7 @@ METHOD_CASES = {
 DEIT = {"none": {}, "tome": {"r": 13}, "evit": {}, "etps": {}, "dtps": {}, "dynamicvit": {}, "diffrate": {"rates": "deit_small@2.9"}}
 DINOV2 = {**{m: {} for m in DEIT}, "tome": {"r": "13"}, "diffrate": {"rates": "deit_small@2.9"}}
 FAST_FIRST = ("test_schedule", "test_counts", "test_rates", "test_ops", "test_load", "test_static_forms", "test_graph", "test_golden")
+LONG_NEXT = ("test_readme", "test_registry")  # before the rest, so that two workers end together
 
 
 def pytest_configure(config):
@@ -45,9 +46,9 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(items):
-    """Quick files first, tests marked slow last; the order within a file stays."""
-    rank = {name: i for i, name in enumerate(FAST_FIRST)}
-    items.sort(key=lambda item: (item.get_closest_marker("slow") is not None, rank.get(item.path.stem, 2.5)))
+    """Quick files first, then the longest; tests marked slow last in their file, else in their order."""
+    rank = {name: i for i, name in enumerate((*FAST_FIRST, *LONG_NEXT))}
+    items.sort(key=lambda item: (rank.get(item.path.stem, len(rank)), str(item.path), item.get_closest_marker("slow") is not None))
 
 
 @pytest.fixture(scope="session")

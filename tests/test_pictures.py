@@ -31,7 +31,7 @@ def model(tmp_path_factory, schedule_of):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("held-out")
-    assert digits.write_held_out(folder) == 450
+    assert len(digits.write_held_out(folder)) == 450
     return folder
 
 
@@ -76,7 +76,7 @@ def test_every_engine_has_the_same_accuracy(engine, model, data):
 
 def test_bad_data_is_one_error(model, exported, dinov2, tmp_path):
     (tmp_path / "empty").mkdir()
-    for args, words in (([model, "--data", tmp_path / "none"], "no such folder"), ([model, "--data", tmp_path / "empty"], "has no folders"),
+    for args, words in (([model, "--data", tmp_path / "none"], "wanted a folder with"), ([model, "--data", tmp_path / "empty"], "has no folders"),
                         ([model, "--data", tmp_path], "has 1 folders"), ([model, "--data", tmp_path, "--limit", 0], "--limit 0"),
                         ([dinov2("evit"), "--data", tmp_path], "needs a classifier")):
         assert words in str(run("eval", *args).exception)
@@ -107,6 +107,32 @@ def test_bad_use_of_viz_is_one_error(exported, tmp_path, monkeypatch):
     for args, words in (([exported("tiny_vit", method="none"), photo], "is dense"), ([path, photo, "--blocks", "2"], "these have one: 1, 3, 4"),
                         ([path, photo, "-o", "v.jpg"], "ends in .png"), ([path, *[photo] * 33], "at most 32"), ([path, "none.png"], "no such file")):
         assert words in str(run("viz", *args).exception) and list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_replaces_no_files_but_its_own(tmp_path):
+    (tmp_path / "digits_tome.onnx").write_text("precious")
+    for out, words in ((tmp_path, "that no demo made"), ("", "is empty")):
+        assert words in str(run("demo", "--offline", "--out", out).exception)
+    assert (tmp_path / "digits_tome.onnx").read_text() == "precious" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_models_with_other_classes_are_not_evaluated_together(model, exported, data):
+    other = exported("tiny_vit", method="tome", r=8)
+    assert run("eval", model, other, "--data", data, "--limit", 5, "--no-reference").exit_code == 0, "ten classes both"
+    loaded = load_model(digits.MODEL, {**digits.KWARGS, "num_classes": 5})
+    from tokexport import Schedule
+
+    five = data.parent / "five.onnx"
+    export_onnx(loaded, Schedule.parse(4, depth=12, n_tokens=65), five, force=True)
+    assert "other classes" in str(run("eval", model, five, "--data", data).exception)
+
+
+def test_names_with_markup_are_printed_as_they_are(model, data, tmp_path):
+    path = tmp_path / "[red]d[/b].onnx"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(model.read_bytes())
+    out = run("eval", path, "--data", data, "--limit", 3, "--no-reference")
+    assert out.exit_code == 0 and "[red]d[/b].onnx" in out.stderr
 
 
 def test_training_learns(tmp_path):

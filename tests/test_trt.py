@@ -94,6 +94,31 @@ def test_an_engine_that_is_not_what_its_sidecar_says_is_refused(tome, tmp_path):
         assert isinstance(run().exception, UsageError)
 
 
+SPOILED = {"layers": [None, {"a": 1}], "profile": ["x", [1], None], "runtime": [{}, "rtx"], "compute_capability": [86, None], "size": ["a"],
+           "warnings": [None], "batch": ["q"], "precision": [5], "provenance": [{}, None], "outputs": [None]}
+
+
+def test_a_sidecar_with_other_kinds_of_values_is_refused_and_no_cache_hit(tome, tmp_path):
+    ask = lambda: build_engine(tome, tmp_path / "v.plan", "fp16", "rtx", ("86",))
+    path = ask().path
+    said = json.loads(sidecar(path).read_text())
+    for name, value in ((name, value) for name, values in SPOILED.items() for value in values):
+        sidecar(path).write_text(json.dumps({**said, name: value}))
+        with pytest.raises(UsageError, match="cannot be read"):
+            read_sidecar(path)
+        with pytest.raises(UsageError, match="exists"):
+            ask()
+
+
+def test_an_input_is_never_replaced_by_its_engine(exported, tmp_path):
+    path = tmp_path / "v.bin"
+    path.write_bytes(exported("tiny_vit", method="tome", r=8).read_bytes())
+    with pytest.raises(UsageError, match="files that are read"):
+        build_engine(path, path, "fp16", "rtx", ("86",), force=True)
+    with pytest.raises(UsageError, match="wanted another suffix"):
+        build_engine(path, tmp_path / "other.onnx", "fp16", "rtx", ("86",))
+
+
 def test_a_label_that_the_layers_belie_is_refused():
     layers = {"MATRIX_MULTIPLY": {"HALF": 40, "FLOAT": 30}, "CONVOLUTION": {"HALF": 1}}
     build_child.check_label(layers, "fp16")
@@ -139,7 +164,7 @@ BAD = {
     "batch of two": (["--batch", "1:8"], "smallest:best:largest"),
     "batch of none": (["--batch", "0:1:2"], "smallest:best:largest"),
     "level": (["--opt-level", "9"], "0 to 5"),
-    "workspace": (["--workspace", "lots"], "4GiB"),
+    "workspace": (["--workspace", "lots"], "4GiB"), "more memory than there is": (["--workspace", "999999999999GiB"], "4GiB"),
     "timing cache": (["--timing-cache", "x"], "no such cache"),
     "version": (["--version-compatible"], "TensorRT's"),
 }

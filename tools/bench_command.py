@@ -50,8 +50,8 @@ def command(files, dense, sweep, images, engines, batches, threads, seconds, pro
     for f in found:
         if f.batch not in (None, *sizes):
             raise UsageError(f"{f.path} is for batch {f.batch}: give --batch {f.batch}")
-    _check_dense(dense and inspect(dense), found)
-    picture = _picture(plot, force, plots)
+    _check_dense(None if dense is None else inspect(dense), found)
+    picture = _picture(plot, force, plots, [*files, dense, *images])
     if sweep and len(found) > 1:
         raise UsageError(f"--sweep changes one file's {name}: give one FILE, not {len(found)}")
     if images and not sweep:
@@ -101,13 +101,13 @@ def _swept(text: str | None) -> tuple[str | None, list[str]]:
     return name, found
 
 
-def _picture(plot: str | None, force: bool, plots) -> Path | None:
+def _picture(plot: str | None, force: bool, plots, inputs: list) -> Path | None:
     from ..export.writing import check_output
 
     if plot is None:
         return None
     plots.require()
-    path = check_output(plot, force)
+    path = check_output(plot, force, inputs)
     if path.suffix.lower() != ".png":
         raise UsageError(f"--plot {path}: wanted a name that ends in .png")
     return path
@@ -227,6 +227,7 @@ def _print(out, rows, threads, bench, sweep: str | None) -> None:
 
 
 def _print_profiles(out, profiles: list[dict]) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     if not profiles:
@@ -236,5 +237,5 @@ def _print_profiles(out, profiles: list[dict]) -> None:
     for title in ("engine", "batch", "file", *parts):
         table.add_column(title, justify="left" if title in ("engine", "file") else "right")
     for p in profiles:
-        table.add_row(p["engine"], str(p["batch"]), Path(p["file"]).name, *(f"{p['parts'].get(k, 0.0):.2f}" for k in parts))
+        table.add_row(p["engine"], str(p["batch"]), escape(Path(p["file"]).name), *(f"{p['parts'].get(k, 0.0):.2f}" for k in parts))
     out.print(table)

@@ -56,6 +56,9 @@ def main() -> None:
     except UsageError as e:
         click.echo(f"Error: {e}", err=True)
         sys.exit(2)
+    except OSError as e:
+        click.echo(f"Error: {str(e.filename)[:80] if e.filename else 'input or output'}: {e.strerror or e}", err=True)
+        sys.exit(2)
     except GraphError as e:
         click.echo(f"Error: {e}", err=True)
         sys.exit(1)

@@ -9,6 +9,9 @@ import click
 from ..export.errors import UsageError
 
 
+MARK = ".tokexport-demo"  # in folders whose files a demo may replace
+
+
 @click.command("demo")
 @click.option("--out", "folder", default="demo-out", show_default=True, metavar="DIR", help="Where the files go.")
 @click.option("--offline", is_flag=True, help="Every method on this project's own small model and scikit-learn's digits instead.")
@@ -18,9 +21,14 @@ def command(folder, offline, as_json):
     from . import demo, demo_offline
     from .terminal import console
 
+    if not folder.strip():
+        raise UsageError("--out is empty: wanted a folder, e.g. demo-out")
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()) and not (folder / MARK).exists():
+            raise UsageError(f"--out {folder} has files that no demo made: wanted a new or empty folder")
+        (folder / MARK).touch()
     except OSError as e:
         raise UsageError(f"--out {folder}: cannot be made ({e.strerror})") from None
     (demo_offline if offline else demo).run(folder, as_json, console())

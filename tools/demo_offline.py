@@ -20,10 +20,8 @@ def run(folder: Path, as_json: bool, out) -> None:
     from ..engines.runners import require
 
     require("ort")
-    data = folder / "held-out"
-    n = digits.write_held_out(data)
-    images = sorted(data.rglob("*.png"), key=lambda p: int(p.stem))
-    rows = []
+    images = digits.write_held_out(folder / "held-out")
+    n, rows = len(images), []
     with stages(out) as progress:
         progress("loading torch")
         out.print(f"A ViT of 12 blocks, 65 tokens, trained by this project on handwritten digits; {n} held-out images of other writers")

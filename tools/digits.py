@@ -37,12 +37,14 @@ def picture(image):
     return grey.convert("RGB")
 
 
-def write_held_out(folder: Path, limit: int | None = None) -> int:
-    """Write held-out digits as folder/LABEL/NUMBER.png, as many as limit says or all; their number."""
+def write_held_out(folder: Path, limit: int | None = None) -> list[Path]:
+    """Write held-out digits as folder/LABEL/NUMBER.png, as many as limit says or all."""
     images, labels = arrays()
     last = len(images) if limit is None else min(N_TRAIN + limit, len(images))
+    paths = []
     for i in range(N_TRAIN, last):
         place = folder / str(labels[i])
         place.mkdir(parents=True, exist_ok=True)
-        picture(images[i]).save(place / f"{i}.png")
-    return last - N_TRAIN
+        paths.append(place / f"{i}.png")
+        picture(images[i]).save(paths[-1])
+    return paths

@@ -15,7 +15,7 @@ BATCH = 16
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 @click.option("--data", required=True, metavar="FOLDER", help="Images in a folder for each class.")
 @click.option("--limit", type=int, metavar="N", help="At most N images, spread evenly over the classes.")
-@click.option("--engine", default="ort", show_default=True, metavar="ort|openvino")
+@click.option("--engine", default="ort", show_default=True, metavar="ort|openvino|torch")
 @click.option("--reference/--no-reference", default=True, show_default=True, help="Also the PyTorch reference of each, and the dense model.")
 @click.option("--checkpoint", metavar="FILE", help="Where the weights are now; they are checked by hash.")
 @click.option("--predictor", metavar="FILE", help="Where the score heads are now (dTPS, DynamicViT).")
@@ -34,6 +34,8 @@ def command(files, data, limit, engine, reference, checkpoint, predictor, as_jso
     for f in found:
         if f.provenance.outputs[0] != "logits":
             raise UsageError(f"{f.path} has no classes (its output is {f.provenance.outputs[0]}): eval needs a classifier")
+        if (f.provenance.dims["classes"], f.provenance.labels) != (found[0].provenance.dims["classes"], found[0].provenance.labels):
+            raise UsageError(f"{f.path} has other classes than {found[0].path}: evaluate them one by one")
     images = labelled(Path(data), found[0].provenance, limit)
     out = console()
     rows = []
@@ -52,8 +54,8 @@ def labelled(folder: Path, provenance, limit: int | None) -> list[tuple[Path, in
 
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit}: wanted 1 or more images")
-    if not folder.is_dir():
-        raise UsageError(f"--data {folder}: no such folder")
+    if not folder.name or not folder.is_dir():
+        raise UsageError(f"--data {folder}: wanted a folder with a folder for each class")
     names = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
     if not names:
         raise UsageError(f"--data {folder} has no folders: wanted one for each class, with its images")
@@ -127,11 +129,12 @@ def _row(name: str, logits, wanted, schedule) -> dict:
 
 
 def _print(out, rows, n: int) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"{n} images", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for title in ("", "tokens left", "top-1", "top-5"):
         table.add_column(title, justify="right" if title else "left")
     for r in rows:
-        table.add_row(r["what"], "" if r["tokens"] is None else str(r["tokens"]), f"{r['top1']:.2%}", f"{r['top5']:.2%}")
+        table.add_row(escape(r["what"]), "" if r["tokens"] is None else str(r["tokens"]), f"{r['top1']:.2%}", f"{r['top5']:.2%}")
     out.print(table)

@@ -10,12 +10,11 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON on stdout.")
 def command(file, as_json):
     """Show what FILE, an ONNX file or an engine, is: provenance, tokens per block, MACs, operators, what TensorRT would refuse."""
-    from pathlib import Path
-
+    from ..engines.runners import is_plan
     from ..export.inspection import inspect
     from .terminal import macs_words, print_json, size_words, tokens_words
 
-    if Path(file).suffix == ".plan" or Path(f"{file}.json").is_file():
+    if is_plan(file):
         _engine(file, as_json)
         return
     found = inspect(file)

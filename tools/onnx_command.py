@@ -51,7 +51,7 @@ def command(name, model_kwargs, checkpoint, pretrained, seed, predictor, method,
     if bool(calib) != (dtype == "int8"):
         raise UsageError(f"--dtype {dtype}: " + ("--calib goes with --dtype int8: leave it out" if calib else
                          "wanted --calib IMAGES too, a folder of some tens of images like those the model will see"))
-    path = check_output(f"{name}.{method}.onnx" if output is None else output, force)
+    path = check_output(f"{name}.{method}.onnx" if output is None else output, force, [checkpoint, predictor, *calib])
     out = console()
     with stages(out) as progress:
         progress("loading torch")

@@ -105,13 +105,13 @@ def _stages(report) -> str:
                     f"<line x1={x - 1} x2={x + step - 2} y1={y(s.limit):.1f} y2={y(s.limit):.1f} stroke=#333 stroke-width=1 />")
         block = s.stage.rpartition(".")[0].removeprefix("block")
         if block != last:
-            labels.append(f"<text x={x} y={height + 14}>{_t(block or s.stage)}</text>")
+            labels.append(f"<text x={x} y={height + 14}>{_t(block or 'in')}</text>")
             last = block
     axis = "".join(f"<text x=0 y={y(10.0**e) + 4:.1f}>1e{e}</text>" for e in (-9, -6, -3, 0))
     width = len(report.stages) * step + 60
     wrong = [[s.words, f"{s.error:.1e}", f"{s.limit:.0e}"] for s in report.stages if not s.passed]
     chart = f"<svg viewBox='0 0 {width} {height + 22}' width={width} style='max-width:100%'>{axis}{''.join(bars)}{''.join(labels)}</svg>"
-    note = "<p class=note>By block: attention, matching, merging, MLP. The line is the limit; what is below 1e-9 has no bar.</p>"
+    note = "<p class=note>The embedding, then by block attention, matching, merging and MLP. The line is the limit; what is below 1e-9 has no bar.</p>"
     return chart + note + (_table(["departs", "error", "at most"], wrong) if wrong else "")
 
 

@@ -18,8 +18,10 @@ def console():
 @contextmanager
 def stages(out):
     """A function that shows the name of the present stage, beside a spinner, until the block ends."""
+    from rich.markup import escape
+
     with out.status("starting") as status:
-        yield lambda stage: status.update(stage)
+        yield lambda stage: status.update(escape(stage))
 
 
 def print_json(data) -> None:
@@ -65,9 +67,10 @@ def engine_lines(e) -> list[tuple[str, str]]:
 @contextmanager
 def bar(out):
     """A function (stage, share done) that moves a progress bar until the block ends."""
+    from rich.markup import escape
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=out, transient=True,
                   disable=not out.is_terminal) as progress:
         task = progress.add_task("starting", total=1.0)
-        yield lambda stage, share: progress.update(task, description=stage, completed=share)
+        yield lambda stage, share: progress.update(task, description=escape(stage), completed=share)

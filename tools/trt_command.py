@@ -67,7 +67,7 @@ def _bytes(text: str | None) -> int:
     if text is None:
         return 0
     match = re.fullmatch(r"(\d{1,12}) ?([A-Za-z]*)", text)
-    if not match or match[2] not in UNITS or not int(match[1]):
+    if not match or match[2] not in UNITS or not 0 < int(match[1]) * UNITS[match[2]] < 2**63:
         raise UsageError(f"--workspace {text!r}: wanted a size, e.g. 4GiB or 512MiB")
     return int(match[1]) * UNITS[match[2]]
 

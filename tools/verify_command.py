@@ -38,15 +38,15 @@ def command(files, images, against, bisect, report, checkpoint, predictor, engin
     from ..export.writing import check_output
     from .terminal import console, print_json, stages
 
-    images = [*images, *(f for f in files if Path(f).is_dir() or Path(f).suffix.lower() in SUFFIXES)]
-    files = [f for f in files if f not in images]
+    pictures = [f for f in files if Path(f).is_dir() or Path(f).suffix.lower() in SUFFIXES]
+    files, images = [f for f in files if f not in pictures], [*images, *pictures]
     if not files:
         raise UsageError(f"verify: no file to verify among {', '.join(images)}: wanted one made with `tokexport onnx` (.onnx)")
-    if report and len(files) > 1:
+    if report is not None and len(files) > 1:
         raise UsageError("--report is of one FILE: verify them one by one")
-    page = report and check_output(report, force)
+    page = None if report is None else check_output(report, force, [*files, *images, against, checkpoint, predictor])
     require(engine)
-    for file in [*files, *([against] if against else [])]:  # wrong files are known before torch is loaded
+    for file in [*files, *([against] if against is not None else [])]:  # wrong files are known before torch is loaded
         read_sidecar(file) if is_plan(file) else inspect(file)
     out = console()
     reports = []
@@ -55,7 +55,7 @@ def command(files, images, against, bisect, report, checkpoint, predictor, engin
         from ..engines.verify import verify
 
         for file in files:
-            reports.append(verify(file, images or None, checkpoint, engine, predictor, progress, against, bisect or bool(report)))
+            reports.append(verify(file, images or None, checkpoint, engine, predictor, progress, against, bisect or page is not None))
         if page:
             from .report import write_report
 

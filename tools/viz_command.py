@@ -39,7 +39,8 @@ def command(file, images, output, blocks, engine, force):
     if not p.schedule.steps:
         raise UsageError(f"{file} is dense: nothing is merged or dropped; wanted a file with a --method other than none")
     steps = _steps(p.schedule, blocks)
-    path, photos = check_output(output, force), find_images(list(images))
+    photos = find_images(list(images))
+    path = check_output(output, force, [file, *photos])
     if path.suffix.lower() != ".png":
         raise UsageError(f"output {path}: wanted a name that ends in .png")
     if len(photos) > MOST:
