@@ -8,17 +8,28 @@ from pathlib import Path
 
 import numpy as np
 
-from ..export.errors import MissingPackageError, UsageError
+from ..export import macs
+from ..export.errors import UsageError
+from ..export.inspection import Inspection, inspect
 from ..export.provenance import Provenance
 from . import trt as runtimes
 from .build import EngineFile, read_sidecar
-from .runners import Runner
+from .runners import Runner, is_plan
 
 
 def provenance_of(engine: EngineFile) -> Provenance:
     """The provenance of the file an engine was built from, in the engine's own precision and with the decisions that it gives."""
     p = Provenance.from_json(json.dumps(engine.provenance))
     return replace(p, precision=engine.precision, decisions=tuple(d for d in p.decisions if d in engine.outputs))
+
+
+def inspect_file(path: str | Path) -> Inspection:
+    """What an ONNX file or an engine is. Raises: UsageError as `inspect` and `read_sidecar`."""
+    if not is_plan(path):
+        return inspect(path)
+    found = read_sidecar(path)
+    p = provenance_of(found)
+    return Inspection(Path(path), p, {}, found.size, [], macs.count(p.dims, p.schedule), macs.count(p.dims, macs.dense(p.schedule)), found.batch)
 
 
 def open_plan(path: Path, outputs: tuple[str, ...] = (), cuda_graph: bool = False) -> Runner:

@@ -40,7 +40,8 @@ class Runner:
             if name not in feeds:
                 raise UsageError(f"input {name!r} is missing: got {', '.join(feeds) or 'nothing'}")
             got = feeds[name]
-            if str(got.dtype).removeprefix("torch.") != "float32" or len(got.shape) != len(shape) or any(w not in (None, g) for g, w in zip(got.shape, shape)):
+            fits = len(got.shape) == len(shape) and all(w in (None, g) for g, w in zip(got.shape, shape))
+            if not fits or str(got.dtype).removeprefix("torch.") != "float32":
                 wanted = " x ".join("any" if w is None else str(w) for w in shape)
                 raise UsageError(f"input {name!r} is {got.dtype} {' x '.join(map(str, got.shape))}, wanted float32 {wanted}")
             if isinstance(got, np.ndarray) and not np.isfinite(got).all():
@@ -157,7 +158,8 @@ def _onnxruntime(engine: str, path: Path, threads: int, outputs: tuple[str, ...]
         raise UsageError(f"{path}: {PACKAGES[engine][2]} cannot be used here (no NVIDIA GPU, or its libraries are missing)")
     names = [o.name for o in session.get_outputs()]
     call = lambda feeds: dict(zip(names, session.run(None, feeds)))
-    return Runner(engine, {i.name: _shape(i.shape) for i in session.get_inputs()}, {o.name: _shape(o.shape) for o in session.get_outputs()}, call)
+    shapes = lambda values: {v.name: _shape(v.shape) for v in values}
+    return Runner(engine, shapes(session.get_inputs()), shapes(session.get_outputs()), call)
 
 
 def _openvino(path: Path, threads: int, outputs: tuple[str, ...], batch: int | None) -> Runner:

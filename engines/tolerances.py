@@ -15,7 +15,8 @@ NEAR_TIE = {
     "int8": {"metric": 5e-1, "attention": 2.5e0, "head": 2.5e0},
 }
 # One stage, computed by the reference from the file's own input of it: difference over what the stage adds to the tokens; of merging,
-# and of the embedding, over the tokens themselves, the worst row. Ten times the most seen in fp32 and fp16, four times in bf16, twice in int8.
+# and of the embedding, over the tokens themselves, the worst row. Ten times the most seen in fp32 and fp16, four times in bf16, twice in
+# int8.
 STAGE = {"fp32": 1e-4, "tf32": 3e-2, "fp16": 3e-2, "bf16": 4e-1, "int8": 3e-1}
 
 

@@ -59,6 +59,27 @@ def test_without_a_gpu_an_engine_is_refused_in_words(elsewhere):
             pass
 
 
+def test_engines_are_benched_with_each_other_only(elsewhere, tome):
+    from click.testing import CliRunner
+
+    from tokexport.tools.cli import group
+
+    for args in ([str(elsewhere)], [str(elsewhere), str(tome), "--dense", str(elsewhere)], [str(tome), "--dense", str(elsewhere)]):
+        assert "compared with each other" in str(CliRunner().invoke(group, ["bench", *args]).exception)
+
+
+@NO_GPU
+def test_an_engine_that_cannot_run_is_a_row_with_its_error(elsewhere, exported, tmp_path):
+    from click.testing import CliRunner
+
+    from tokexport.tools.cli import group
+
+    dense = build_engine(exported("tiny_vit", method="none"), tmp_path / "d.plan", "fp16", "rtx", ("80",)).path
+    out = CliRunner().invoke(group, ["bench", str(elsewhere), "--dense", str(dense), "--batch", "2", "--json"])
+    rows = json.loads(out.stdout)["rows"]
+    assert [r["engine"] for r in rows] == ["trt"] * 2 and all("no NVIDIA GPU" in r["error"] for r in rows) and rows[1]["macs_ratio"] > 1.5
+
+
 @pytest.mark.parametrize("engine", ["ort-cuda", "ort-tensorrt"])
 @NO_GPU
 def test_without_a_gpu_onnxruntimes_gpu_engines_are_refused_in_words(engine, tome):

@@ -189,7 +189,7 @@ def parsed_layers(path):
     return network.num_layers
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["tome", "evit", "dtps", "diffrate"])
 def test_dinov2_on_real_photos_agrees_in_fp16(method, dinov2, dinov2_how, tmp_path):
     precision.write_as(dinov2(method, **dinov2_how[method]), tmp_path / "d.onnx", "fp16")
     report = verify(tmp_path / "d.onnx", samples.sample_photos())

@@ -31,7 +31,7 @@ def test_every_method_passes_on_real_photos(dinov2, dinov2_how, method):
 
 
 @pytest.mark.parametrize("method, how, batch", [
-    ("evit", {"fuse": False, "keep_rate": "0.8,0.6,0.5"}, None), ("dtps", {}, 1), ("dynamicvit", {"keep_rate": 0.8}, None),
+    ("evit", {"fuse": False, "keep_rate": "0.8,0.6,0.5"}, None), ("dynamicvit", {"keep_rate": 0.8}, None),
 ])
 def test_so_it_does_with_options(dinov2, method, how, batch):
     passes(dinov2(method, batch, **how))

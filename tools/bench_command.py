@@ -33,16 +33,19 @@ SWEPT = {"r": ("tome",), "keep_rate": ("evit", "etps", "dtps", "dynamicvit")}
 def command(files, dense, sweep, images, engines, batches, threads, seconds, profile, gate, plot, force, as_json):
     """Time FILES against the dense model, all in one run, interleaved: medians, speedup, and speedup over the MACs ratio.
 
-    Without FILES: DeiT-S with ToMe r=13, random weights.
+    Without FILES: DeiT-S with ToMe r=13, random weights. Engines (.plan) are compared with an engine, given with --dense.
     """
-    from ..engines.runners import require
-    from ..export.inspection import inspect
+    from ..engines.plan_runner import inspect_file as inspect
+    from ..engines.runners import is_plan, require
     from . import bench
     from . import plot as plots
     from .terminal import console, print_json, stages
 
-    engines, sizes = list(dict.fromkeys(engines.split(","))), _sizes(batches)
-    for engine in engines:
+    plans = [f for f in [*files, *([dense] if dense else [])] if is_plan(f)]
+    if plans and (len(plans) <= len(files) or sweep):
+        raise UsageError(f"{plans[0]} is an engine: engines are compared with each other, all FILES and --dense")
+    engines, sizes = ["trt"] if plans else list(dict.fromkeys(engines.split(","))), _sizes(batches)
+    for engine in engines if not plans else ():
         require(engine)
     if not 1 <= threads <= 1024 or not 0 < seconds < 86400:
         raise UsageError(f"--threads {threads}, --seconds {seconds:g}: wanted 1 to 1024 threads and more than 0 seconds, at most a day")
@@ -74,7 +77,8 @@ def command(files, dense, sweep, images, engines, batches, threads, seconds, pro
             progress("comparing with the dense model")
             agree = _agreement(found, denses, engines[0], images)
             rows = [{**r, "value": said.get(r["file"]), **agree.get(r["file"], {})} for r in rows]
-        profiles = _profiles([*{str(d.path): d for d in denses.values()}.values(), *found], engines, sizes, threads, progress) if profile else []
+        every = {str(f.path): f for f in [*denses.values(), *found]}
+        profiles = _profiles(list(every.values()), engines, sizes, threads, progress) if profile else []
         if picture:
             plots.save(rows, picture, name)
     if as_json:
@@ -175,7 +179,8 @@ def _profiles(found: list, engines: list[str], sizes: list[int], threads: int, p
                 if engine in profile.ENGINES and f.batch in (None, size):
                     progress(f"profiling {f.path.name} in {engine}, batch {size}")
                     times = profile.stage_times(f.path, engine, bench.noise(f, size), threads=threads)
-                    out.append({"engine": engine, "batch": size, "file": str(f.path) if f.provenance.schedule.steps else bench.dense_label(f), "parts": profile.by_part(times), "stages": times})
+                    name = str(f.path) if f.provenance.schedule.steps else bench.dense_label(f)
+                    out.append({"engine": engine, "batch": size, "file": name, "parts": profile.by_part(times), "stages": times})
     return out
 
 

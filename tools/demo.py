@@ -75,7 +75,8 @@ def _time(results: dict, photos, progress, out) -> list[dict]:
 
     pixels = load_images(photos, results["dense"].provenance.preprocess)
     rows = []
-    for engine, (_, _, words) in PACKAGES.items():
+    for engine in ("ort", "openvino"):
+        words = PACKAGES[engine][2]
         try:
             require(engine)
         except MissingPackageError as e:

@@ -70,7 +70,7 @@ def _row(folder: Path, method: str, result, images, times, progress) -> dict:
     from .timing import ratio
 
     progress(f"verifying {method}")
-    report = verify(result.path, images[:32])
+    report = verify(result.path, images[:16])
     labels = [(p, int(p.parent.name)) for p in images]
     (figures,) = evaluate(inspect(result.path), labels, "ort", False, None, None, progress)
     row = {"method": method, "file": str(result.path), "tokens": result.provenance.schedule.n_final, "macs_ratio": result.macs_dense / result.macs,

@@ -25,12 +25,12 @@ def command(files, data, limit, engine, reference, checkpoint, predictor, as_jso
 
     A class folder is named by its index or its label; otherwise there must be one for each class, in alphabetical order.
     """
+    from ..engines.plan_runner import inspect_file
     from ..engines.runners import require
-    from ..export.inspection import inspect
     from .terminal import console, print_json, stages
 
     require(engine)
-    found = [inspect(f) for f in files]
+    found = [inspect_file(f) for f in files]
     for f in found:
         if f.provenance.outputs[0] != "logits":
             raise UsageError(f"{f.path} has no classes (its output is {f.provenance.outputs[0]}): eval needs a classifier")

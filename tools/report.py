@@ -64,13 +64,16 @@ def _t(text) -> str:
     return html.escape(str(text))
 
 
+class _Markup(str):
+    """Text that is HTML already."""
+
+
 def _word(passed: bool) -> str:
-    return f"<span class={'passed' if passed else 'failed'}>{'passed' if passed else 'FAILED'}</span>"
+    return _Markup(f"<span class={'passed' if passed else 'failed'}>{'passed' if passed else 'FAILED'}</span>")
 
 
 def _table(titles, rows) -> str:
-    """Cells that begin with < are markup of this module, the others text."""
-    cell = lambda v: v if str(v).startswith("<") else _t(v)
+    cell = lambda v: v if isinstance(v, _Markup) else _t(v)
     head = "".join(f"<th>{_t(t)}" for t in titles)
     return f"<table><tr>{head}" + "".join("<tr>" + "".join(f"<td>{cell(v)}" for v in row) for row in rows) + "</table>"
 
@@ -117,8 +120,7 @@ def _stages(report) -> str:
 
 def _images(report, provenance) -> str:
     worst = sorted(report.by_image, key=lambda r: (r.verdict != "failed", r.verdict == "equal", -r.max_rel))
-    rows = [[r.image, f"<span class=failed>FAILED</span>" if r.verdict == "failed" else r.verdict, f"{r.max_rel:.1e}", f"{r.cosine:.7f}", str(r.flips)]
-            for r in worst[:40]]
+    rows = [[r.image, _word(False) if r.verdict == "failed" else r.verdict, f"{r.max_rel:.1e}", f"{r.cosine:.7f}", str(r.flips)] for r in worst[:40]]
     more = f"<p class=note>... and {len(worst) - 40} more</p>" if len(worst) > 40 else ""
     table = _table(["image", "verdict", "max rel", "cosine", "reductions decided otherwise"], rows)
     figures = [_figure(r.image, report, provenance) for r in worst[:WORST] if Path(r.image).is_file() and r.image in report.maps]
@@ -136,10 +138,11 @@ def _figure(image: str, report, provenance) -> str:
     picture = side_by_side([photo.resize(maps[0].size), *maps], captions)
     data = io.BytesIO()
     picture.save(data, "PNG")
-    return f"<figure><img alt='' src='data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}'><figcaption>{_t(image)}</figcaption></figure>"
+    source = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return f"<figure><img alt='' src='{source}'><figcaption>{_t(image)}</figcaption></figure>"
 
 
 def _tolerances(precision: str) -> str:
-    rows = [[f"<b>{p}</b>" if p == precision else p, f"{TOLERANCE[p]:.0e}", *(f"{NEAR_TIE[p][s]:.0e}" for s in ("metric", "attention", "head")),
+    rows = [[_Markup(f"<b>{p}</b>") if p == precision else p, f"{TOLERANCE[p]:.0e}", *(f"{NEAR_TIE[p][s]:.0e}" for s in ("metric", "attention", "head")),
              f"{STAGE[p]:.0e}"] for p in TOLERANCE]
     return _table(["precision", "output, of the largest value", "near-tie: cosine of keys", "log attention", "head's log-odds", "one stage"], rows)

@@ -16,7 +16,10 @@ TOP = 5
               "or torch (the eager reference).")
 @click.option("--json", "as_json", is_flag=True, help="The results as JSON on stdout.")
 def command(file, images, engine, as_json):
-    """Run FILE (an ONNX file or an engine) on IMAGES (files or folders): the five likeliest classes of each, or the image most like it when the model has none."""
+    """Run FILE (an ONNX file or an engine) on IMAGES (files or folders).
+
+    Prints the five likeliest classes of each, or the image most like it when the model has no classes.
+    """
     import numpy as np
 
     from ..engines.build import read_sidecar

@@ -33,8 +33,8 @@ UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10*
 @click.option("--dry-run", is_flag=True, help="Parse and report only; needs no GPU.")
 @click.option("--force", is_flag=True, help="Replace the engine.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
-def command(file, output, precision, calib, runtime, compute_capability, batch, timing_cache, opt_level, workspace, version_compatible, decisions, dry_run,
-            force, as_json):
+def command(file, output, precision, calib, runtime, compute_capability, batch, timing_cache, opt_level, workspace,
+            version_compatible, decisions, dry_run, force, as_json):
     """Build a TensorRT engine from FILE, made by `tokexport onnx`; PLAN.json beside it says what it is.
 
     tokexport trt vit.onnx --fp16 --compute-capability 86,89

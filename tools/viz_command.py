@@ -29,13 +29,13 @@ def command(file, images, output, blocks, engine, force):
     import numpy as np
 
     from ..engines.images import crop, find_images, normalise
+    from ..engines.plan_runner import inspect_file
     from ..engines.runners import require
-    from ..export.inspection import inspect
     from ..export.writing import check_output
     from .terminal import console, stages
 
     require(engine)
-    p = inspect(file).provenance
+    p = inspect_file(file).provenance
     if not p.schedule.steps:
         raise UsageError(f"{file} is dense: nothing is merged or dropped; wanted a file with a --method other than none")
     steps = _steps(p.schedule, blocks)
