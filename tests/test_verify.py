@@ -157,6 +157,14 @@ def test_layer_scale_that_is_missing_in_dinov2_is_found(dinov2, tmp_path):
     assert "block 5, attention is the first stage that departs" in report.summary()
 
 
+@pytest.mark.parametrize("fault, method, how", [
+    (no_log_size, "tome", {"r": "13"}), (transposed, "tome", {"r": "13"}), (swapped_rows, "evit", {}), (worst_stay, "evit", {}), (wrong_norm, "evit", {}),
+], ids=lambda v: getattr(v, "__name__", ""))
+def test_faults_in_dinov2_are_found_where_they_are(fault, method, how, dinov2, tmp_path):
+    report = verify(planted(dinov2(method, **how), tmp_path, fault), samples.sample_photos()[:1], bisect=True)
+    assert not report.passed and next(s.stage for s in report.stages if not s.passed) == FAULTS[fault][1]
+
+
 def test_every_stage_has_a_border(options, exported):
     path = exported("tiny_vit", **options)
     schedule = inspect(path).provenance.schedule
