@@ -75,10 +75,8 @@ def observe(path: Path, engine: str, image: np.ndarray, progress: Callable[[str]
         some = dict(places[start : start + AT_ONCE])
         progress(f"stages {start + 1} to {start + len(some)} of {len(places)}")
         with open_engine(path, engine, outputs=tuple(some.values())) as runner:
-            batch = next(iter(runner.inputs.values()))[0] or len(image)
-            runs = [in_batches(runner, image[i : i + batch], tuple(some.values())) for i in range(0, len(image), batch)]
-        for stage, name in some.items():
-            observed[stage] = np.concatenate([r[name] for r in runs]).astype(np.float32)
+            got = in_batches(runner, image, tuple(some.values()))
+        observed |= {stage: got[name].astype(np.float32) for stage, name in some.items()}
     return observed
 
 

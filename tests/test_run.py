@@ -82,3 +82,15 @@ def test_what_is_refused(files, photos, tmp_path):
         error = run(*args).exception
         assert isinstance(error, UsageError) and word in str(error)
     assert run(files(10)).exit_code == 2
+
+
+def test_any_number_of_images_goes_through_any_batch(exported, run_onnx):
+    """More than fit into one run, of a free batch and of a fixed one: as many outputs, in order."""
+    from tokexport import open_engine
+    from tokexport.engines.runners import AT_ONCE, in_batches
+
+    image = np.random.default_rng(0).standard_normal((AT_ONCE + 5, 3, 64, 64)).astype(np.float32)
+    wanted = run_onnx(exported("tiny_vit", method="tome", r=8, batch=1), image)["logits"]
+    for batch in (None, 3, 1):
+        with open_engine(exported("tiny_vit", method="tome", r=8, batch=batch)) as runner:
+            assert np.abs(in_batches(runner, image)["logits"] - wanted).max() < 1e-4

@@ -2,7 +2,9 @@
 
 import json
 import signal
+import subprocess
 import sys
+import time
 
 import onnx
 import pytest
@@ -235,6 +237,18 @@ def test_what_the_parser_refuses_is_named_with_its_block(tome, tmp_path):
     with pytest.raises(UsageError, match=r"block4\.mlp/Odd \(block4, mlp\)"):
         build_engine(tmp_path / "odd.onnx", tmp_path / "v.plan", runtime="rtx", capabilities=GPUS)
     assert not (tmp_path / "v.plan").exists()
+
+
+def test_a_build_that_is_terminated_leaves_nothing(deit, tmp_path):
+    args = [sys.executable, "-m", "tokexport", "trt", str(deit("none", 1)), "-o", str(tmp_path / "v.plan"), "--fp16", "--runtime", "rtx",
+            "--compute-capability", "86"]
+    process = subprocess.Popen(args, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".tokexport-*/typed.onnx")) and time.monotonic() < deadline:  # what lies aside while it builds
+        time.sleep(0.02)
+    assert list(tmp_path.iterdir()) and process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143 and list(tmp_path.iterdir()) == []
 
 
 def test_a_crash_of_the_builder_ends_only_its_own_process(tome, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 from tokexport import UsageError, export_onnx, load_model, verify
 from tokexport.engines.bisect import borders
@@ -49,7 +49,7 @@ def swapped_rows(graph):
     """Two tokens that stay change places while they are gathered, in the decisions they do not."""
     gather = node_of(graph, "block3.merge", "GatherND")
     order = gather.input[1]
-    n = len(range(*slice(None).indices(next(v.type.tensor_type.shape.dim[1].dim_value for v in graph.value_info if v.name == order))))
+    n = next(v.type.tensor_type.shape.dim[1].dim_value for v in graph.value_info if v.name == order)
     graph.initializer.append(numpy_helper.from_array(np.array([0, 2, 1, *range(3, n)]), "swap"))
     gather.input[1] = "order.swapped"
     before(graph, gather, helper.make_node("Gather", [order, "swap"], ["order.swapped"], name="block3.merge/Gather_planted", axis=1))
@@ -58,10 +58,9 @@ def swapped_rows(graph):
 def worst_stay(graph):
     """The least attended tokens stay instead of the most."""
     top = node_of(graph, "block3.match", "TopK")
-    top.attribute.append(helper.make_attribute("largest", 0)) if not [a for a in top.attribute if a.name == "largest"] else None
-    for a in top.attribute:
-        if a.name == "largest":
-            a.i = 0
+    kept = [a for a in top.attribute if a.name != "largest"]
+    del top.attribute[:]
+    top.attribute.extend([*kept, helper.make_attribute("largest", 0)])
 
 
 def no_log_size(graph):

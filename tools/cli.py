@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from importlib import import_module
 
 import click
@@ -42,7 +44,9 @@ def group():
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done or passed, 1 a check failed, 2 wrong use or a missing package."""
+    """Entry point. Exit codes: 0 done or passed, 1 a check failed, 2 wrong use or a missing package, 143 terminated."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what lies aside is cleared away, as it is on any other exit
     try:
         sys.exit(group.main(standalone_mode=False) or 0)
     except click.exceptions.Abort:

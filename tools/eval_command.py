@@ -94,7 +94,7 @@ def evaluate(found, images: list[tuple[Path, int]], engine: str, reference: bool
     runs = {}
     with open_engine(found.path, engine, batch=found.batch or BATCH if engine == "openvino" else None) as runner:
         size = runner.inputs["image"][0] or BATCH
-        runs[str(found.path)] = size, lambda image: in_batches(runner, image)[p.outputs[0]]
+        runs[str(found.path)] = lambda image: in_batches(runner, image)[p.outputs[0]]
         if reference:
             progress("loading torch")
             import torch
@@ -106,14 +106,14 @@ def evaluate(found, images: list[tuple[Path, int]], engine: str, reference: bool
             loaded = rebuild(p, found.path, checkpoint, predictor)
             eager = ReducedViT(loaded.module, p.schedule, score_heads(loaded, p.schedule))
             if p.schedule.steps:
-                runs[f"reference, {p.schedule.method}"] = size, lambda image: eager(torch.from_numpy(image)).numpy()
+                runs[f"reference, {p.schedule.method}"] = lambda image: eager(torch.from_numpy(image)).numpy()
             if dense or not p.schedule.steps:
-                runs["reference, dense"] = size, lambda image: loaded.module(torch.from_numpy(image)).numpy()
+                runs["reference, dense"] = lambda image: loaded.module(torch.from_numpy(image)).numpy()
         logits: dict[str, list] = {name: [] for name in runs}
         for start in range(0, len(images), size):
             progress(f"{found.path.name}: image {start + 1} of {len(images)}")
             pixels = load_images([path for path, _ in images[start : start + size]], p.preprocess)
-            for name, (_, call) in runs.items():
+            for name, call in runs.items():
                 logits[name].append(call(pixels))
     return [_row(name, np.concatenate(v), wanted, p.schedule if name == str(found.path) else None) for name, v in logits.items()]
 

@@ -22,18 +22,14 @@ def command(file, images, engine, as_json):
     """
     import numpy as np
 
-    from ..engines.build import read_sidecar
     from ..engines.images import find_images
-    from ..engines.plan_runner import provenance_of
+    from ..engines.plan_runner import inspect_file
     from ..engines.runners import is_plan, require
-    from ..export.inspection import inspect
     from .terminal import console, print_json, stages
 
-    if is_plan(file):
-        provenance = provenance_of(read_sidecar(file))
-    else:
+    if not is_plan(file):
         require(engine)
-        provenance = inspect(file).provenance
+    provenance = inspect_file(file).provenance
     paths = find_images(list(images))
     out = console()
     with stages(out) as progress:

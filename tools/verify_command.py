@@ -31,10 +31,9 @@ def command(files, images, against, bisect, report, checkpoint, predictor, engin
     """
     from pathlib import Path
 
-    from ..engines.build import read_sidecar
     from ..engines.images import SUFFIXES
-    from ..engines.runners import is_plan, require
-    from ..export.inspection import inspect
+    from ..engines.plan_runner import inspect_file
+    from ..engines.runners import require
     from ..export.writing import check_output
     from .terminal import console, print_json, stages
 
@@ -47,7 +46,7 @@ def command(files, images, against, bisect, report, checkpoint, predictor, engin
     page = None if report is None else check_output(report, force, [*files, *images, against, checkpoint, predictor])
     require(engine)
     for file in [*files, *([against] if against is not None else [])]:  # wrong files are known before torch is loaded
-        read_sidecar(file) if is_plan(file) else inspect(file)
+        inspect_file(file)
     out = console()
     reports = []
     with stages(out) as progress:
