@@ -62,15 +62,21 @@ def apply_static(plan: MergePlan, x: torch.Tensor, size: torch.Tensor | None) ->
     kept, folded = _split(plan, x)
     if plan.n_extra:
         return torch.cat([kept, ops.matmul(plan.w_src, folded, True, False)], -2), None
-    hit = plan.dst == row(plan.labels or range(plan.keep.shape[-2]), plan.dst)
-    weight = ops.to_float(hit) if plan.w_src is None else torch.where(hit, plan.w_src, row([0.0], x))
+    hit = _hit(plan)
+    weight = hit if plan.w_src is None else hit * plan.w_src
     total = ops.addmm(weight, _ones(hit), row([1.0], x), True, False)
     out = ops.addmm(weight, folded, kept, True, False) / total
     if plan.w_size is None:
         return out, None
     kept_size, folded_size = (row([1.0], x), None) if size is None else _split(plan, size)
     folded_size = plan.w_size if folded_size is None else folded_size * plan.w_size
-    return out, torch.maximum(ops.addmm(ops.to_float(hit), folded_size, kept_size, True, False), row([SMALLEST], x))
+    return out, torch.maximum(ops.addmm(hit, folded_size, kept_size, True, False), row([SMALLEST], x))
+
+
+def _hit(plan):
+    """[.., R, K]: 1 where a folded row goes to an output row. A label names its output row, and hosts have the labels from 0 on."""
+    names = plan.labels or range(plan.keep.shape[-2])
+    return ops.one_hot(plan.dst, [names.index(label) for label in range(max(names) + 1)], len(names))
 
 
 def _ones(hit):
@@ -89,13 +95,15 @@ def _by_matmul(plan, x, size):
     """Weights [.., N, K]: the size of each input row in the column of its output row."""
     hit = plan.target == row(plan.labels, plan.target)
     weight = ops.to_float(hit) if size is None else torch.where(hit, size, row([0.0], size))
-    total = ops.matmul(weight, _ones(hit), True, False)
+    n, kept = weight.shape[-2:]
+    total = ops.matmul(ops.floats([1.0] * n, [1, 1, 1, n] if x.ndim == 2 else [1, 1, n]), weight, False, False)
+    total = ops.reshape(total, [kept, 1] if x.ndim == 2 else [-1, kept, 1])
     return ops.matmul(weight, x, True, False) / total, total
 
 
 def _by_size(plan, x, size):
     """Kept rows are gathered, and the few folded rows [.., R, C] added to them by a one-hot [.., R, K]."""
-    hit = ops.to_float(plan.dst == row(plan.labels, plan.dst))
+    hit = _hit(plan)
     if size is None:
         total = ops.addmm(hit, _ones(hit), row([1.0], x), True, False)
     else:

@@ -78,7 +78,7 @@ class StaticBlock(nn.Module):
 
     def _bias(self, size, n: int):
         """Proportional attention: the logarithm of sizes [.., n, 1] as [B, 1, 1, n]."""
-        return ops.reshape(size.log(), [1 if self.single else -1, 1, 1, n])
+        return ops.reshape(size, [1 if self.single else -1, 1, 1, n]).log()
 
     def _score(self, rows, bias, n: int):
         """Mean attention received [.., n, 1], prefix tokens lifted: of logits [B, heads, 1, n], or of attention [B, heads, n, n]."""

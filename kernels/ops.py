@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+LARGEST_TABLE = 2**15  # elements of a constant that saves one node
+
 _TRANSLATE: dict = {}
 
 
@@ -104,6 +106,29 @@ def look_up(table: Tensor, index: Tensor) -> Tensor:
     return table[index[..., 0]]
 
 
+def _one_hot_onnx(index, columns, width):
+    import numpy as np
+    import onnx_ir
+
+    if len(columns) * width > LARGEST_TABLE:
+        named = np.full([1] * (len(index.shape) - 1) + [width], -1, np.int64)
+        named[..., columns] = np.arange(len(columns))
+        return _ox().Cast(_ox().Equal(index, _ox().Constant(value=onnx_ir.tensor(named))), to=1)
+    table = np.zeros((len(columns), width), np.float32)
+    table[np.arange(len(columns)), columns] = 1
+    return _ox().GatherND(_ox().Constant(value=onnx_ir.tensor(table)), index)
+
+
+@_operator(fake=lambda index, columns, width: torch.empty((*index.shape[:-1], width)), onnx=_one_hot_onnx)
+def one_hot(index: Tensor, columns: list[int], width: int) -> Tensor:
+    """float32 rows with a 1 in column columns[index], else 0: index [.., R, 1] -> [.., R, width]; columns are unique.
+
+    ONNX: GatherND of a constant table, or Equal and Cast where that would have more than LARGEST_TABLE elements.
+    """
+    at = torch.tensor(columns)[index[..., 0]]
+    return torch.zeros(*at.shape, width).scatter_(-1, at[..., None], 1.0)
+
+
 @_operator(fake=lambda x, rows: x.new_empty((*x.shape[:-2], len(rows), x.shape[-1])),
            onnx=lambda x, rows: _ox().Gather(x, _int32s(rows), axis=-2))
 def fixed_rows(x: Tensor, rows: list[int]) -> Tensor:
@@ -137,15 +162,26 @@ def put_rows(base: Tensor, index: Tensor, values: Tensor) -> Tensor:
     return base.scatter(-2, index, values)
 
 
-@_operator(fake=lambda x, shape: x.new_empty(_whole(x, shape)), onnx=lambda x, shape: _ox().Reshape(x, _ints(*shape)))
+def _reshape_onnx(x, shape):
+    made_by = x.producer()
+    if made_by is not None and made_by.op_type == "Reshape":
+        x = made_by.inputs[0]
+    known = x.shape is not None and all(isinstance(d, int) for d in x.shape)
+    return _ox().Identity(x) if known and list(x.shape) == _whole(x, shape) else _ox().Reshape(x, _ints(*shape))
+
+
+@_operator(fake=lambda x, shape: x.new_empty(_whole(x, shape)), onnx=_reshape_onnx)
 def reshape(x: Tensor, shape: list[int]) -> Tensor:
-    """x in another shape; a -1 stays one in the graph, where `torch.reshape` leaves the batch it was traced with. ONNX: Reshape."""
+    """x in another shape; a -1 stays one in the graph, where `torch.reshape` leaves the batch it was traced with.
+
+    ONNX: Reshape; one of a Reshape takes what that took, and one that changes nothing is none.
+    """
     return x.reshape(shape).clone()
 
 
 def _whole(x, shape):
     rest = math.prod(d for d in shape if d != -1)
-    return [x.numel() // rest if d == -1 else d for d in shape]
+    return [math.prod(x.shape) // rest if d == -1 else d for d in shape]
 
 
 def _product_shape(a, b, trans_a, trans_b):

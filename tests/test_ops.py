@@ -30,6 +30,7 @@ CASES = {
     "to_float": [((X > 0,), (), ())],
     "take_rows": [((X, _rows(9, 4, 4)), (), ())],
     "look_up": [((_numbers(9, 5), _rows(9, 4, 4)), (), (0,))],
+    "one_hot": [((_rows(5, 3, 4),), ([1, 4, 2, 0, 6], 7), ()), ((_rows(200, 3, 4),), ([*range(1, 201)], 300), ())],
     "reshape": [((X,), ([-1, 5],), ()), ((X,), ([-1, 3, 15],), ()), ((X.mT.contiguous(),), ([-1, 1, 1, 45],), ()), ((X.mT,), ([-1, 15],), ())],
     "fixed_rows": [((X,), ([0, 3, 8],), ()), ((X,), ([5],), ())],
     "top_rows": [((_numbers(4, 9, 1),), (3, True), ()), ((_tied(4, 30, 1),), (20, True), ()), ((_tied(4, 30, 1),), (12, False), ()),
@@ -111,6 +112,35 @@ def test_an_operator_is_its_onnx_form_for_any_batch(name, case):
 def test_an_operator_tells_its_shapes_without_computing(name, case):
     for tensors, further in (_first(case), case[:2]):
         torch.library.opcheck(getattr(torch.ops.tokexport, name).default, (*tensors, *further), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_large_one_hot_is_compared_and_a_small_one_looked_up():
+    kinds = lambda n, width: _run_onnx("one_hot", (_rows(n, 3, 1)[0],), ([*range(n)], width), (_rows(n, 3, 1)[0],), None)[1]
+    assert kinds(128, 256) == {"GatherND"} and kinds(128, 257) == {"Equal", "Cast"} and ops.LARGEST_TABLE == 128 * 256
+
+
+class Reshapes(torch.nn.Module):
+    """One after another."""
+
+    def __init__(self, shapes):
+        super().__init__()
+        self.shapes = shapes
+
+    def forward(self, x):
+        for shape in self.shapes:
+            x = ops.reshape(x, shape)
+        return x + 1
+
+
+@pytest.mark.parametrize("shapes, nodes", [([[-1, 5]], 0), ([[5, 9]], 1), ([[3, 15], [5, 9]], 1), ([[3, 15], [9, 5]], 0), ([[5, 9], [-1, 5]], 0)])
+def test_a_reshape_that_changes_nothing_leaves_the_graph(shapes, nodes):
+    from tokexport.export.onnx_export import translate
+
+    x, module = _numbers(9, 5), Reshapes(shapes)
+    proto = translate(module, (x,)).model_proto
+    assert sum(n.op_type in ("Reshape", "Identity") for n in proto.graph.node) == nodes
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    _assert_equal(session.run(None, {session.get_inputs()[0].name: x.numpy()}), module(x))
 
 
 def test_of_equal_values_the_lower_index_wins():

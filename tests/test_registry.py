@@ -106,7 +106,7 @@ def refusal(name):
 @pytest.fixture
 def double(monkeypatch):
     torch.set_default_dtype(torch.float64)
-    for name in ("floats", "to_float"):
+    for name in ("floats", "to_float", "one_hot"):
         monkeypatch.setattr(ops, name, lambda *args, make=getattr(ops, name): make(*args).double())
     yield
     torch.set_default_dtype(torch.float32)

@@ -125,7 +125,7 @@ def _compare(model, schedule, kind, relative):
 def double(monkeypatch):
     """Everything in float64, the constants of the static graph too."""
     torch.set_default_dtype(torch.float64)
-    for name in ("floats", "to_float"):
+    for name in ("floats", "to_float", "one_hot"):
         monkeypatch.setattr(ops, name, lambda *args, make=getattr(ops, name): make(*args).double())
     yield
     torch.set_default_dtype(torch.float32)
