@@ -8,7 +8,7 @@ from ..kernels import ops
 from .plan import MergePlan, row
 
 # A ToMe step over this many tokens or more is exported in the gather form: its cost grows with N C, that of the matmul form with N N C,
-# but the matmul form is five nodes shorter. Set by measurement on DeiT-S (README, "Measured"): the values keep one image under 450
+# but the matmul form is four nodes shorter. Set by measurement on DeiT-S (README, "Measured"): the values keep one image under 450
 # nodes and a dynamic batch under 563; a fixed batch has no such limit and takes the faster form everywhere.
 GATHER_FROM = {"single": 165, "dynamic": 115, "fixed": 0}
 SMALLEST = 2.0**-100  # a size that was zero or negative: its logarithm, -69, takes the token out of the attention, finitely

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tokexport.engines import tolerances
 from tokexport.export.reducers import METHODS
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -40,6 +41,24 @@ def test_the_python_example_works(tmp_path):
     out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600,
                          env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert out.returncode == 0 and "passed" in out.stdout, out.stderr
+
+
+def rows(first):
+    """Cells of the README's table whose header line starts so, by their first cell."""
+    table = README[README.index(first) :].split("\n\n")[0].splitlines()
+    return {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in (table[0], *table[2:])}
+
+
+def test_the_limits_of_verify_are_those_of_the_code():
+    table = rows("| | fp32 | tf32, fp16 ")
+    for column, names in enumerate(table[""]):
+        for precision in names.split(", "):
+            near = tolerances.NEAR_TIE[precision]
+            limits = {"outputs": [tolerances.TOLERANCE[precision]], "one stage": [tolerances.STAGE[precision]],
+                      "near-tie": [near["metric"], near["attention"]]}
+            assert near["attention"] == near["head"]
+            for row, wanted in limits.items():
+                assert [float(v) for v in table[row][column].split("; ")] == wanted, (precision, row)
 
 
 def test_make_targets_named_in_the_readme_exist():

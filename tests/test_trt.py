@@ -169,6 +169,7 @@ BAD = {
     "workspace": (["--workspace", "lots"], "4GiB"), "more memory than there is": (["--workspace", "999999999999GiB"], "4GiB"),
     "timing cache": (["--timing-cache", "x"], "no such cache"),
     "version": (["--version-compatible"], "TensorRT's"),
+    "two precisions": (["--int8", "--fp16"], "--fp16 --int8: an engine has one precision"),
 }
 
 

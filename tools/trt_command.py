@@ -14,11 +14,11 @@ UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10*
 @click.command("trt")
 @click.argument("file")
 @click.option("-o", "--output", metavar="PLAN", help="Default: the file's name with .plan.")
-@click.option("--fp32", "precision", flag_value="fp32", help="float32 throughout, without TF32.")
-@click.option("--tf32", "precision", flag_value="tf32", help="float32, matrix products with TF32's ten bits.")
-@click.option("--fp16", "precision", flag_value="fp16", help="The trunk in fp16; decisions, sizes and merging in float32.")
-@click.option("--bf16", "precision", flag_value="bf16", help="The trunk in bf16.")
-@click.option("--int8", "precision", flag_value="int8", help="Linear layers in int8, the rest of the trunk in fp16; needs --calib. "
+@click.option("--fp32", is_flag=True, help="float32 throughout, without TF32.")
+@click.option("--tf32", is_flag=True, help="float32, matrix products with TF32's ten bits.")
+@click.option("--fp16", is_flag=True, help="The trunk in fp16; decisions, sizes and merging in float32.")
+@click.option("--bf16", is_flag=True, help="The trunk in bf16.")
+@click.option("--int8", is_flag=True, help="Linear layers in int8, the rest of the trunk in fp16; needs --calib. "
               "Default of these five: the file's own precision.")
 @click.option("--calib", multiple=True, metavar="IMAGES", help="Files or folders that --int8 is calibrated on; repeatable.")
 @click.option("--runtime", default="auto", show_default=True, metavar="auto|tensorrt|rtx",
@@ -33,8 +33,8 @@ UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10*
 @click.option("--dry-run", is_flag=True, help="Parse and report only; needs no GPU.")
 @click.option("--force", is_flag=True, help="Replace the engine.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
-def command(file, output, precision, calib, runtime, compute_capability, batch, timing_cache, opt_level, workspace,
-            version_compatible, decisions, dry_run, force, as_json):
+def command(file, output, calib, runtime, compute_capability, batch, timing_cache, opt_level, workspace, version_compatible, decisions,
+            dry_run, force, as_json, **precisions):
     """Build a TensorRT engine from FILE, made by `tokexport onnx`; PLAN.json beside it says what it is.
 
     tokexport trt vit.onnx --fp16 --compute-capability 86,89
@@ -46,12 +46,19 @@ def command(file, output, precision, calib, runtime, compute_capability, batch, 
     capabilities = () if compute_capability is None else tuple(map(plain, compute_capability.split(",")))
     out = console()
     with bar(out) as progress:
-        result = build_engine(file, output, precision, runtime, capabilities, _sizes(batch), timing_cache, opt_level, _bytes(workspace),
+        result = build_engine(file, output, _one(precisions), runtime, capabilities, _sizes(batch), timing_cache, opt_level, _bytes(workspace),
                               version_compatible, dry_run, force, progress, list(calib), decisions)
     if as_json:
         print_json(_data(result))
     else:
         _print(out, result)
+
+
+def _one(precisions: dict[str, bool]) -> str | None:
+    asked = [name for name, given in precisions.items() if given]
+    if len(asked) > 1:
+        raise UsageError(f"{' '.join(f'--{name}' for name in sorted(asked))}: an engine has one precision, give one of them")
+    return asked[0] if asked else None
 
 
 def _sizes(text: str | None) -> tuple[int, int, int] | None:
