@@ -11,6 +11,7 @@ import numpy as np
 
 from ..export import stages
 from .bisect import PARTS
+from .runners import OPENVINO
 
 ENGINES = ("ort", "openvino")
 REST = "rest"
@@ -62,8 +63,7 @@ def _openvino(path: Path, image, rounds: int, threads: int) -> dict[str, float]:
     core = ov.Core()
     model = core.read_model(path)
     model.reshape({0: list(image.shape)})
-    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1",
-                                                 "INFERENCE_NUM_THREADS": str(threads), "PERF_COUNT": "YES"})
+    compiled = core.compile_model(model, "CPU", {**OPENVINO, "INFERENCE_NUM_THREADS": str(threads), "PERF_COUNT": "YES"})
     request, found = compiled.create_infer_request(), Counter()
     for i in range(rounds + 2):
         request.infer({"image": image})

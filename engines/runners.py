@@ -18,6 +18,7 @@ PACKAGES = {
     "ort": ("onnxruntime", "cpu", "ONNX Runtime"), "openvino": ("openvino", "cpu", "OpenVINO"), "torch": ("torch", "cpu", "PyTorch"),
     "ort-cuda": ("onnxruntime", "gpu", "ONNX Runtime with CUDA"), "ort-tensorrt": ("onnxruntime", "gpu", "ONNX Runtime with TensorRT"),
 }
+OPENVINO = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
 AT_ONCE = 16  # images in one run of a file that takes any number
 PROVIDERS = {"ort": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider", "ort-tensorrt": "TensorrtExecutionProvider"}
 
@@ -182,10 +183,7 @@ def _openvino(path: Path, threads: int, outputs: tuple[str, ...], batch: int | N
     if batch and image[0].is_dynamic:
         image[0] = batch
         model.reshape({0: image})
-    config = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
-    if threads:
-        config["INFERENCE_NUM_THREADS"] = str(threads)
-    compiled = core.compile_model(model, "CPU", config)
+    compiled = core.compile_model(model, "CPU", {**OPENVINO, **({"INFERENCE_NUM_THREADS": str(threads)} if threads else {})})
     request = compiled.create_infer_request()
     dims = lambda port: tuple(None if d.is_dynamic else d.get_length() for d in port.partial_shape)
     ports = {n: o for o in compiled.outputs for n in o.names}  # one may have several names
