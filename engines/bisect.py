@@ -15,7 +15,7 @@ import numpy as np
 from ..export import stages
 from ..export.inspection import read_onnx
 from .runners import in_batches, open_engine
-from .tolerances import STAGE
+from .tolerances import ROUNDING, STAGE
 
 AT_ONCE = 12  # borders in one copy
 PARTS = {"embed": "embedding", "attn": "attention", "match": "matching", "merge": "merging", "mlp": "MLP", "head": "head"}
@@ -96,7 +96,7 @@ def stage_parity(path: Path, engine: str, reference, precision: str, near_tie: f
     import torch
 
     observed = {stage: torch.from_numpy(v) for stage, v in observe(path, engine, image, progress).items()}
-    out = reference.run(torch.from_numpy(image), replay=got.plans, observed=observed)
+    out = reference.run(torch.from_numpy(image), got.plans, observed, ROUNDING[precision])
     apart, length = (torch.from_numpy(got.output.astype(np.float32)) - out.output).norm(dim=1), out.output.norm(dim=1).clamp(min=1e-30)
     out.departs["head"] = (apart / length).nan_to_num(torch.inf, torch.inf)
     steps = {f"block{s.block}.match": r for s, r in zip(reference.schedule.steps, out.regrets)}

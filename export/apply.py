@@ -8,9 +8,9 @@ from ..kernels import ops
 from .plan import MergePlan, row
 
 # A ToMe step over this many tokens or more is exported in the gather form: its cost grows with N C, that of the matmul form with N N C,
-# but the matmul form is four nodes shorter. Set by measurement on DeiT-S (README, "Measured"): the values keep one image under 450
+# but the matmul form is four nodes shorter. Set by measurement on DeiT-S (README, "Measured"): the values keep one image at 450
 # nodes and a dynamic batch under 563; a fixed batch has no such limit and takes the faster form everywhere.
-GATHER_FROM = {"single": 165, "dynamic": 115, "fixed": 0}
+GATHER_FROM = {"single": 158, "dynamic": 115, "fixed": 0}
 SMALLEST = 2.0**-100  # a size that was zero or negative: its logarithm, -69, takes the token out of the attention, finitely
 
 
@@ -51,10 +51,14 @@ def follow(plan: MergePlan, at: torch.Tensor, n: int) -> torch.Tensor:
     return torch.where(at < 0, at, where.gather(1, at.clamp(min=0)))
 
 
-def apply_static(plan: MergePlan, x: torch.Tensor, size: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The same map without a reducing scatter: x [.., N, C], size [.., N, 1] or None -> [.., K + n_extra, C], sizes or None."""
+def apply_static(plan: MergePlan, x: torch.Tensor, size: torch.Tensor | None, to_attention: bool = True
+                 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same map without a reducing scatter: x [.., N, C], size [.., N, 1] or None -> [.., K + n_extra, C], sizes or None.
+
+    to_attention: the new sizes go on to proportional attention, which takes them as a row; the numbers are the same.
+    """
     if plan.target is not None:
-        return _by_matmul(plan, x, size)
+        return _by_matmul(plan, x, size, to_attention)
     if plan.src is None:
         return _split(plan, x)[0], size if size is None else _split(plan, size)[0]
     if plan.by_size:
@@ -91,13 +95,16 @@ def _split(plan, x):
     return (rows, None) if plan.src is None else rows.split([n, plan.src.shape[-2]], -2)
 
 
-def _by_matmul(plan, x, size):
+def _by_matmul(plan, x, size, to_attention):
     """Weights [.., N, K]: the size of each input row in the column of its output row."""
     hit = plan.target == row(plan.labels, plan.target)
     weight = ops.to_float(hit) if size is None else torch.where(hit, size, row([0.0], size))
     n, kept = weight.shape[-2:]
-    total = ops.matmul(ops.floats([1.0] * n, [1, 1, 1, n] if x.ndim == 2 else [1, 1, n]), weight, False, False)
-    total = ops.reshape(total, [kept, 1] if x.ndim == 2 else [-1, kept, 1])
+    if to_attention:  # a row of ones from the left is also the faster product
+        total = ops.matmul(ops.floats([1.0] * n, [1, 1, 1, n] if x.ndim == 2 else [1, 1, n]), weight, False, False)
+        total = ops.reshape(total, [kept, 1] if x.ndim == 2 else [-1, kept, 1])
+    else:
+        total = ops.matmul(weight, _ones(weight), True, False)
     return ops.matmul(weight, x, True, False) / total, total
 
 

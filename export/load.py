@@ -36,7 +36,9 @@ class LoadedModel:
 
 
 def parse_kwargs(pairs: list[str] | tuple[str, ...]) -> dict:
-    """["img_size=384", "global_pool=avg"] -> {"img_size": 384, "global_pool": "avg"}; values are Python literals, else text."""
+    """["img_size=384", "global_pool=avg"] -> {"img_size": 384, "global_pool": "avg"}; values are Python literals (true, false, none and null in
+    any case), else text."""
+    words = {"true": True, "false": False, "none": None, "null": None}
     out = {}
     for pair in pairs:
         key, eq, value = pair.partition("=")
@@ -45,7 +47,7 @@ def parse_kwargs(pairs: list[str] | tuple[str, ...]) -> dict:
         if key.startswith(("checkpoint", "pretrained")):
             raise UsageError(f"--model-kwargs {pair!r}: weights are named with --checkpoint FILE or --pretrained")
         try:
-            out[key] = ast.literal_eval(value)
+            out[key] = words[value.lower()] if value.lower() in words else ast.literal_eval(value)
         except (ValueError, SyntaxError):
             out[key] = value
     return out

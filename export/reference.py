@@ -52,16 +52,17 @@ class ReducedViT(nn.Module):
 
     @torch.no_grad()
     def run(self, image: torch.Tensor, replay: list[MergePlan] | None = None,
-            observed: dict[str, torch.Tensor] | None = None) -> ReferenceResult:
+            observed: dict[str, torch.Tensor] | None = None, rounding: float = 0.0) -> ReferenceResult:
         """Compute, deciding itself or, with `replay`, under the given plans (one per step), whose regret is then measured.
 
         observed: tokens behind stages, as somebody else has them, by stage name (see `stages`; any shape of B N C values). Each is
         compared with what the reference makes of the tokens before it, and goes on in its place: errors do not add up.
+        rounding: of a number they are kept in, relative; what it explains is no departure (a stage may add less than that).
         """
         m = self.model
         x, _ = vit.embed(m, m.patch_embed(image))
         x = m.norm_pre(x)
-        seen = observed or {}
+        seen = _Seen(observed or {}, rounding)
         batch, n, _ = x.shape
         size, at = torch.ones(batch, n, 1, dtype=x.dtype), torch.arange(n).expand(batch, n)
         rope, place = vit.rotary_table(m), at
@@ -122,16 +123,29 @@ class ReducedViT(nn.Module):
         return (*apply_eager(plan, x, size), follow(plan, at, step.n_in), place)
 
 
-def _compare(name: str, x: torch.Tensor, before: torch.Tensor | None, seen: dict[str, torch.Tensor], out: ReferenceResult):
+@dataclass(frozen=True)
+class _Seen:
+    """Tokens observed behind stages, and the relative rounding of the numbers they are kept in."""
+
+    tokens: dict[str, torch.Tensor]
+    rounding: float
+
+
+def _compare(name: str, x: torch.Tensor, before: torch.Tensor | None, seen: _Seen, out: ReferenceResult):
     """The observed tokens of a stage in place of x, when there are any, after noting how far they depart.
 
-    before: tokens the stage added to; the difference is then over what it added, else over the tokens, the worst row.
+    before: tokens the stage added to; the difference, less two roundings of the tokens, is then over what it added, else it is over the
+    tokens, the worst row.
     """
-    if name not in seen:
+    if name not in seen.tokens:
         return x
-    found = seen[name].to(x.dtype).reshape(x.shape)
-    apart = lambda a, over, dims: a.square().sum(dims).sqrt() / over.square().sum(dims).sqrt().clamp(min=1e-30)
-    error = apart(found - x, x, 2).amax(1) if before is None else apart(found - x, x - before, (1, 2))
+    found = seen.tokens[name].to(x.dtype).reshape(x.shape)
+    length = lambda a, dims: a.square().sum(dims).sqrt()
+    if before is None:
+        error = (length(found - x, 2) / length(x, 2).clamp(min=1e-30)).amax(1)
+    else:
+        apart = (length(found - x, (1, 2)) - 2 * seen.rounding * length(x, (1, 2))).clamp(min=0)
+        error = apart / length(x - before, (1, 2)).clamp(min=1e-30)
     out.departs[name] = error.nan_to_num(torch.inf, torch.inf)
     return found
 

@@ -209,7 +209,8 @@ class StaticViT(nn.Module):
         rows = self._rows(x, n)
         signals = Signals(rows, self.n_prefix, self.has_class, state.size, any_batch=self.any_batch, **found)
         plan = self.match[str(step.block)](signals, step, use_target(n, self.batch_kind))
-        rows, state.size = self.merge[str(step.block)](plan, rows, state.size)
+        to_attention = bool(self.schedule.options.get("prop_attn")) and step.block < len(self.blocks) - 1
+        rows, state.size = self.merge[str(step.block)](plan, rows, state.size, to_attention)
         if self.sources:
             state.sources = self._follow(plan, state.sources, step)
         if self.rotary is not None:

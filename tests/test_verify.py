@@ -11,7 +11,7 @@ from onnx import helper, numpy_helper
 from tokexport import UsageError, export_onnx, load_model, verify
 from tokexport.engines.bisect import borders
 from tokexport.engines.compare import output_parity
-from tokexport.engines.tolerances import NEAR_TIE, STAGE, TOLERANCE
+from tokexport.engines.tolerances import NEAR_TIE, ROUNDING, STAGE, TOLERANCE
 from tokexport.export import precision, stages
 from tokexport.export.inspection import inspect
 from tokexport.tools import digits, samples
@@ -164,6 +164,17 @@ def test_faults_in_dinov2_are_found_where_they_are(fault, method, how, dinov2, t
     assert not report.passed and next(s.stage for s in report.stages if not s.passed) == FAULTS[fault][1]
 
 
+@pytest.mark.parametrize("dtype, scale", [("fp32", 1e-4), ("fp16", 1e-2)])
+def test_a_stage_that_adds_less_than_its_tokens_round_is_no_fault(dtype, scale, schedule_of, tmp_path, monkeypatch):
+    kwargs = {"img_size": 64, "depth": 2, "init_values": scale}
+    loaded = load_model("vit_tiny_patch16_224", kwargs, seed=1)
+    path = tmp_path / "small.onnx"
+    export_onnx(loaded, schedule_of(loaded.module, 3), path, dtype=dtype)
+    assert verify(path, bisect=True).passed
+    monkeypatch.setitem(ROUNDING, dtype, 0.0)
+    assert not verify(path, bisect=True).passed
+
+
 def test_every_stage_has_a_border(options, exported):
     path = exported("tiny_vit", **options)
     schedule = inspect(path).provenance.schedule
@@ -268,7 +279,7 @@ def test_tokens_that_are_not_finite_are_found_where_they_begin(exported, tmp_pat
 
 
 def test_the_tables_hold_every_precision():
-    assert set(TOLERANCE) == set(NEAR_TIE) == set(STAGE) == {"fp32", "tf32", "fp16", "bf16", "int8"}
+    assert set(TOLERANCE) == set(NEAR_TIE) == set(STAGE) == set(ROUNDING) == {"fp32", "tf32", "fp16", "bf16", "int8"}
     assert all(TOLERANCE["fp32"] < TOLERANCE[p] <= TOLERANCE["int8"] for p in ("fp16", "bf16", "int8"))
 
 
