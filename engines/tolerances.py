@@ -16,11 +16,9 @@ NEAR_TIE = {
 }
 # One stage, computed by the reference from the file's own input of it: difference over what the stage adds to the tokens; of merging,
 # and of the embedding, over the tokens themselves, the worst row. Ten times the most seen in fp32 and fp16, four times in bf16, twice in
-# int8.
-# (What two roundings of the tokens explain, ROUNDING, is taken off before.)
+# int8. What two roundings of the tokens explain is taken off before.
 STAGE = {"fp32": 1e-4, "tf32": 3e-2, "fp16": 3e-2, "bf16": 4e-1, "int8": 3e-1}
-
-
+# Of the tokens a file keeps between stages, relative: half a unit in the last place of their type.
 ROUNDING = {"fp32": 2.0**-24, "tf32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8, "int8": 2.0**-11}
 
 

@@ -36,9 +36,12 @@ class LoadedModel:
 
 
 def parse_kwargs(pairs: list[str] | tuple[str, ...]) -> dict:
-    """["img_size=384", "global_pool=avg"] -> {"img_size": 384, "global_pool": "avg"}; values are Python literals (true, false, none and null in
-    any case), else text."""
-    words = {"true": True, "false": False, "none": None, "null": None}
+    """["img_size=384", "global_pool=avg"] -> {"img_size": 384, "global_pool": "avg"}.
+
+    Values are Python literals, true and false in any case; else text (none too: timm has pos_embed=none).
+    Raises: UsageError for what is no KEY=VALUE, and for options that name weights.
+    """
+    words = {"true": True, "false": False}
     out = {}
     for pair in pairs:
         key, eq, value = pair.partition("=")

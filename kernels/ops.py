@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-LARGEST_TABLE = 2**15  # elements of a constant that saves one node
+LARGEST_TABLE = 2**15  # elements of a constant that `one_hot` is looked up in
 
 _TRANSLATE: dict = {}
 
@@ -125,8 +125,8 @@ def one_hot(index: Tensor, columns: list[int], width: int) -> Tensor:
 
     ONNX: GatherND of a constant table, or Equal and Cast where that would have more than LARGEST_TABLE elements.
     """
-    at = torch.tensor(columns)[index[..., 0]]
-    return torch.zeros(*at.shape, width).scatter_(-1, at[..., None], 1.0)
+    at = torch.tensor(columns, device=index.device)[index[..., 0]]
+    return torch.zeros(*at.shape, width, device=index.device).scatter_(-1, at[..., None], 1.0)
 
 
 @_operator(fake=lambda x, rows: x.new_empty((*x.shape[:-2], len(rows), x.shape[-1])),

@@ -170,7 +170,7 @@ def test_the_hash_changes_with_every_kind_of_change():
 @pytest.mark.parametrize("pair, value", [
     ("img_size=384", {"img_size": 384}), ("global_pool=avg", {"global_pool": "avg"}), ("init_values=1e-5", {"init_values": 1e-5}),
     ("class_token=False", {"class_token": False}), ("class_token=false", {"class_token": False}), ("qkv_bias=TRUE", {"qkv_bias": True}),
-    ("norm_layer=none", {"norm_layer": None}), ("norm_layer=null", {"norm_layer": None}), ("img_size=(64,96)", {"img_size": (64, 96)}), ("a=b=c", {"a": "b=c"}),
+    ("pos_embed=none", {"pos_embed": "none"}), ("norm_layer=None", {"norm_layer": None}), ("img_size=(64,96)", {"img_size": (64, 96)}), ("a=b=c", {"a": "b=c"}),
 ])
 def test_options_are_python_values_else_text(pair, value):
     assert parse_kwargs([pair]) == value

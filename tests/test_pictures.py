@@ -127,6 +127,12 @@ def test_models_with_other_classes_are_not_evaluated_together(model, exported, d
     assert "other classes" in str(run("eval", model, five, "--data", data).exception)
 
 
+def test_the_folder_of_images_may_be_this_one_but_has_a_name(model, data, monkeypatch):
+    monkeypatch.chdir(data)
+    assert run("eval", model, "--data", ".", "--limit", 3, "--no-reference").exit_code == 0
+    assert "--data is empty" in str(run("eval", model, "--data", "").exception)
+
+
 def test_names_with_markup_are_printed_as_they_are(model, data, tmp_path):
     path = tmp_path / "[red]d[/b].onnx"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -36,6 +36,8 @@ def command(files, data, limit, engine, reference, checkpoint, predictor, as_jso
             raise UsageError(f"{f.path} has no classes (its output is {f.provenance.outputs[0]}): eval needs a classifier")
         if (f.provenance.dims["classes"], f.provenance.labels) != (found[0].provenance.dims["classes"], found[0].provenance.labels):
             raise UsageError(f"{f.path} has other classes than {found[0].path}: evaluate them one by one")
+    if not data.strip():
+        raise UsageError("--data is empty: wanted a folder with a folder for each class (. for this one)")
     images = labelled(Path(data), found[0].provenance, limit)
     out = console()
     rows = []
@@ -54,7 +56,7 @@ def labelled(folder: Path, provenance, limit: int | None) -> list[tuple[Path, in
 
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit}: wanted 1 or more images")
-    if not folder.name or not folder.is_dir():
+    if not folder.is_dir():
         raise UsageError(f"--data {folder}: wanted a folder with a folder for each class")
     names = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
     if not names:
