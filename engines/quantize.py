@@ -14,11 +14,11 @@ from typing import Callable
 
 import numpy as np
 
-from ..export import precision, stages
+from ..export.graph import precision, stages
 from ..export.errors import MissingPackageError, UsageError
 from ..export.inspection import inspect
 from ..export.provenance import KEY
-from ..export.writing import check_output, read_model, write_model
+from ..export.files import check_output, read_model, write_model
 from .images import find_images, load_images
 
 STAGES = ("attn", "mlp")

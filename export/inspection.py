@@ -6,7 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import checks, macs
+from .graph import checks
+from . import macs
 from .errors import UsageError
 from .provenance import Provenance, of_model
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from . import reducers, vit
+from . import reducers
+from .models import vit
 from .apply import apply_eager, follow
 from .plan import MergePlan, Signals, lift
 from .schedule import Schedule

@@ -87,7 +87,7 @@ def tiny():
 def schedule_of():
     """schedule_of(module, r, ...) -> Schedule with the counts of a timm model: ToMe's r, or method=... and its options, or nothing."""
     from tokexport import Schedule
-    from tokexport.export import vit
+    from tokexport.export.models import vit
 
     def schedule(module, r=None, prop_attn=None, method=None, **options):
         method = method or ("none" if r is None else "tome")
@@ -128,7 +128,7 @@ def exported(tiny, schedule_of, tmp_path_factory):
 @pytest.fixture(scope="session")
 def typed(exported, tmp_path_factory):
     """typed(dtype, batch, method=..., ...) -> path of tiny_vit with `sources` in a precision, made once."""
-    from tokexport.export.precision import write_as
+    from tokexport.export.graph.precision import write_as
 
     made, folder = {}, tmp_path_factory.mktemp("typed")
 
@@ -174,8 +174,8 @@ def dinov2(exported_large, tmp_path_factory):
     are random."""
     from safetensors.torch import save_file
 
-    from tokexport.export.formats import random_heads
-    from tokexport.tools import samples
+    from tokexport.export.checkpoints.formats import random_heads
+    from tokexport.tools.demo import samples
 
     folder = tmp_path_factory.mktemp("dinov2")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tokexport.engines import tolerances
+from tokexport.engines.parity import limits as tolerances
 from tokexport.export.reducers import METHODS
 
 README = (Path(__file__).parents[1] / "README.md").read_text()

@@ -6,12 +6,12 @@ The public names are loaded when they are first used, so `import tokexport` and 
 from importlib import import_module
 
 _HOME = {
-    "load_model": "export.load",
+    "load_model": "export.models.load",
     "Schedule": "export.schedule",
     "reduce_model": "export.reference",
-    "export_onnx": "export.onnx_export",
+    "export_onnx": "export.graph.export",
     "inspect": "export.inspection",
-    "verify": "engines.verify",
+    "verify": "engines.parity.verify",
     "open_engine": "engines.runners",
     "UsageError": "export.errors",
 }

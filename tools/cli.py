@@ -30,7 +30,7 @@ class _Lazy(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx, name):
-        return import_module(f".{name}_command", __package__).command if name in COMMANDS else None
+        return import_module(f".commands.{name}", __package__).command if name in COMMANDS else None
 
     def format_commands(self, ctx, formatter):
         with formatter.section("Commands"):

@@ -1,0 +1,1 @@
+"""How fast and how accurate files are: timing, benchmarks, profiles by stage, accuracy."""

@@ -1,0 +1,1 @@
+"""Is a file what its provenance says: comparing, bisecting, reporting."""

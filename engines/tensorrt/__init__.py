@@ -1,0 +1,1 @@
+"""Building TensorRT engines: the request, the process that builds, the sidecar."""

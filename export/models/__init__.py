@@ -1,0 +1,1 @@
+"""The models that can be exported: all that is known of timm's modules, and loading them."""

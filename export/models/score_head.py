@@ -1,0 +1,80 @@
+"""The score heads of DynamicViT and dTPS: as published, and as part of a static graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ...kernels import ops
+from ..errors import UsageError
+from ..plan import column, lift
+
+
+class ScoreHead(nn.Module):
+    """log-probabilities to keep and to drop every patch token (Rao et al. 2021): x [B, N, C] -> [B, N, 2].
+
+    The second half of the channels is replaced by its mean over the tokens.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.in_conv = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
+        self.out_conv = nn.Sequential(nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, width // 4), nn.GELU(),
+                                      nn.Linear(width // 4, 2), nn.LogSoftmax(-1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        local, whole = self.in_conv(x).chunk(2, -1)
+        return self.out_conv(torch.cat([local, whole.mean(1, keepdim=True).expand_as(local)], -1))
+
+
+def make_heads(state: dict[str, torch.Tensor], width: int) -> nn.ModuleList:
+    """Score heads, one a stage, from {"0.in_conv.0.weight": ...} (checked by `formats.check_heads`)."""
+    heads = nn.ModuleList(ScoreHead(width) for _ in {k.split(".")[0] for k in state})
+    heads.load_state_dict(state)
+    return heads.eval().requires_grad_(False)
+
+
+class StaticScoreHead(nn.Module):
+    """What the head sorts by, for a static graph: the logit to keep less that to drop, of which the log-probability is a monotone
+    function. The layer behind the mean is split in two, one for each half of the channels, with zeros for the other half: the mean
+    then goes through its part alone, and prefix tokens, which the mean leaves out, may pass through the rest.
+    """
+
+    def __init__(self, head: ScoreHead):
+        super().__init__()
+        first, self.second, last = head.out_conv[0], head.out_conv[2], head.out_conv[4]
+        self.into, half, weight = head.in_conv, first.in_features // 2, first.weight.detach()
+        keep = lambda t: nn.Parameter(t.contiguous(), requires_grad=False)
+        self.local = keep(torch.cat([weight[:, :half], torch.zeros_like(weight[:, half:])], 1).t())
+        self.whole = keep(torch.cat([torch.zeros_like(weight[:, :half]), weight[:, half:]], 1).t())
+        self.bias = keep(first.bias.detach()[None])
+        self.last = keep((last.weight[:1] - last.weight[1:]).detach().t())
+        self.shift = float(last.bias[0] - last.bias[1])
+        self.act = nn.GELU()
+
+    def forward(self, x: torch.Tensor, n_prefix: int) -> torch.Tensor:
+        """Tokens [.., N, C] -> scores [.., N, 1], prefix tokens lifted."""
+        n = x.shape[-2]
+        h = self.into(x)
+        share = ops.floats([0.0] * n_prefix + [1 / (n - n_prefix)] * (n - n_prefix), [*[1] * (x.ndim - 2), 1, n])
+        mean = ops.addmm(ops.matmul(share, h, False, False), self.whole, self.bias, False, False)
+        h = self.act(self.second(self.act(ops.addmm(h, self.local, mean, False, False))))
+        return ops.addmm(h, self.last, column([self.shift + v for v in lift(n, n_prefix)], h), False, False)
+
+
+def score_heads(loaded, schedule) -> nn.ModuleList | None:
+    """The score heads a schedule needs: those of the checkpoint or of --predictor, random ones for random weights, None for none.
+
+    loaded: from `load_model`. Raises: UsageError when trained weights come without heads, or the heads are for another model.
+    """
+    if not any(s.site == "pre_block" for s in schedule.steps):
+        return None
+    from ..checkpoints.formats import check_heads, random_heads
+
+    width, stages, state = loaded.module.embed_dim, len(schedule.options["at"]), loaded.heads
+    if not state and loaded.weights["source"] != "random":
+        raise UsageError(f"{schedule.method} needs a trained score head for each of its {stages} stages, these weights have none: give "
+                         f"them with --predictor FILE, or the authors' checkpoint that has them")
+    state = state or random_heads(width, stages, loaded.weights["seed"])
+    check_heads(state, width, stages)
+    return make_heads(state, width)

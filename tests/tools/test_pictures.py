@@ -1,0 +1,161 @@
+"""viz, eval and the offline demo: real labelled images, a model trained here, and what its pictures show."""
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from tokexport import UsageError, export_onnx, load_model
+from tokexport.export.inspection import inspect
+from tokexport.tools.demo import digits, samples
+from tokexport.tools.show import draw
+from tokexport.tools.commands import eval as eval_command
+from tokexport.tools.cli import group
+
+
+def run(*args):
+    out = CliRunner().invoke(group, list(map(str, args)))
+    if out.exception is not None and not isinstance(out.exception, (SystemExit, UsageError)):
+        raise out.exception
+    return out
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, schedule_of):
+    path = tmp_path_factory.mktemp("digits") / "tome.onnx"
+    loaded = load_model(digits.MODEL, digits.KWARGS, digits.WEIGHTS)
+    export_onnx(loaded, schedule_of(loaded.module, 4), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("held-out")
+    assert len(digits.write_held_out(folder)) == 450
+    return folder
+
+
+def test_the_weights_are_small_and_good(model, data):
+    assert digits.WEIGHTS.stat().st_size + digits.HEADS.stat().st_size < 2e6
+    rows = json.loads(run("eval", model, "--data", data, "--json").stdout)["rows"]
+    assert [r["what"] for r in rows] == [str(model), "reference, tome", "reference, dense"]
+    assert rows[2]["top1"] >= 0.97 and rows[0]["top1"] == rows[1]["top1"] >= 0.95 and all(r["top1"] <= r["top5"] <= 1 for r in rows)
+
+
+def test_accuracy_can_be_low(model, data, tmp_path):
+    """Labels that are wrong by one."""
+    for folder in data.iterdir():
+        (tmp_path / str((int(folder.name) + 1) % 10)).symlink_to(folder)
+    rows = json.loads(run("eval", model, "--data", tmp_path, "--limit", 50, "--no-reference", "--json").stdout)["rows"]
+    assert len(rows) == 1 and rows[0]["top1"] < 0.1
+
+
+def test_folders_name_classes_by_number_label_or_order(model, tmp_path):
+    p = inspect(model).provenance
+    names = [f"class_{c}" for c in "abcdefghij"]
+    assert eval_command._classes(["3", "7"], p, tmp_path) == {"3": 3, "7": 7}
+    assert eval_command._classes(names, p, tmp_path) == {n: i for i, n in enumerate(names)}
+    from dataclasses import replace
+
+    assert eval_command._classes(["two"], replace(p, labels=("zero", "one", "two")), tmp_path) == {"two": 2}
+    with pytest.raises(UsageError, match="has 2 folders .*the model 10 classes"):
+        eval_command._classes(["a", "b"], p, tmp_path)
+
+
+def test_a_limit_is_spread_over_the_classes(model, data):
+    images = eval_command.labelled(data, inspect(model).provenance, 20)
+    assert len(images) == 20 and len({label for _, label in images}) == 10
+
+
+@pytest.mark.parametrize("engine", ["ort", "openvino"])
+def test_every_engine_has_the_same_accuracy(engine, model, data):
+    out = run("eval", model, "--data", data, "--limit", 37, "--engine", engine, "--json")
+    rows = json.loads(out.stdout)["rows"]
+    assert rows[0]["top1"] == rows[1]["top1"]
+
+
+def test_bad_data_is_one_error(model, exported, dinov2, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for args, words in (([model, "--data", tmp_path / "none"], "wanted a folder with"), ([model, "--data", tmp_path / "empty"], "has no folders"),
+                        ([model, "--data", tmp_path], "has 1 folders"), ([model, "--data", tmp_path, "--limit", 0], "--limit 0"),
+                        ([dinov2("evit"), "--data", tmp_path], "needs a classifier")):
+        assert words in str(run("eval", *args).exception)
+
+
+@pytest.mark.parametrize("method", ["tome", "evit", "etps", "dtps", "dynamicvit", "diffrate"])
+def test_a_picture_shows_what_goes(method, exported, method_cases, tmp_path):
+    path = exported("tiny_vit", method=method, **method_cases[method])
+    out = run("viz", path, *samples.sample_photos(), "-o", tmp_path / "v.png")
+    steps = inspect(path).provenance.schedule.steps
+    with Image.open(tmp_path / "v.png") as image:
+        assert out.exit_code == 0 and image.width > 448 * (min(len(steps), 4) + 1) and image.height > 2 * 448
+    assert isinstance(run("viz", path, *samples.sample_photos(), "-o", tmp_path / "v.png").exception, UsageError), "never replaced unasked"
+
+
+def test_patches_of_a_token_share_a_colour_and_those_that_are_gone_are_dark():
+    pixels = np.random.default_rng(0).integers(100, 255, (448, 448, 3), dtype=np.uint8)
+    sources = np.array([0, 0, -1, 3])
+    out = np.asarray(draw.draw_sources(Image.fromarray(pixels), (2, 2), sources))
+    inner = lambda r, c: out[r * 224 + 4 : r * 224 + 220, c * 224 + 4 : c * 224 + 220].astype(float)
+    assert inner(0, 0).std(axis=(0, 1)).max() == 0 and (inner(0, 0)[0, 0] == inner(0, 1)[0, 0]).all(), "one colour"
+    assert inner(1, 0).mean() < 90 < inner(1, 1).mean() and inner(1, 1).std() > 20, "gone is dark, alone keeps its texture"
+
+
+def test_bad_use_of_viz_is_one_error(exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photo, path = samples.sample_photos()[0], exported("tiny_vit", method="evit", at=(1, 3, 4))
+    for args, words in (([exported("tiny_vit", method="none"), photo], "is dense"), ([path, photo, "--blocks", "2"], "these have one: 1, 3, 4"),
+                        ([path, photo, "-o", "v.jpg"], "ends in .png"), ([path, *[photo] * 33], "at most 32"), ([path, "none.png"], "no such file")):
+        assert words in str(run("viz", *args).exception) and list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_replaces_no_files_but_its_own(tmp_path):
+    (tmp_path / "digits_tome.onnx").write_text("precious")
+    for out, words in ((tmp_path, "that no demo made"), ("", "is empty")):
+        assert words in str(run("demo", "--offline", "--out", out).exception)
+    assert (tmp_path / "digits_tome.onnx").read_text() == "precious" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_models_with_other_classes_are_not_evaluated_together(model, exported, data):
+    other = exported("tiny_vit", method="tome", r=8)
+    assert run("eval", model, other, "--data", data, "--limit", 5, "--no-reference").exit_code == 0, "ten classes both"
+    loaded = load_model(digits.MODEL, {**digits.KWARGS, "num_classes": 5})
+    from tokexport import Schedule
+
+    five = data.parent / "five.onnx"
+    export_onnx(loaded, Schedule.parse(4, depth=12, n_tokens=65), five, force=True)
+    assert "other classes" in str(run("eval", model, five, "--data", data).exception)
+
+
+def test_the_folder_of_images_may_be_this_one_but_has_a_name(model, data, monkeypatch):
+    monkeypatch.chdir(data)
+    assert run("eval", model, "--data", ".", "--limit", 3, "--no-reference").exit_code == 0
+    assert "--data is empty" in str(run("eval", model, "--data", "").exception)
+
+
+def test_names_with_markup_are_printed_as_they_are(model, data, tmp_path):
+    path = tmp_path / "[red]d[/b].onnx"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(model.read_bytes())
+    out = run("eval", path, "--data", data, "--limit", 3, "--no-reference")
+    assert out.exit_code == 0 and "[red]d[/b].onnx" in out.stderr
+
+
+def test_training_learns(tmp_path):
+    """One short run of the training script's parts: the loss falls, heads have the published shapes."""
+    import torch
+
+    from tokexport.export.checkpoints import formats
+    from tokexport.tools.demo import train_digits
+
+    g = torch.Generator().manual_seed(0)
+    net = load_model(digits.MODEL, {**digits.KWARGS, "depth": 10, "embed_dim": 24}, seed=0).module
+    x = torch.randn(10, 3, 32, 32, generator=g)
+    y = torch.arange(10)
+    first = torch.nn.functional.cross_entropy(net(x), y)
+    train_digits.train_model(net, x.repeat(4, 1, 1, 1), y.repeat(4), 12, g)
+    assert torch.nn.functional.cross_entropy(net(x), y) < first - 0.03
+    heads = train_digits.train_heads(net, x, y, 1, g)
+    formats.check_heads(dict(heads.state_dict()), 24, 3)

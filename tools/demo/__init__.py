@@ -1,0 +1,1 @@
+"""The demonstrations, their weights and images."""

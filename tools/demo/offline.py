@@ -1,0 +1,117 @@
+"""The main job for every method, on this project's own small model: nothing is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import digits
+from ..show import draw
+from ..show.terminal import print_json, stages
+
+METHODS = {"none": {}, "tome": {"r": 4}, "evit": {}, "etps": {}, "dtps": {}, "dynamicvit": {}, "diffrate": {"rates": "deit_small@2.9"}}
+BATCH = 32
+SHOWN = (0, 3, 8)  # held-out digits in the pictures
+
+
+def run(folder: Path, as_json: bool, out) -> None:
+    """Export the digits model with every method; verify, evaluate on held-out images, time and draw each.
+
+    folder: there already; files of an earlier run are replaced. out: rich console. Exits with 1 when a file does not verify.
+    """
+    from ...engines.runners import require
+
+    require("ort")
+    images = digits.write_held_out(folder / "held-out")
+    n, rows = len(images), []
+    with stages(out) as progress:
+        progress("loading torch")
+        out.print(f"A ViT of 12 blocks, 65 tokens, trained by this project on handwritten digits; {n} held-out images of other writers")
+        files = {m: _export(folder, m, how, progress) for m, how in METHODS.items()}
+        times = _time(files, images, progress)
+        for method, result in files.items():
+            rows.append(_row(folder, method, result, images, times, progress))
+    if as_json:
+        print_json({"images": n, "batch": BATCH, "rows": rows})
+    else:
+        _print(out, rows, n)
+    if not all(r["passed"] for r in rows):
+        raise SystemExit(1)
+
+
+def _export(folder: Path, method: str, how: dict, progress):
+    from ...export.models.load import load_model
+    from ...export.graph.export import export_onnx
+    from ...export.schedule import Schedule
+
+    progress(f"exporting {method}")
+    loaded = load_model(digits.MODEL, digits.KWARGS, digits.WEIGHTS, predictor=digits.HEADS)
+    schedule = Schedule.parse(method=method, depth=12, n_tokens=65, **how)
+    return export_onnx(loaded, schedule, folder / f"digits_{method}.onnx", force=True)
+
+
+def _time(files: dict, images, progress) -> dict[str, list[float]]:
+    """Seconds of every round by method, interleaved, one thread."""
+    import contextlib
+
+    from ...engines.images import load_images
+    from ...engines.runners import open_engine
+    from ...engines.measure.timing import interleaved
+
+    progress("timing")
+    feeds = {"image": load_images(images[:BATCH], files["none"].provenance.preprocess)}
+    with contextlib.ExitStack() as stack:
+        runners = {m: stack.enter_context(open_engine(r.path, threads=1)) for m, r in files.items()}
+        return interleaved({m: (lambda r=r: r.run(feeds)) for m, r in runners.items()}, 20)
+
+
+def _row(folder: Path, method: str, result, images, times, progress) -> dict:
+    from ...engines.parity.verify import verify
+    from ...export.inspection import inspect
+    from ...engines.measure.evaluate import evaluate
+    from ...engines.measure.timing import ratio
+
+    progress(f"verifying {method}")
+    report = verify(result.path, images[:16])
+    labels = [(p, int(p.parent.name)) for p in images]
+    (figures,) = evaluate(inspect(result.path), labels, "ort", False, None, None, progress)
+    row = {"method": method, "file": str(result.path), "tokens": result.provenance.schedule.n_final, "macs_ratio": result.macs_dense / result.macs,
+           "speedup": ratio(times["none"], times[method])[0], "top1": figures["top1"], "passed": report.passed, "verify": report.summary(),
+           "max_rel": report.outputs[0].max_rel, "decisions": report.decisions}
+    if result.provenance.schedule.steps:
+        progress(f"drawing {method}")
+        row["picture"] = str(_draw(folder, method, result, images))
+    return row
+
+
+def _draw(folder: Path, method: str, result, images) -> Path:
+    import numpy as np
+
+    from ...engines.parity.compare import token_maps
+    from ...engines.images import crop, normalise
+    from ...engines.parity.verify import open_side
+
+    p, shown, captions = result.provenance, [], []
+    with open_side(result.path) as run:
+        for i in SHOWN:
+            image = crop(images[i], p.preprocess)
+            last = token_maps(run(normalise(image, p.preprocess)[None]), p.schedule)[-1][0, 1:]
+            merged = draw.draw_sources(image, draw.grid_of(p), last)
+            shown += [image.resize(merged.size), merged]
+            captions += [f"a {images[i].parent.name}: 64 patches", f"{method}: {len(np.setdiff1d(last, [-1]))} left"]
+    path = folder / f"digits_{method}.png"
+    draw.side_by_side(shown, captions).save(path)
+    return path
+
+
+def _print(out, rows, n: int) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("method", "tokens left", "MACs ratio", f"speedup, batch {BATCH}", f"accuracy on {n}", "decisions equal", "max rel", "picture"):
+        table.add_column(title, justify="left" if title in ("method", "picture") else "right")
+    for r in rows:
+        decisions = "" if r["decisions"] is None else f"{r['decisions']:.1%}"
+        table.add_row(r["method"], str(r["tokens"]), f"{r['macs_ratio']:.2f}", f"{r['speedup']:.2f}", f"{r['top1']:.2%}", decisions,
+                      f"{r['max_rel']:.1e}" + ("" if r["passed"] else " [red]FAILED[/red]"), Path(r.get("picture", "")).name)
+    out.print(table)
+    out.print("All files agree with PyTorch." if all(r["passed"] for r in rows) else "Some files FAILED.", style="bold")

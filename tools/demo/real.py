@@ -1,0 +1,122 @@
+"""The main job from end to end, on real weights and real photos."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..show import draw
+from . import samples
+from ..show.terminal import macs_words, print_json, stages, tokens_words
+
+R = 13
+
+
+def run(folder: Path, as_json: bool, out) -> None:
+    """Export DINOv2 ViT-S/14 dense and with ToMe r=13, verify both on photos, time them, draw what was merged.
+
+    folder: there already; files of an earlier run are replaced. out: rich console. Exits with 1 when a file does not verify.
+    """
+    from ...engines.runners import require
+
+    require("ort")  # what verify needs: known before a minute is spent
+    photos = samples.sample_photos()
+    with stages(out) as progress:
+        progress("loading torch, reading the weights of DINOv2 ViT-S/14")
+        checkpoint = samples.dinov2_checkpoint(folder)
+        out.print("[bold]1. Export[/bold]  DINOv2 ViT-S/14, 224 x 224 pixels: a photo becomes 257 tokens: 256 patches, a class token.\n"
+                  "           MACs are multiply-accumulates: the arithmetic of one image")
+        results = {name: _export(folder, checkpoint, name, method, progress, out) for name, method in
+                   (("dense", "none"), (f"tome r={R}", "tome"))}
+        out.print("[bold]2. Verify[/bold]  each file against PyTorch, on two photos; decisions are which tokens merge with which")
+        reports = {name: _verify(result.path, photos, progress, out) for name, result in results.items()}
+        out.print("[bold]3. Time[/bold]    one thread, both files in turn; medians, and the speedup round by round (20 to 80 percentile)")
+        speed = _time(results, photos, progress, out)
+        out.print("[bold]4. Draw[/bold]    merged patches share their mean colour; a patch that stayed alone keeps its texture")
+        pictures = _draw(folder, results[f"tome r={R}"], photos, progress, out)
+    if as_json:
+        print_json({"files": {n: str(r.path) for n, r in results.items()}, "macs": {n: r.macs for n, r in results.items()},
+                    "verify": {n: r.to_json() for n, r in reports.items()}, "speed": speed, "pictures": pictures})
+    if not all(r.passed for r in reports.values()):
+        raise SystemExit(1)
+
+
+def _export(folder: Path, checkpoint: Path, name: str, method: str, progress, out):
+    from ...export.models.load import load_model
+    from ...export.graph.export import export_onnx
+    from ...export.schedule import Schedule
+
+    progress(f"exporting {name}")
+    loaded = load_model(samples.MODEL, samples.KWARGS, checkpoint)
+    schedule = Schedule.parse(R if method == "tome" else None, method=method, depth=12, n_tokens=257)
+    result = export_onnx(loaded, schedule, folder / f"dinov2_{method}.onnx", sources=method != "none", force=True)
+    out.print(f"   {result.path}: tokens {tokens_words(schedule.n_tokens, result.tokens) if schedule.steps else '257 throughout'}")
+    out.print(f"   {'':{len(str(result.path))}}  MACs {macs_words(result.macs, result.macs_dense)}")
+    return result
+
+
+def _verify(path: Path, photos, progress, out):
+    from ...engines.parity.verify import verify
+
+    progress(f"verifying {path.name}")
+    report = verify(path, photos)
+    out.print(f"   {path}: {report.summary()}", style="green" if report.passed else "red")
+    return report
+
+
+def _time(results: dict, photos, progress, out) -> list[dict]:
+    """Medians and speedup per engine and batch, for the engines that are installed."""
+    import contextlib
+
+    import numpy as np
+
+    from ...engines.images import load_images
+    from ...engines.runners import PACKAGES, open_engine, require
+    from ...export.errors import MissingPackageError
+    from ...engines.measure.timing import interleaved, ratio
+
+    pixels = load_images(photos, results["dense"].provenance.preprocess)
+    rows = []
+    for engine in ("ort", "openvino"):
+        words = PACKAGES[engine][2]
+        try:
+            require(engine)
+        except MissingPackageError as e:
+            out.print(f"   {e}", style="yellow")
+            continue
+        for batch, rounds in ((1, 20), (8, 5)):
+            progress(f"timing in {words}, batch {batch}")
+            feeds = {"image": np.ascontiguousarray(np.resize(pixels, (batch, *pixels.shape[1:])))}
+            with contextlib.ExitStack() as stack:
+                runners = {n: stack.enter_context(open_engine(r.path, engine, threads=1, batch=batch)) for n, r in results.items()}
+                times = interleaved({n: (lambda r=r: r.run(feeds)) for n, r in runners.items()}, rounds)
+            (dense, reduced), macs = times.items(), results[f"tome r={R}"]
+            speedup, low, high = ratio(dense[1], reduced[1])
+            rows.append({"engine": words, "batch": batch, "dense_ms": float(np.median(dense[1]) * 1e3),
+                         "tome_ms": float(np.median(reduced[1]) * 1e3), "speedup": speedup,
+                         "speedup_20": low, "speedup_80": high, "macs_ratio": macs.macs_dense / macs.macs})
+            out.print(f"   {words:<12} batch {batch}: dense {rows[-1]['dense_ms']:7.1f} ms, ToMe {rows[-1]['tome_ms']:7.1f} ms, "
+                      f"{speedup:.2f} times as fast ({low:.2f} to {high:.2f}; MACs say {rows[-1]['macs_ratio']:.2f})")
+    return rows
+
+
+def _draw(folder: Path, result, photos, progress, out) -> list[str]:
+    """One picture per photo: as the model sees it, and with merged patches in one colour."""
+    import numpy as np
+
+    from ...engines.images import crop, normalise
+    from ...engines.runners import open_engine
+
+    progress("drawing")
+    p, names = result.provenance, []
+    with open_engine(result.path) as runner:
+        for photo in photos:
+            image = crop(photo, p.preprocess)
+            sources = runner.run({"image": normalise(image, p.preprocess)[None]})["sources"][0, p.schedule.n_prefix:]
+            merged = draw.draw_sources(image, (16, 16), sources)
+            n = len(np.unique(sources))
+            path = folder / f"merged_{photo.stem}.png"
+            captions = [f"{photo.stem}: 256 patches", f"ToMe r={R}: merged into {n} tokens"]
+            draw.side_by_side([image.resize(merged.size), merged], captions).save(path)
+            names.append(str(path))
+            out.print(f"   {path}")
+    return names

@@ -1,0 +1,148 @@
+"""A report of verify as one page that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from ...engines.parity.limits import NEAR_TIE, STAGE, TOLERANCE
+from ...export.inspection import inspect
+
+WORST = 6  # images shown with their token maps
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; color: #1c1c1e; margin: 2rem auto; max-width: 72rem; padding: 0 1.5rem }
+h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin-top: 2rem; border-bottom: 1px solid #ddd }
+table { border-collapse: collapse; margin: .6rem 0 } td, th { padding: .2rem .9rem .2rem 0; text-align: right; font-variant-numeric: tabular-nums }
+td:first-child, th:first-child { text-align: left } th { font-weight: 600; color: #555; border-bottom: 1px solid #ccc }
+.passed { color: #137333 } .failed { color: #b3261e } .verdict { font-size: 1.2rem; font-weight: 700 }
+.bar { fill: #7aa6d8 } .bar.failed { fill: #b3261e } svg text { font: 11px system-ui, sans-serif; fill: #555 }
+figure { margin: 1rem 0 } figure img { max-width: 100% } figcaption, .note { color: #555 }
+"""
+
+
+def write_report(report, path: Path) -> None:
+    """Write the page of a `ParityReport`, aside and renamed."""
+    provenance = inspect(report.path).provenance
+    with tempfile.TemporaryDirectory(prefix=".tokexport-", dir=path.parent) as folder:
+        new = Path(folder) / path.name
+        new.write_text(page(report, provenance), encoding="utf-8")
+        os.replace(new, path)
+
+
+def page(report, provenance) -> str:
+    """The page as HTML."""
+    word = "passed" if report.passed else "failed"
+    side = f"file {report.against}" if report.against else "PyTorch reference"
+    s = provenance.schedule
+    parts = [
+        f"<h1>{_t(report.path)}</h1><p class=note>{_t(provenance.model)}, {_t(s.method)}, {_t(provenance.precision)}, run by {_t(report.engine)}, "
+        f"against the {_t(side)}</p><p class='verdict {word}'>{_t(report.summary())}</p>",
+        *_faults(report),
+        "<h2>Outputs, on equal decisions</h2>", _table(
+            ["output", "max abs", "max rel", "allowed", "lowest cosine", "KL", "top-1", "top-5", ""],
+            [[o.name, f"{o.max_abs:.2e}", f"{o.max_rel:.2e}", f"{report.tolerance:.0e}" if o.name != "sources" else "0", f"{o.cosine:.7f}",
+              *(["", "", ""] if o.top1 is None else [f"{o.kl:.1e}", f"{o.top1:.1%}", f"{o.top5:.1%}"]), _word(o.passed)] for o in report.outputs]),
+        "<h2>What it costs</h2>", _table(
+            ["compared with", "mean cosine", "lowest", "top-1 agreement"],
+            [["the reference deciding itself" if n == "reference" else "the dense model", f"{c.cosine:.5f}", f"{c.worst:.5f}",
+              "" if c.top1 is None else f"{c.top1:.1%}"] for n, c in report.cost.items()]),
+        "<h2>Tokens and decisions by block</h2>", _blocks(report, s),
+        "<h2>Error of every stage, computed from the file's own tokens before it</h2>", _stages(report),
+        "<h2>Images</h2>", _images(report, provenance),
+        "<h2>Tolerances</h2>", _tolerances(report.precision),
+    ]
+    return f"<!doctype html><html lang=en><meta charset=utf-8><title>{_t(report.path)}: {word}</title><style>{STYLE}</style>{''.join(parts)}</html>\n"
+
+
+def _t(text) -> str:
+    return html.escape(str(text))
+
+
+class _Markup(str):
+    """Text that is HTML already."""
+
+
+def _word(passed: bool) -> str:
+    return _Markup(f"<span class={'passed' if passed else 'failed'}>{'passed' if passed else 'FAILED'}</span>")
+
+
+def _table(titles, rows) -> str:
+    cell = lambda v: v if isinstance(v, _Markup) else _t(v)
+    head = "".join(f"<th>{_t(t)}" for t in titles)
+    return f"<table><tr>{head}" + "".join("<tr>" + "".join(f"<td>{cell(v)}" for v in row) for row in rows) + "</table>"
+
+
+def _faults(report) -> list[str]:
+    said = [*report.faults, *([report.departs] if report.departs else [])]
+    return [f"<p class=failed>{_t(f)}</p>" for f in said]
+
+
+def _blocks(report, schedule) -> str:
+    found = {b.block: b for b in report.by_block}
+    rows = []
+    for i, (attention, mlp) in enumerate(schedule.tokens_per_block()):
+        b = found.get(i)
+        more = ["", ""] if b is None else [f"{b.equal:.1%}", f"{b.margin:.1e}" if b.margin else "0"]
+        rows.append([str(i), str(attention), str(mlp), *more])
+    note = f"<p class=note>A difference that gives away at most {report.near_tie:.0e} is a flipped near-tie in {_t(report.precision)}.</p>"
+    return _table(["block", "tokens in attention", "in MLP", "decided alike", "most given away"], rows) + (note if found else "")
+
+
+def _stages(report) -> str:
+    """A bar a stage, on a logarithmic axis, its limit as a line."""
+    if not report.stages:
+        return "<p class=note>none compared</p>"
+    lowest, height, step = 1e-9, 130, 15
+    y = lambda v: height * (1 - (np.log10(np.clip(v, lowest, 10)) - np.log10(lowest)) / (1 - np.log10(lowest)))
+    bars, labels, last = [], [], None
+    for i, s in enumerate(report.stages):
+        x, top = i * step + 34, y(s.error)
+        title = f"<title>{_t(s.words)}: {s.error:.1e}, at most {s.limit:.0e}</title>"
+        bars.append(f"<rect class='bar{'' if s.passed else ' failed'}' x={x} y={top:.1f} width={step - 3} height={height - top:.1f}>{title}</rect>"
+                    f"<line x1={x - 1} x2={x + step - 2} y1={y(s.limit):.1f} y2={y(s.limit):.1f} stroke=#333 stroke-width=1 />")
+        block = s.stage.rpartition(".")[0].removeprefix("block")
+        if block != last:
+            labels.append(f"<text x={x} y={height + 14}>{_t(block or 'in')}</text>")
+            last = block
+    axis = "".join(f"<text x=0 y={y(10.0**e) + 4:.1f}>1e{e}</text>" for e in (-9, -6, -3, 0))
+    width = len(report.stages) * step + 60
+    wrong = [[s.words, f"{s.error:.1e}", f"{s.limit:.0e}"] for s in report.stages if not s.passed]
+    chart = f"<svg viewBox='0 0 {width} {height + 22}' width={width} style='max-width:100%'>{axis}{''.join(bars)}{''.join(labels)}</svg>"
+    note = "<p class=note>The embedding, then by block attention, matching, merging and MLP. The line is the limit; what is below 1e-9 has no bar.</p>"
+    return chart + note + (_table(["departs", "error", "at most"], wrong) if wrong else "")
+
+
+def _images(report, provenance) -> str:
+    worst = sorted(report.by_image, key=lambda r: (r.verdict != "failed", r.verdict == "equal", -r.max_rel))
+    rows = [[r.image, _word(False) if r.verdict == "failed" else r.verdict, f"{r.max_rel:.1e}", f"{r.cosine:.7f}", str(r.flips)] for r in worst[:40]]
+    more = f"<p class=note>... and {len(worst) - 40} more</p>" if len(worst) > 40 else ""
+    table = _table(["image", "verdict", "max rel", "cosine", "reductions decided otherwise"], rows)
+    figures = [_figure(r.image, report, provenance) for r in worst[:WORST] if Path(r.image).is_file() and r.image in report.maps]
+    return table + more + "".join(figures)
+
+
+def _figure(image: str, report, provenance) -> str:
+    """An image as the model saw it, and both sides' tokens on it."""
+    from ...engines.images import crop
+    from .draw import draw_sources, grid_of, side_by_side
+
+    photo = crop(Path(image), provenance.preprocess)
+    maps = [draw_sources(photo, grid_of(provenance), m[provenance.schedule.n_prefix:]) for m in report.maps[image]]
+    captions = ["input", "this file", "the other file" if report.against else "reference"]
+    picture = side_by_side([photo.resize(maps[0].size), *maps], captions)
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    source = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
+    return f"<figure><img alt='' src='{source}'><figcaption>{_t(image)}</figcaption></figure>"
+
+
+def _tolerances(precision: str) -> str:
+    rows = [[_Markup(f"<b>{p}</b>") if p == precision else p, f"{TOLERANCE[p]:.0e}", *(f"{NEAR_TIE[p][s]:.0e}" for s in ("metric", "attention", "head")),
+             f"{STAGE[p]:.0e}"] for p in TOLERANCE]
+    return _table(["precision", "output, of the largest value", "near-tie: cosine of keys", "log attention", "head's log-odds", "one stage"], rows)
