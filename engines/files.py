@@ -12,7 +12,7 @@ from ..export.provenance import Provenance
 from .tensorrt.sidecar import EngineFile, read_sidecar
 
 
-def is_plan(path: str | Path) -> bool:
+def is_engine(path: str | Path) -> bool:
     """Whether a path names an engine, not an ONNX file."""
     return Path(path).suffix == ".plan" or Path(path).suffix != ".onnx" and Path(f"{path}.json").is_file()
 
@@ -25,8 +25,17 @@ def provenance_of(engine: EngineFile) -> Provenance:
 
 def inspect_file(path: str | Path) -> Inspection:
     """What an ONNX file or an engine is. Raises: UsageError as `inspect` and `read_sidecar`."""
-    if not is_plan(path):
+    if not is_engine(path):
         return inspect(path)
     found = read_sidecar(path)
     p = provenance_of(found)
-    return Inspection(Path(path), p, {}, found.size, [], macs.count(p.dims, p.schedule), macs.count(p.dims, macs.dense(p.schedule)), found.batch)
+    return Inspection(
+        Path(path),
+        p,
+        {},
+        found.size,
+        [],
+        macs.count(p.dims, p.schedule),
+        macs.count(p.dims, macs.dense(p.schedule)),
+        found.batch,
+    )

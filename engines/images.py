@@ -38,8 +38,15 @@ def crop(path: Path, preprocess: Preprocess):
     from PIL import Image
     from timm.data.transforms_factory import transforms_imagenet_eval
 
-    shape = transforms_imagenet_eval(preprocess.size, preprocess.crop, preprocess.crop_mode, interpolation=preprocess.interpolation,
-                                     mean=preprocess.mean, std=preprocess.std, normalize=False).transforms[:-1]
+    shape = transforms_imagenet_eval(
+        preprocess.size,
+        preprocess.crop,
+        preprocess.crop_mode,
+        interpolation=preprocess.interpolation,
+        mean=preprocess.mean,
+        std=preprocess.std,
+        normalize=False,
+    ).transforms[:-1]
     try:
         with Image.open(path) as image:
             image = image.convert("RGB")

@@ -24,8 +24,13 @@ from .images import find_images, load_images
 STAGES = ("attn", "mlp")
 
 
-def quantize(path: str | Path, images: list[str | Path], to: str | Path, force: bool = False,
-             progress: Callable[[str], None] = lambda stage: None) -> int:
+def quantize(
+    path: str | Path,
+    images: list[str | Path],
+    to: str | Path,
+    force: bool = False,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> int:
     """Write an fp32 file of tokexport as an int8 one; returns its bytes.
 
     images: files or folders to calibrate on; tens to hundreds like those it will see. to: written aside and renamed.
@@ -37,7 +42,9 @@ def quantize(path: str | Path, images: list[str | Path], to: str | Path, force: 
         raise MissingPackageError("onnxruntime", "cpu", "--int8") from None
     found, to = inspect(path), check_output(to, force)
     if found.provenance.precision != "fp32":
-        raise UsageError(f"{path} is {found.provenance.precision} already: int8 needs the fp32 file it could be made from")
+        raise UsageError(
+            f"{path} is {found.provenance.precision} already: int8 needs the fp32 file it could be made from"
+        )
     photos = find_images(images)
     progress(f"calibrating on {len(photos)} image{'s' * (len(photos) > 1)}")
     layers = _linear(path)
@@ -48,16 +55,32 @@ def quantize(path: str | Path, images: list[str | Path], to: str | Path, force: 
         level = logging.root.manager.disable
         logging.disable(logging.WARNING)  # advice about a pre-processing that exported files do not need
         try:
-            quantize_static(path, raw, _reader(photos, found), quant_format=QuantFormat.QDQ, op_types_to_quantize=["Gemm"],
-                            nodes_to_quantize=layers, per_channel=True, activation_type=QuantType.QInt8, weight_type=QuantType.QInt8,
-                            calibrate_method=CalibrationMethod.MinMax, use_external_data_format=found.size > 2**30,
-                            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False,
-                                           "OpTypesToExcludeOutputQuantization": ["Gemm"],
-                                           "QDQDisableWeightAdjustForInt32Bias": True})  # biases stay as they are
+            quantize_static(
+                path,
+                raw,
+                _reader(photos, found),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=["Gemm"],
+                nodes_to_quantize=layers,
+                per_channel=True,
+                activation_type=QuantType.QInt8,
+                weight_type=QuantType.QInt8,
+                calibrate_method=CalibrationMethod.MinMax,
+                use_external_data_format=found.size > 2**30,
+                extra_options={
+                    "ActivationSymmetric": True,
+                    "WeightSymmetric": True,
+                    "QuantizeBias": False,
+                    "OpTypesToExcludeOutputQuantization": ["Gemm"],
+                    "QDQDisableWeightAdjustForInt32Bias": True,
+                },
+            )  # biases stay as they are
         except UsageError:
             raise
         except Exception as e:
-            raise UsageError(f"{path} could not be quantised ({type(e).__name__}: {' '.join(str(e).split())[:300]})") from None
+            raise UsageError(
+                f"{path} could not be quantised ({type(e).__name__}: {' '.join(str(e).split())[:300]})"
+            ) from None
         finally:
             logging.disable(level)
         progress("writing")
@@ -76,8 +99,11 @@ def _linear(path) -> list[str]:
 
     graph = onnx.load(path, load_external_data=False).graph
     weights = {i.name for i in graph.initializer if len(i.dims) == 2}
-    return [n.name for n in graph.node
-            if n.op_type == "Gemm" and n.input[1] in weights and stages.of_node(n.name).rpartition(".")[2] in STAGES]
+    return [
+        n.name
+        for n in graph.node
+        if n.op_type == "Gemm" and n.input[1] in weights and stages.of_node(n.name).rpartition(".")[2] in STAGES
+    ]
 
 
 def _reader(photos: list[Path], found):

@@ -11,7 +11,9 @@ from .plan import MergePlan, row
 # but the matmul form is four nodes shorter. Set by measurement on DeiT-S (README, "Measured"): the values keep one image at 450
 # nodes and a dynamic batch under 563; a fixed batch has no such limit and takes the faster form everywhere.
 GATHER_FROM = {"single": 158, "dynamic": 115, "fixed": 0}
-SMALLEST = 2.0**-100  # a size that was zero or negative: its logarithm, -69, takes the token out of the attention, finitely
+SMALLEST = (
+    2.0**-100
+)  # a size that was zero or negative: its logarithm, -69, takes the token out of the attention, finitely
 
 
 def use_target(n_in: int, batch: str) -> bool:
@@ -30,7 +32,9 @@ def apply_eager(plan: MergePlan, x: torch.Tensor, size: torch.Tensor) -> tuple[t
     if plan.by_size:
         w_keep, w_src = kept_size, rows(size, plan.src)
     if plan.n_extra:
-        kept, kept_size, w_keep = (torch.cat([t, t.new_zeros(len(t), plan.n_extra, t.shape[-1])], 1) for t in (kept, kept_size, w_keep))
+        kept, kept_size, w_keep = (
+            torch.cat([t, t.new_zeros(len(t), plan.n_extra, t.shape[-1])], 1) for t in (kept, kept_size, w_keep)
+        )
     fold = lambda base, t: base.scatter_add(1, plan.dst.expand(-1, -1, t.shape[-1]), t)
     total, n = fold(w_keep, w_src), plan.keep.shape[1]
     total = torch.cat([total[:, :n], torch.ones_like(total[:, n:])], 1)  # an extra row is a sum
@@ -51,8 +55,9 @@ def follow(plan: MergePlan, at: torch.Tensor, n: int) -> torch.Tensor:
     return torch.where(at < 0, at, where.gather(1, at.clamp(min=0)))
 
 
-def apply_static(plan: MergePlan, x: torch.Tensor, size: torch.Tensor | None, to_attention: bool = True
-                 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+def apply_static(
+    plan: MergePlan, x: torch.Tensor, size: torch.Tensor | None, to_attention: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The same map without a reducing scatter: x [.., N, C], size [.., N, 1] or None -> [.., K + n_extra, C], sizes or None.
 
     to_attention: the new sizes go on to proportional attention, which takes them as a row; the numbers are the same.

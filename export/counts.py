@@ -12,7 +12,9 @@ import re
 from .errors import UsageError
 from .schedule import Step
 
-NUMBER = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,3})?")  # stricter than float(): no "1_0", no other digits
+NUMBER = re.compile(
+    r"([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,3})?"
+)  # stricter than float(): no "1_0", no other digits
 
 
 def parse_r(r: str | int | tuple | list, depth: int) -> list[int]:
@@ -33,16 +35,22 @@ def parse_r(r: str | int | tuple | list, depth: int) -> list[int]:
             else:
                 r = [int(v) for v in r.split(",")] if "," in r else int(r)
         except ValueError:
-            raise UsageError(f"--r {str(said)[:60]!r} is not a token count: wanted 13, 13:-1 (r:inflection) or 8,8,4,... (one a block)") from None
+            raise UsageError(
+                f"--r {str(said)[:60]!r} is not a token count: wanted 13, 13:-1 (r:inflection) or 8,8,4,... (one a block)"
+            ) from None
     whole = lambda v: isinstance(v, int) and not isinstance(v, bool)
     if isinstance(r, list) and r and all(map(whole, r)):
         if len(r) > depth:
-            raise UsageError(f"--r {said!r} has {len(r)} values, the model has {depth} blocks: give at most one a block")
+            raise UsageError(
+                f"--r {said!r} has {len(r)} values, the model has {depth} blocks: give at most one a block"
+            )
         values = r + [0] * (depth - len(r))
     else:
         r, inflection = r if isinstance(r, tuple) and len(r) == 2 else (r, 0.0)
         if not whole(r) or not isinstance(inflection, (int, float)):
-            raise UsageError(f"--r {said!r}: wanted whole numbers of tokens: one, a pair (r, inflection) or a list, one a block")
+            raise UsageError(
+                f"--r {said!r}: wanted whole numbers of tokens: one, a pair (r, inflection) or a list, one a block"
+            )
         if not -1 <= inflection <= 1:
             raise UsageError(f"--r {said!r}: inflection {inflection} is outside [-1, 1]")
         if r > 10**6:
@@ -62,8 +70,10 @@ def tome(values: list[int], n_tokens: int, n_prefix: int) -> tuple[list[Step], l
     """
     for b, r in enumerate(values):
         if r > n_tokens:
-            raise UsageError(f"--r: block {b} is asked to merge {r} tokens, the model has {n_tokens}; at most half of the tokens "
-                             f"can merge in one block ({(n_tokens - n_prefix) // 2} in block 0)")
+            raise UsageError(
+                f"--r: block {b} is asked to merge {r} tokens, the model has {n_tokens}; at most half of the tokens "
+                f"can merge in one block ({(n_tokens - n_prefix) // 2} in block 0)"
+            )
     n, steps, cut = n_tokens, [], []
     for b, r in enumerate(values):
         real = min(r, max(n - n_prefix, 0) // 2)
@@ -88,11 +98,15 @@ def parse_rates(said: str | float | list | tuple, n_stages: int) -> list[float]:
     else:
         values = list(said) if isinstance(said, (list, tuple)) else [said]
     if not values or not all(_is_number(v) and 0 < v <= 1 for v in values):
-        raise UsageError(f"--keep-rate {_short(said)}: wanted a number above 0 and at most 1, e.g. 0.7, or one for each stage, "
-                         "e.g. 0.7,0.6,0.5")
+        raise UsageError(
+            f"--keep-rate {_short(said)}: wanted a number above 0 and at most 1, e.g. 0.7, or one for each stage, "
+            "e.g. 0.7,0.6,0.5"
+        )
     if len(values) not in (1, n_stages):
-        raise UsageError(f"--keep-rate {_short(said)} has {len(values)} values for {n_stages} stage{'s' * (n_stages != 1)}: "
-                         "give one, or one for each block of --at")
+        raise UsageError(
+            f"--keep-rate {_short(said)} has {len(values)} values for {n_stages} stage{'s' * (n_stages != 1)}: "
+            "give one, or one for each block of --at"
+        )
     return [float(v) for v in values] * (n_stages if len(values) == 1 else 1)
 
 
@@ -112,13 +126,17 @@ def parse_at(said: str | list | tuple, depth: int) -> list[int]:
     if outside:
         default = ", which is the default," if tuple(values) == (3, 6, 9) else ""
         said = said if isinstance(said, str) else values
-        raise UsageError(f"--at {_short(said)}{default}: there is no block {_short(outside[0])}, the model has {depth} (0 to {depth - 1})")
+        raise UsageError(
+            f"--at {_short(said)}{default}: there is no block {_short(outside[0])}, the model has {depth} (0 to {depth - 1})"
+        )
     if any(a >= b for a, b in zip(values, values[1:])):
         raise UsageError(f"--at {_short(said)}: wanted each block once, in ascending order")
     return values
 
 
-def evit(rates: list[float], at: list[int], n_tokens: int, n_prefix: int, fuse: bool) -> tuple[tuple[Step, ...], list[str]]:
+def evit(
+    rates: list[float], at: list[int], n_tokens: int, n_prefix: int, fuse: bool
+) -> tuple[tuple[Step, ...], list[str]]:
     """EViT: after the attention of block at[s], ceil(rates[s] * others) of the others stay; the rest is fused or dropped.
 
     rates, at: from `parse_rates` and `parse_at`. A fused token is one of the others in later blocks. Where every token stays,
@@ -153,8 +171,9 @@ def _by_class_attention(rates, at, n_tokens, n_prefix, fold, extra):
     return tuple(steps), notes
 
 
-def tps(rates: list[float], at: list[int], n_tokens: int, n_prefix: int, cumulative: bool,
-        squeeze: bool) -> tuple[tuple[Step, ...], list[str]]:
+def tps(
+    rates: list[float], at: list[int], n_tokens: int, n_prefix: int, cumulative: bool, squeeze: bool
+) -> tuple[tuple[Step, ...], list[str]]:
     """dTPS (squeeze) and DynamicViT: before block at[s], a share of the original n0 = n_tokens - n_prefix patches stays.
 
     rates, at: from `parse_rates` and `parse_at`. cumulative: rates are shares of n0, int(n0 * rates[s]) stay; otherwise of what the
@@ -169,20 +188,29 @@ def tps(rates: list[float], at: list[int], n_tokens: int, n_prefix: int, cumulat
         share = rate if cumulative else rate ** (s + 1)
         kept, where = int(n0 * share), f"stage {s + 1} (block {block})"
         if kept < 1:
-            raise UsageError(f"--keep-rate: {where} keeps no patch, {share:g} of {n0}: give a higher rate or fewer blocks in --at")
+            raise UsageError(
+                f"--keep-rate: {where} keeps no patch, {share:g} of {n0}: give a higher rate or fewer blocks in --at"
+            )
         if kept > others:
-            raise UsageError(f"--keep-rate: {where} keeps {kept} patches, only {others} are left: a list of rates holds shares of "
-                             f"the {n0} original patches and must not grow")
+            raise UsageError(
+                f"--keep-rate: {where} keeps {kept} patches, only {others} are left: a list of rates holds shares of "
+                f"the {n0} original patches and must not grow"
+            )
         if kept == others:
             notes.append(_keeps_all(s + 1, block))
             continue
-        steps.append(Step(block, "pre_block", n_prefix + others, n_prefix + kept, n_prefix + kept, others - kept if squeeze else 0))
+        steps.append(
+            Step(
+                block, "pre_block", n_prefix + others, n_prefix + kept, n_prefix + kept, others - kept if squeeze else 0
+            )
+        )
         others = kept
     return tuple(steps), notes
 
 
-def diffrate(prune_kept: list[int], merge_kept: list[int], n_tokens: int, n_prefix: int,
-             depth: int | None = None) -> tuple[tuple[Step, ...], list[str]]:
+def diffrate(
+    prune_kept: list[int], merge_kept: list[int], n_tokens: int, n_prefix: int, depth: int | None = None
+) -> tuple[tuple[Step, ...], list[str]]:
     """DiffRate: in block b, prune_kept[b] tokens are left after pruning, then merge_kept[b] after merging.
 
     prune_kept, merge_kept: one count a block, prefix tokens included, each 1 or more. A count above what is there does nothing.
@@ -199,12 +227,16 @@ def diffrate(prune_kept: list[int], merge_kept: list[int], n_tokens: int, n_pref
     all_stay, prune_cut, merge_cut = [], [], []
     for b, (prune, merge) in enumerate(zip(prune_kept, merge_kept)):
         if min(prune, merge) < max(1, n_prefix):
-            raise UsageError(f"--rates: block {b} keeps {min(prune, merge)} tokens, which leaves no room for the class token "
-                             f"({n_prefix} prefix tokens): give a larger count")
+            raise UsageError(
+                f"--rates: block {b} keeps {min(prune, merge)} tokens, which leaves no room for the class token "
+                f"({n_prefix} prefix tokens): give a larger count"
+            )
         left, out = min(prune, n), min(merge, prune, n)
         if left > out and out <= n_prefix:
-            raise UsageError(f"--rates: block {b} merges {left - out} tokens and keeps {out}, {n_prefix} of them prefix tokens, which "
-                             f"none merges into: wanted merge_kept {n_prefix + 1} or more there")
+            raise UsageError(
+                f"--rates: block {b} merges {left - out} tokens and keeps {out}, {n_prefix} of them prefix tokens, which "
+                f"none merges into: wanted merge_kept {n_prefix + 1} or more there"
+            )
         for wanted, real, cut in ((prune, left, prune_cut), (merge, out, merge_cut)):
             if wanted > real:
                 cut.append(f"{b} ({wanted} to {real})")
@@ -215,7 +247,9 @@ def diffrate(prune_kept: list[int], merge_kept: list[int], n_tokens: int, n_pref
         n = out
     notes = [f"every token stays in block {', '.join(all_stay)}"] if all_stay else []
     notes += [f"prune_kept was cut to the tokens there are in block {', '.join(prune_cut)}"] if prune_cut else []
-    notes += [f"merge_kept was cut to the tokens left after pruning in block {', '.join(merge_cut)}"] if merge_cut else []
+    notes += (
+        [f"merge_kept was cut to the tokens left after pruning in block {', '.join(merge_cut)}"] if merge_cut else []
+    )
     return tuple(steps), notes
 
 
@@ -226,9 +260,13 @@ def check_counts(prune_kept: list[int], merge_kept: list[int], source: str = "--
             raise UsageError(f"{source}: {name} is {_short(values)}: wanted a list of token counts, one a block")
         for b, v in enumerate(values):
             if not _is_whole(v) or not 1 <= v <= 10**6:
-                raise UsageError(f"{source}: {name} has {_short(v)} for block {b}: wanted a whole number of tokens, 1 to {10**6}")
+                raise UsageError(
+                    f"{source}: {name} has {_short(v)} for block {b}: wanted a whole number of tokens, 1 to {10**6}"
+                )
     if len(prune_kept) != len(merge_kept):
-        raise UsageError(f"{source}: {len(prune_kept)} counts in prune_kept, {len(merge_kept)} in merge_kept: wanted one a block in both")
+        raise UsageError(
+            f"{source}: {len(prune_kept)} counts in prune_kept, {len(merge_kept)} in merge_kept: wanted one a block in both"
+        )
 
 
 def _keeps_all(stage: int, block: int) -> str:

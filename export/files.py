@@ -72,7 +72,9 @@ def write_model(proto, weights: dict, path: Path) -> int:
             else:
                 _write_external(proto, weights, new, data)
         except OSError as e:
-            raise UsageError(f"output {path}: could not be written ({e.strerror or e}); nothing was left behind") from None
+            raise UsageError(
+                f"output {path}: could not be written ({e.strerror or e}); nothing was left behind"
+            ) from None
         size = sum(f.stat().st_size for f in (new, data) if f.exists())
         if data.exists():
             os.replace(data, path.with_name(data.name))
@@ -124,8 +126,9 @@ def _write_external(proto, weights: dict, path: Path, data: Path) -> None:
     with open(data, "wb") as f:
         for name, tensor in weights.items():
             f.write(b"\0" * (-f.tell() % 4096))
-            entry = proto.graph.initializer.add(name=name, data_type=int(tensor.dtype), dims=list(tensor.shape),
-                                                data_location=onnx.TensorProto.EXTERNAL)
+            entry = proto.graph.initializer.add(
+                name=name, data_type=int(tensor.dtype), dims=list(tensor.shape), data_location=onnx.TensorProto.EXTERNAL
+            )
             for key, value in (("location", data.name), ("offset", f.tell()), ("length", tensor.nbytes)):
                 entry.external_data.add(key=key, value=str(value))
             f.write(tensor.tobytes())

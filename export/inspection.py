@@ -32,9 +32,18 @@ class Inspection:
         """Plain JSON values."""
         import json
 
-        return {"path": str(self.path), "size": self.size, "batch": self.batch, "nodes": sum(self.ops.values()), "ops": self.ops,
-                "macs": self.macs, "macs_dense": self.macs_dense, "tokens": self.provenance.schedule.tokens_per_block(),
-                "refusals": self.refusals, "provenance": json.loads(self.provenance.to_json())}
+        return {
+            "path": str(self.path),
+            "size": self.size,
+            "batch": self.batch,
+            "nodes": sum(self.ops.values()),
+            "ops": self.ops,
+            "macs": self.macs,
+            "macs_dense": self.macs_dense,
+            "tokens": self.provenance.schedule.tokens_per_block(),
+            "refusals": self.refusals,
+            "provenance": json.loads(self.provenance.to_json()),
+        }
 
 
 def read_onnx(path: str | Path):
@@ -75,8 +84,10 @@ def _check_graph(path: Path, model, provenance: Provenance) -> None:
     if bool(schedule.steps) and schedule.method == "none":
         wrong.append("method")
     if wrong:
-        raise UsageError(f"{path}: the graph is not the one its provenance speaks of ({', '.join(wrong)}): it was changed, or made by "
-                         f"another version; make it again with `tokexport onnx`")
+        raise UsageError(
+            f"{path}: the graph is not the one its provenance speaks of ({', '.join(wrong)}): it was changed, or made by "
+            f"another version; make it again with `tokexport onnx`"
+        )
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -99,5 +110,13 @@ def inspect(path: str | Path) -> Inspection:
     size = sum(f.stat().st_size for f in files if f.exists())
     first = model.graph.input[0].type.tensor_type.shape.dim[0]
     schedule = provenance.schedule
-    return Inspection(path, provenance, ops, size, refused, macs.count(provenance.dims, schedule),
-                      macs.count(provenance.dims, macs.dense(schedule)), first.dim_value or None)
+    return Inspection(
+        path,
+        provenance,
+        ops,
+        size,
+        refused,
+        macs.count(provenance.dims, schedule),
+        macs.count(provenance.dims, macs.dense(schedule)),
+        first.dim_value or None,
+    )

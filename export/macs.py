@@ -11,7 +11,9 @@ def count(dims: dict, schedule: Schedule) -> int:
     c, a = dims["width"], dims["attn_width"]
     total = dims["patches"] * dims["patch_values"] * c
     for n, m in schedule.tokens_per_block():
-        total += n * c * (3 + dims.get("gate", 0)) * a + 2 * n * n * a + n * a * c + m * sum(i * o for i, o in dims["mlp"])
+        total += (
+            n * c * (3 + dims.get("gate", 0)) * a + 2 * n * n * a + n * a * c + m * sum(i * o for i, o in dims["mlp"])
+        )
     for step in schedule.steps:
         if step.site == "pre_block":  # a score head: Linear C C, C C/2, C/2 C/4, C/4 2
             total += (step.n_in - schedule.n_prefix) * (c * c + c * (c // 2) + (c // 2) * (c // 4) + c // 4 * 2)

@@ -65,10 +65,13 @@ class Provenance:
             "model": isinstance(self.model, str) and isinstance(self.model_kwargs, dict),
             "weights": isinstance(w, dict) and named.get(w.get("source")) in w and isinstance(w.get("sha256"), str),
             "schedule": isinstance(s.options, dict) and 1 <= s.depth <= 10_000,
-            "preprocess": len(p.size) == 2 and numbers(p.size, int) and numbers([*p.mean, *p.std, p.crop], (int, float)),
+            "preprocess": len(p.size) == 2
+            and numbers(p.size, int)
+            and numbers([*p.mean, *p.std, p.crop], (int, float)),
             "precision": self.precision in ("fp32", "fp16", "bf16", "int8") and numbers([self.calibration], int),
-            "dims": isinstance(d, dict) and numbers([d.get(k) for k in sizes], int)
-                    and all(len(m) == 2 and numbers(m, int) for m in d.get("mlp", [""])),
+            "dims": isinstance(d, dict)
+            and numbers([d.get(k) for k in sizes], int)
+            and all(len(m) == 2 and numbers(m, int) for m in d.get("mlp", [""])),
             "outputs": numbers([*self.outputs, *self.labels, *self.decisions], str),
         }
         return [name for name, ok in fits.items() if not ok]
@@ -87,8 +90,10 @@ class Provenance:
                 raise ValueError(f"{', '.join(wrong)} of the wrong kind")
             return made
         except (ValueError, KeyError, TypeError) as e:
-            raise UsageError(f"provenance cannot be read ({type(e).__name__}: {e}): the file was made by another version of tokexport, "
-                             f"or damaged") from None
+            raise UsageError(
+                f"provenance cannot be read ({type(e).__name__}: {e}): the file was made by another version of tokexport, "
+                f"or damaged"
+            ) from None
 
 
 def of_model(onnx_model, path: str) -> Provenance:

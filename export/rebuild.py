@@ -8,7 +8,9 @@ from .errors import UsageError
 from .provenance import Provenance
 
 
-def rebuild(provenance: Provenance, path: Path, checkpoint: str | Path | None = None, predictor: str | Path | None = None):
+def rebuild(
+    provenance: Provenance, path: Path, checkpoint: str | Path | None = None, predictor: str | Path | None = None
+):
     """The model a file was made from, loaded. Raises: UsageError when its weights cannot be found or are not the same."""
     from .models.load import load_model
 
@@ -23,8 +25,10 @@ def rebuild(provenance: Provenance, path: Path, checkpoint: str | Path | None = 
         source["predictor"] = predictor or _found(weights["predictor"], path, "--predictor")
     loaded = load_model(provenance.model, provenance.model_kwargs, **source)
     if loaded.weights["sha256"] != weights["sha256"]:
-        raise UsageError(f"weights are not those {path} was made from: SHA-256 is {loaded.weights['sha256'][:16]}..., wanted "
-                         f"{weights['sha256'][:16]}... ({', '.join(f'{k} {v}' for k, v in source.items())})")
+        raise UsageError(
+            f"weights are not those {path} was made from: SHA-256 is {loaded.weights['sha256'][:16]}..., wanted "
+            f"{weights['sha256'][:16]}... ({', '.join(f'{k} {v}' for k, v in source.items())})"
+        )
     return loaded
 
 
@@ -32,5 +36,7 @@ def _found(said: str, path: Path, option: str) -> Path:
     """A file of weights where it was when the file at path was made, or beside it."""
     found = next((p for p in (Path(said), path.parent / Path(said).name) if p.is_file()), None)
     if found is None:
-        raise UsageError(f"{path} was made from {said}, which is not there (nor beside the file): give it with {option}")
+        raise UsageError(
+            f"{path} was made from {said}, which is not there (nor beside the file): give it with {option}"
+        )
     return found

@@ -52,8 +52,13 @@ class ReducedViT(nn.Module):
         return self.run(image).output
 
     @torch.no_grad()
-    def run(self, image: torch.Tensor, replay: list[MergePlan] | None = None,
-            observed: dict[str, torch.Tensor] | None = None, rounding: float = 0.0) -> ReferenceResult:
+    def run(
+        self,
+        image: torch.Tensor,
+        replay: list[MergePlan] | None = None,
+        observed: dict[str, torch.Tensor] | None = None,
+        rounding: float = 0.0,
+    ) -> ReferenceResult:
         """Compute, deciding itself or, with `replay`, under the given plans (one per step), whose regret is then measured.
 
         observed: tokens behind stages, as somebody else has them, by stage name (see `stages`; any shape of B N C values). Each is
@@ -72,7 +77,9 @@ class ReducedViT(nn.Module):
         steps, options = self.schedule.by_site, self.schedule.options
         for i, block in enumerate(m.blocks):
             if (i, "pre_block") in steps:
-                x, size, at, place = self._reduce(steps[i, "pre_block"], x, size, at, place, self._head_score(i, x), None, replay, out)
+                x, size, at, place = self._reduce(
+                    steps[i, "pre_block"], x, size, at, place, self._head_score(i, x), None, replay, out
+                )
                 x = _compare(f"block{i}.merge", x, None, seen, out)
             p, before = vit.parts(block), x
             turn = None if rope is None else rope[i % len(rope)][:, place].transpose(0, 1)
@@ -80,7 +87,9 @@ class ReducedViT(nn.Module):
             x = _compare(f"block{i}.attn", x, before, seen, out)
             if (i, "post_attn") in steps:
                 score = received(attention, self.n_prefix, options.get("score", "class"))
-                x, size, at, place = self._reduce(steps[i, "post_attn"], x, size, at, place, score, k.mean(1), replay, out)
+                x, size, at, place = self._reduce(
+                    steps[i, "post_attn"], x, size, at, place, score, k.mean(1), replay, out
+                )
                 x = _compare(f"block{i}.merge", x, None, seen, out)
             before, x = x, x + _scaled(p.mlp(p.norm2(x)), p.gamma2)
             x = _compare(f"block{i}.mlp", x, before, seen, out)

@@ -32,9 +32,13 @@ class Step:
         if self.site not in ("post_attn", "pre_block"):
             raise UsageError(f"step site {self.site!r}: wanted post_attn or pre_block")
         if not 1 <= self.n_kept <= self.n_out <= self.n_in:
-            raise UsageError(f"block {self.block}: cannot go from {self.n_in} tokens to {self.n_kept} kept, {self.n_out} out")
+            raise UsageError(
+                f"block {self.block}: cannot go from {self.n_in} tokens to {self.n_kept} kept, {self.n_out} out"
+            )
         if not 0 <= self.n_folded <= self.n_in - self.n_kept or self.n_out - self.n_kept > min(self.n_folded, 1):
-            raise UsageError(f"block {self.block}: cannot fold {self.n_folded} of {self.n_in} tokens, {self.n_kept} kept, {self.n_out} out")
+            raise UsageError(
+                f"block {self.block}: cannot fold {self.n_folded} of {self.n_in} tokens, {self.n_kept} kept, {self.n_out} out"
+            )
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,9 @@ class Schedule:
         last = (-1, 0)
         for s in self.steps:
             if not 0 <= s.block < self.depth:
-                raise UsageError(f"schedule: block {s.block} of a model with {self.depth} blocks (0 to {self.depth - 1})")
+                raise UsageError(
+                    f"schedule: block {s.block} of a model with {self.depth} blocks (0 to {self.depth - 1})"
+                )
             if (s.block, order[s.site]) <= last:
                 raise UsageError(f"schedule: steps out of order at block {s.block}")
             if s.n_in != n:
@@ -104,8 +110,16 @@ class Schedule:
             raise UsageError(f"not a schedule: {e}") from None
 
     @classmethod
-    def parse(cls, r: str | int | tuple | list | None = None, *, method: str = "tome", depth: int, n_tokens: int, n_prefix: int = 1,
-              **options) -> "Schedule":
+    def parse(
+        cls,
+        r: str | int | tuple | list | None = None,
+        *,
+        method: str = "tome",
+        depth: int,
+        n_tokens: int,
+        n_prefix: int = 1,
+        **options,
+    ) -> "Schedule":
         """Schedule of a method from its options, each as typed at the command line or as a Python value.
 
         r: ToMe's r as "13", "13:-1" (r and inflection) or "8,8,4" (one value a block), or the Python forms 13, (13, -1.0), [8, 8, 4].
@@ -124,6 +138,8 @@ class Schedule:
         if reducer is None:
             return cls("none", n_tokens, n_prefix, depth)
         if given.get("score", "class") not in ("class", "mean"):
-            raise UsageError(f"score {given['score']!r}: wanted class (attention of the class token) or mean (mean attention received)")
+            raise UsageError(
+                f"score {given['score']!r}: wanted class (attention of the class token) or mean (mean attention received)"
+            )
         options, steps, notes = reducer.steps({**reducer.OPTIONS, **given}, n_tokens, n_prefix, depth)
         return cls(method, n_tokens, n_prefix, depth, options, tuple(steps), tuple(notes))

@@ -51,7 +51,9 @@ def _int32s(values):
     import numpy as np
     import onnx_ir
 
-    return _ox().Constant(value=onnx_ir.tensor(np.array(values, dtype=np.int32)))  # TensorRT casts int64 in a layer of its own
+    return _ox().Constant(
+        value=onnx_ir.tensor(np.array(values, dtype=np.int32))
+    )  # TensorRT casts int64 in a layer of its own
 
 
 def _swapped(x):
@@ -92,15 +94,19 @@ def to_float(mask: Tensor) -> Tensor:
     return mask.to(torch.float32)
 
 
-@_operator(fake=lambda x, index: x.new_empty((*index.shape[:-1], x.shape[-1])),
-           onnx=lambda x, index: _ox().GatherND(x, index, batch_dims=len(index.shape) - 2))
+@_operator(
+    fake=lambda x, index: x.new_empty((*index.shape[:-1], x.shape[-1])),
+    onnx=lambda x, index: _ox().GatherND(x, index, batch_dims=len(index.shape) - 2),
+)
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
     """Rows x[index]: x [.., N, C], index [.., K, 1] -> [.., K, C]. ONNX: GatherND."""
     return torch.gather(x, -2, index.expand(*index.shape[:-1], x.shape[-1]))
 
 
-@_operator(fake=lambda table, index: table.new_empty((*index.shape[:-1], table.shape[-1])),
-           onnx=lambda table, index: _ox().GatherND(table, index))
+@_operator(
+    fake=lambda table, index: table.new_empty((*index.shape[:-1], table.shape[-1])),
+    onnx=lambda table, index: _ox().GatherND(table, index),
+)
 def look_up(table: Tensor, index: Tensor) -> Tensor:
     """Rows of one table [M, D] for every image: index [.., K, 1] -> [.., K, D]. ONNX: GatherND."""
     return table[index[..., 0]]
@@ -129,15 +135,19 @@ def one_hot(index: Tensor, columns: list[int], width: int) -> Tensor:
     return torch.zeros(*at.shape, width, device=index.device).scatter_(-1, at[..., None], 1.0)
 
 
-@_operator(fake=lambda x, rows: x.new_empty((*x.shape[:-2], len(rows), x.shape[-1])),
-           onnx=lambda x, rows: _ox().Gather(x, _int32s(rows), axis=-2))
+@_operator(
+    fake=lambda x, rows: x.new_empty((*x.shape[:-2], len(rows), x.shape[-1])),
+    onnx=lambda x, rows: _ox().Gather(x, _int32s(rows), axis=-2),
+)
 def fixed_rows(x: Tensor, rows: list[int]) -> Tensor:
     """Rows known when the graph is made: x [.., N, C] -> [.., len(rows), C]. ONNX: Gather (a strided Slice costs TensorRT 30 layers)."""
     return x.index_select(-2, torch.tensor(rows, device=x.device))
 
 
-@_operator(fake=lambda x, k, largest: (x.new_empty(_column(x, k)), x.new_empty(_column(x, k), dtype=torch.int64)),
-           onnx=lambda x, k, largest: _ox().TopK(x, _ints(k), axis=-2, largest=int(largest), sorted=1))
+@_operator(
+    fake=lambda x, k, largest: (x.new_empty(_column(x, k)), x.new_empty(_column(x, k), dtype=torch.int64)),
+    onnx=lambda x, k, largest: _ox().TopK(x, _ints(k), axis=-2, largest=int(largest), sorted=1),
+)
 def top_rows(x: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
     """The k largest (smallest) of a column, sorted: x [.., N, 1] -> values, indices [.., k, 1]. Of equals, the lower index first.
 
@@ -147,16 +157,20 @@ def top_rows(x: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
     return order.values.narrow(-2, 0, k).clone(), order.indices.narrow(-2, 0, k).clone()
 
 
-@_operator(fake=lambda x: (x.new_empty((*x.shape[:-1], 1)), x.new_empty((*x.shape[:-1], 1), dtype=torch.int64)),
-           onnx=lambda x: _ox().TopK(x, _ints(1), axis=-1, largest=1, sorted=1))
+@_operator(
+    fake=lambda x: (x.new_empty((*x.shape[:-1], 1)), x.new_empty((*x.shape[:-1], 1), dtype=torch.int64)),
+    onnx=lambda x: _ox().TopK(x, _ints(1), axis=-1, largest=1, sorted=1),
+)
 def best_column(x: Tensor) -> tuple[Tensor, Tensor]:
     """Row maximum and its column: x [.., N, M] -> values, indices [.., N, 1]. Of equals, the lower column. ONNX: TopK with k = 1."""
     value = x.amax(-1, keepdim=True)
     return value, (x == value).to(torch.int8).argmax(-1, keepdim=True)
 
 
-@_operator(fake=lambda base, index, values: torch.empty_like(base),
-           onnx=lambda base, index, values: _ox().ScatterElements(base, index, values, axis=-2))
+@_operator(
+    fake=lambda base, index, values: torch.empty_like(base),
+    onnx=lambda base, index, values: _ox().ScatterElements(base, index, values, axis=-2),
+)
 def put_rows(base: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """A copy of the column base [.., N, 1] with base[index] = values; indices are unique. ONNX: ScatterElements without a reduction."""
     return base.scatter(-2, index, values)
@@ -186,7 +200,9 @@ def _whole(x, shape):
 
 def _product_shape(a, b, trans_a, trans_b):
     n = a.shape[-1] if trans_a else a.shape[-2]
-    return a.new_empty((*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), n, b.shape[-2] if trans_b else b.shape[-1]))
+    return a.new_empty(
+        (*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), n, b.shape[-2] if trans_b else b.shape[-1])
+    )
 
 
 def _matmul_onnx(a, b, trans_a, trans_b):

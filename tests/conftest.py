@@ -21,16 +21,39 @@ TINY = {
 AT = {"at": (1, 3, 4)}
 # Every method on the tiny models (65 tokens, 6 blocks); after the method's name, what is special.
 METHOD_CASES = {
-    "none": {}, "tome": {"r": 8}, "evit": AT, "evit no-fuse": {**AT, "fuse": False}, "etps": AT, "dtps": AT, "dynamicvit": AT,
+    "none": {},
+    "tome": {"r": 8},
+    "evit": AT,
+    "evit no-fuse": {**AT, "fuse": False},
+    "etps": AT,
+    "dtps": AT,
+    "dynamicvit": AT,
     "diffrate": {"rates": {"prune_kept": [65, 60, 50, 42, 34, 20], "merge_kept": [65, 55, 46, 38, 30, 12]}},
     "diffrate prune": {"rates": {"prune_kept": [65, 60, 50, 42, 34, 20], "merge_kept": [65, 60, 50, 42, 34, 20]}},
     "diffrate merge": {"rates": {"prune_kept": [65, 65, 60, 50, 40, 30], "merge_kept": [65, 60, 50, 40, 30, 30]}},
     "diffrate up and down": {"rates": {"prune_kept": [60, 64, 50, 58, 40, 65], "merge_kept": [55, 60, 45, 52, 38, 60]}},
 }
 # Every method at its paper's main setting on DeiT-S.
-DEIT = {"none": {}, "tome": {"r": 13}, "evit": {}, "etps": {}, "dtps": {}, "dynamicvit": {}, "diffrate": {"rates": "deit_small@2.9"}}
+DEIT = {
+    "none": {},
+    "tome": {"r": 13},
+    "evit": {},
+    "etps": {},
+    "dtps": {},
+    "dynamicvit": {},
+    "diffrate": {"rates": "deit_small@2.9"},
+}
 DINOV2 = {**{m: {} for m in DEIT}, "tome": {"r": "13"}, "diffrate": {"rates": "deit_small@2.9"}}
-FAST_FIRST = ("test_schedule", "test_counts", "test_rates", "test_ops", "test_load", "test_static_forms", "test_graph", "test_golden")
+FAST_FIRST = (
+    "test_schedule",
+    "test_counts",
+    "test_rates",
+    "test_ops",
+    "test_load",
+    "test_static_forms",
+    "test_graph",
+    "test_golden",
+)
 LONG_NEXT = ("test_readme", "test_registry")  # before the rest, so that two workers end together
 
 
@@ -48,7 +71,13 @@ def pytest_generate_tests(metafunc):
 def pytest_collection_modifyitems(items):
     """Quick files first, then the longest; tests marked slow last in their file, else in their order."""
     rank = {name: i for i, name in enumerate((*FAST_FIRST, *LONG_NEXT))}
-    items.sort(key=lambda item: (rank.get(item.path.stem, len(rank)), str(item.path), item.get_closest_marker("slow") is not None))
+    items.sort(
+        key=lambda item: (
+            rank.get(item.path.stem, len(rank)),
+            str(item.path),
+            item.get_closest_marker("slow") is not None,
+        )
+    )
 
 
 @pytest.fixture(scope="session")
@@ -62,8 +91,12 @@ def golden():
     """Data of the authors' code: case(name) -> (json, arrays), units -> (json, arrays), image [3, 3, 64, 64]."""
     arrays = lambda name: dict(np.load(GOLDEN / f"{name}.npz"))
     read = lambda name: json.loads((GOLDEN / f"{name}.json").read_text())
-    return SimpleNamespace(case=lambda name: (read(name), arrays(name)), units=(read("units"), arrays("units")),
-                           image=torch.from_numpy(arrays("inputs_tiny")["x"]), folder=GOLDEN)
+    return SimpleNamespace(
+        case=lambda name: (read(name), arrays(name)),
+        units=(read("units"), arrays("units")),
+        image=torch.from_numpy(arrays("inputs_tiny")["x"]),
+        folder=GOLDEN,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -76,8 +109,12 @@ def tiny():
     def load(kind):
         if kind not in made:
             name, kwargs = TINY[kind]
-            made[kind] = load_model(name, {**KWARGS, **kwargs}, checkpoint=GOLDEN / f"{kind}.safetensors",
-                                    predictor=GOLDEN / "tps_predictors_tiny.safetensors")
+            made[kind] = load_model(
+                name,
+                {**KWARGS, **kwargs},
+                checkpoint=GOLDEN / f"{kind}.safetensors",
+                predictor=GOLDEN / "tps_predictors_tiny.safetensors",
+            )
         return made[kind]
 
     return load
@@ -91,8 +128,15 @@ def schedule_of():
 
     def schedule(module, r=None, prop_attn=None, method=None, **options):
         method = method or ("none" if r is None else "tome")
-        return Schedule.parse(r, method=method, depth=len(module.blocks), n_tokens=vit.n_tokens(module),
-                              n_prefix=module.num_prefix_tokens, prop_attn=None if r is None else prop_attn, **options)
+        return Schedule.parse(
+            r,
+            method=method,
+            depth=len(module.blocks),
+            n_tokens=vit.n_tokens(module),
+            n_prefix=module.num_prefix_tokens,
+            prop_attn=None if r is None else prop_attn,
+            **options,
+        )
 
     return schedule
 
@@ -156,7 +200,9 @@ def exported_large(tmp_path_factory, schedule_of):
             models[model] = load_model(name, kwargs, checkpoint, predictor=predictor)
         if key not in made:
             made[key] = folder / f"{len(made)}.onnx"
-            export_onnx(models[model], schedule_of(models[model].module, **options), made[key], batch=batch, sources=sources)
+            export_onnx(
+                models[model], schedule_of(models[model].module, **options), made[key], batch=batch, sources=sources
+            )
         return made[key]
 
     return export
@@ -199,11 +245,11 @@ def dinov2_how():
 @pytest.fixture(scope="session")
 def run_onnx():
     """run_onnx(path, image, engine) -> outputs by name; a file for fewer images is run as often as needed."""
-    from tokexport import open_engine
+    from tokexport import open_runner
 
-    def run(path, image, engine="ort"):
+    def run(path, image, runtime="ort"):
         image = np.asarray(image, dtype=np.float32)
-        with open_engine(path, engine, threads=1) as runner:
+        with open_runner(path, runtime, threads=1) as runner:
             size = runner.inputs["image"][0] or len(image)
             parts = [runner.run({"image": image[i : i + size]}) for i in range(0, len(image), size)]
         return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}

@@ -35,8 +35,14 @@ def test_the_readmes_reducer_works(toy, tiny, tmp_path):
 
 def test_every_reducer_is_a_small_file_with_all_its_parts():
     folder = Path(reducers.__file__).parent
-    assert {p.stem for p in folder.glob("*.py")} == set(reducers.METHODS) - {"none"} | {"__init__", "matching", "ranking"}
+    assert {p.stem for p in folder.glob("*.py")} == set(reducers.METHODS) - {"none"} | {
+        "__init__",
+        "matching",
+        "ranking",
+    }
     for method in set(reducers.METHODS) - {"none"}:
         module = reducers.get(method)
-        assert all(hasattr(module, part) for part in ("NEEDS", "OPTIONS", "steps", "reference", "static", "regret")), method
+        assert all(hasattr(module, part) for part in ("NEEDS", "OPTIONS", "steps", "reference", "static", "regret")), (
+            method
+        )
         assert len((folder / f"{method}.py").read_text().splitlines()) <= 85, method

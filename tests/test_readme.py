@@ -29,7 +29,14 @@ def test_the_quick_start_works(tmp_path):
         args = shlex.split(line.split("  #")[0])[1:]
         if args[0] == "bench":
             args += ["--seconds", "1"]
-        out = subprocess.run([sys.executable, "-m", "tokexport", *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
+        out = subprocess.run(
+            [sys.executable, "-m", "tokexport", *args],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
         assert out.returncode == 0, f"{line}\n{out.stderr}"
         if "--offline" in args:  # all methods, each with its picture
             assert "All files agree" in out.stderr and out.stderr.count("100.0%") >= 6
@@ -38,8 +45,14 @@ def test_the_quick_start_works(tmp_path):
 
 def test_the_python_example_works(tmp_path):
     (code,) = blocks("python")
-    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600,
-                         env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     assert out.returncode == 0 and "passed" in out.stdout, out.stderr
 
 
@@ -54,8 +67,11 @@ def test_the_limits_of_verify_are_those_of_the_code():
     for column, names in enumerate(table[""]):
         for precision in names.split(", "):
             near = tolerances.NEAR_TIE[precision]
-            limits = {"outputs": [tolerances.TOLERANCE[precision]], "one stage": [tolerances.STAGE[precision]],
-                      "near-tie": [near["metric"], near["attention"]]}
+            limits = {
+                "outputs": [tolerances.TOLERANCE[precision]],
+                "one stage": [tolerances.STAGE[precision]],
+                "near-tie": [near["metric"], near["attention"]],
+            }
             assert near["attention"] == near["head"]
             for row, wanted in limits.items():
                 assert [float(v) for v in table[row][column].split("; ")] == wanted, (precision, row)
@@ -69,10 +85,16 @@ def test_make_targets_named_in_the_readme_exist():
 
 def test_the_demo_does_all_it_says(tmp_path):
     """What `make demo` runs: files verified on real weights and photos, timed on both engines, and drawn."""
-    out = subprocess.run([sys.executable, "-m", "tokexport", "demo", "--out", "out", "--json"], cwd=tmp_path, capture_output=True,
-                         text=True, timeout=600, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    out = subprocess.run(
+        [sys.executable, "-m", "tokexport", "demo", "-o", "out", "--json"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     assert out.returncode == 0, out.stderr
     found = json.loads(out.stdout)
     assert all(report["passed"] for report in found["verify"].values())
-    assert {row["engine"] for row in found["speed"]} == {"ONNX Runtime", "OpenVINO"}
+    assert {row["runtime"] for row in found["speed"]} == {"ONNX Runtime", "OpenVINO"}
     assert all((tmp_path / picture).stat().st_size > 10_000 for picture in found["pictures"])

@@ -12,7 +12,7 @@ _HOME = {
     "export_onnx": "export.graph.export",
     "inspect": "export.inspection",
     "verify": "engines.parity.verify",
-    "open_engine": "engines.runners",
+    "open_runner": "engines.runners",
     "UsageError": "export.errors",
 }
 

@@ -9,7 +9,7 @@ from importlib import import_module
 
 import click
 
-from ..export.errors import GraphError, UsageError
+from ..export.errors import FailureError, UsageError
 
 COMMANDS = {
     "onnx": "Export a ViT, reduced or not, to a static ONNX file.",
@@ -44,9 +44,12 @@ def group():
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done or passed, 1 a check failed, 2 wrong use or a missing package, 143 terminated."""
+    """Entry point. Exit codes: 0 done or passed, 1 a check failed, 2 wrong use or a missing package, 3 a runtime, builder or disk failed,
+    130 interrupted, 143 terminated."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what lies aside is cleared away, as it is on any other exit
+        signal.signal(
+            signal.SIGTERM, lambda *_: sys.exit(143)
+        )  # what lies aside is cleared away, as it is on any other exit
     try:
         sys.exit(group.main(standalone_mode=False) or 0)
     except click.exceptions.Abort:
@@ -63,9 +66,9 @@ def main() -> None:
     except OSError as e:
         click.echo(f"Error: {str(e.filename)[:80] if e.filename else 'input or output'}: {e.strerror or e}", err=True)
         sys.exit(2)
-    except GraphError as e:
+    except FailureError as e:
         click.echo(f"Error: {e}", err=True)
-        sys.exit(1)
+        sys.exit(3)
     except MemoryError:
         click.echo("Error: out of memory: give a smaller --batch or a smaller model", err=True)
         sys.exit(2)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..runners import open_engine
+from ..runners import open_runner
 from ...export.errors import UsageError
 from ...export.inspection import Inspection, inspect
 from .timing import ratio, until_sure
@@ -19,16 +19,26 @@ def way(found: Inspection) -> tuple:
     return found.batch, found.provenance.opset, found.provenance.precision
 
 
-def export(folder: Path, loaded, method: str, options: dict, batch: int | None, opset: int = 20, dtype: str = "fp32") -> Path:
+def export(
+    folder: Path, loaded, method: str, options: dict, batch: int | None, opset: int = 20, dtype: str = "fp32"
+) -> Path:
     """A file in folder of a loaded model under a method."""
     from ...export.models import vit
     from ...export.graph.export import export_onnx
     from ...export.schedule import Schedule
 
     if dtype == "int8":
-        raise UsageError("an int8 file is compared with a dense int8 file that was calibrated on the same images: give it with --dense")
+        raise UsageError(
+            "an int8 file is compared with a dense int8 file that was calibrated on the same images: give it with --dense"
+        )
     model = loaded.module
-    schedule = Schedule.parse(method=method, depth=len(model.blocks), n_tokens=vit.n_tokens(model), n_prefix=model.num_prefix_tokens, **options)
+    schedule = Schedule.parse(
+        method=method,
+        depth=len(model.blocks),
+        n_tokens=vit.n_tokens(model),
+        n_prefix=model.num_prefix_tokens,
+        **options,
+    )
     said = ".".join(f"{k}={v}" for k, v in options.items() if k in ("r", "keep_rate")).replace("/", "_")
     path = folder / ".".join(filter(None, [method, said, str(batch or "dynamic"), str(opset), dtype, "onnx"]))
     return path if path.exists() else export_onnx(loaded, schedule, path, batch=batch, opset=opset, dtype=dtype).path
@@ -45,7 +55,9 @@ def noise(found: Inspection, size: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal((size, p.dims["channels"], *p.preprocess.size)).astype(np.float32)
 
 
-def rows(files: list[Inspection], denses: dict[tuple, Inspection], engine: str, size: int, threads: int, seconds: float) -> list[dict]:
+def rows(
+    files: list[Inspection], denses: dict[tuple, Inspection], runtime: str, size: int, threads: int, seconds: float
+) -> list[dict]:
     """One row per file and per dense file they need, for one engine and batch size; files of another fixed batch are left out.
 
     denses: `way` of files -> the dense file they are compared with. A file that fails is a row with its error.
@@ -63,7 +75,7 @@ def rows(files: list[Inspection], denses: dict[tuple, Inspection], engine: str, 
         calls = {}
         for f in every:
             try:
-                runner = stack.enter_context(open_engine(f.path, engine, threads, batch=size))
+                runner = stack.enter_context(open_runner(f.path, runtime, threads, batch=size))
                 runner.run(feeds)
                 calls[str(f.path)] = lambda r=runner: r.run(feeds)
             except UsageError as e:
@@ -75,15 +87,33 @@ def rows(files: list[Inspection], denses: dict[tuple, Inspection], engine: str, 
         name = str(f.path)
         reduced = name in dense_of
         label = name if reduced else dense_label(f)
-        row = {"engine": engine, "batch": size, "file": label, "method": f.provenance.schedule.method, "macs_ratio": f.macs_dense / f.macs}
+        row = {
+            "runtime": runtime,
+            "batch": size,
+            "file": label,
+            "method": f.provenance.schedule.method,
+            "macs_ratio": f.macs_dense / f.macs,
+        }
         dense = dense_of.get(name, name)
         if name in errors or dense in errors:
             out.append({**row, "error": errors.get(name) or f"the dense file failed: {errors[dense]}"})
             continue
         ms, (middle, low, high) = np.array(times[name]) * 1e3, ratio(times[dense], times[name])
         low_ms, mid_ms, high_ms = np.percentile(ms, [20, 50, 80])
-        out.append({**row, "ms": float(mid_ms), "ms_20": float(low_ms), "ms_80": float(high_ms), "images_per_second": float(size / mid_ms * 1e3),
-                    "rounds": len(ms), "speedup": middle, "speedup_20": low, "speedup_80": high, "quotient": middle / row["macs_ratio"]})
+        out.append(
+            {
+                **row,
+                "ms": float(mid_ms),
+                "ms_20": float(low_ms),
+                "ms_80": float(high_ms),
+                "images_per_second": float(size / mid_ms * 1e3),
+                "rounds": len(ms),
+                "speedup": middle,
+                "speedup_20": low,
+                "speedup_80": high,
+                "quotient": middle / row["macs_ratio"],
+            }
+        )
     return out
 
 
@@ -91,8 +121,10 @@ def break_even(measured: list[dict]) -> dict[tuple[str, str], int | None]:
     """(engine, file) -> the smallest measured batch from which on the file is faster than its dense one; None when there is none."""
     out = {}
     for row in measured:
-        key = row["engine"], row["file"]
-        mine = sorted((r for r in measured if (r["engine"], r["file"]) == key and "speedup" in r), key=lambda r: r["batch"])
+        key = row["runtime"], row["file"]
+        mine = sorted(
+            (r for r in measured if (r["runtime"], r["file"]) == key and "speedup" in r), key=lambda r: r["batch"]
+        )
         slow = [r["batch"] for r in mine if r["speedup"] <= 1]
         fast = [r["batch"] for r in mine if r["speedup"] > 1 and r["batch"] > max(slow, default=0)]
         if row["method"] != "none":
@@ -100,14 +132,14 @@ def break_even(measured: list[dict]) -> dict[tuple[str, str], int | None]:
     return out
 
 
-def agreement(path: Path, dense: Path, engine: str, image: np.ndarray) -> dict:
+def agreement(path: Path, dense: Path, runtime: str, image: np.ndarray) -> dict:
     """A file's outputs against the dense model's on images: mean cosine, and top1 (None without classes)."""
     from ..parity.compare import cosines, top
     from ..runners import in_batches
 
     outputs = []
     for p in (path, dense):
-        with open_engine(p, engine) as runner:
+        with open_runner(p, runtime) as runner:
             name = inspect(p).provenance.outputs[0]
             outputs.append(in_batches(runner, image)[name].astype(np.float64))
     return {"cosine": float(cosines(*outputs).mean()), "top1": top(*outputs, 1) if name == "logits" else None}

@@ -16,15 +16,17 @@ def labelled(folder: Path, provenance, limit: int | None) -> list[tuple[Path, in
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit}: wanted 1 or more images")
     if not folder.is_dir():
-        raise UsageError(f"--data {folder}: wanted a folder with a folder for each class")
+        raise UsageError(f"--images {folder}: wanted a folder with a folder for each class")
     names = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
     if not names:
-        raise UsageError(f"--data {folder} has no folders: wanted one for each class, with its images")
+        raise UsageError(f"--images {folder} has no folders: wanted one for each class, with its images")
     index = _classes(names, provenance, folder)
-    inside = {n: sorted(p for p in (folder / n).iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()) for n in names}
+    inside = {
+        n: sorted(p for p in (folder / n).iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()) for n in names
+    }
     images = [(p, index[n]) for n in names for p in inside[n]]
     if not images:
-        raise UsageError(f"--data {folder}: its folders have no images ({', '.join(SUFFIXES)})")
+        raise UsageError(f"--images {folder}: its folders have no images ({', '.join(SUFFIXES)})")
     if limit is None or limit >= len(images):
         return images
     return [images[i * len(images) // limit] for i in range(limit)]
@@ -40,20 +42,31 @@ def _classes(names: list[str], provenance, folder: Path) -> dict[str, int]:
         return {name: labels[name] for name in names}
     if len(names) == n:
         return {name: i for i, name in enumerate(names)}
-    raise UsageError(f"--data {folder} has {len(names)} folders ({', '.join(names[:3])}, ...), the model {n} classes: name them by index "
-                     f"(0 to {n - 1}) or by label, or have one for each class")
+    raise UsageError(
+        f"--images {folder} has {len(names)} folders ({', '.join(names[:3])}, ...), the model {n} classes: name them by index "
+        f"(0 to {n - 1}) or by label, or have one for each class"
+    )
 
 
-def evaluate(found, images: list[tuple[Path, int]], engine: str, reference: bool, checkpoint, predictor, progress, dense: bool = True) -> list[dict]:
+def evaluate(
+    found,
+    images: list[tuple[Path, int]],
+    runtime: str,
+    reference: bool,
+    checkpoint,
+    predictor,
+    progress,
+    dense: bool = True,
+) -> list[dict]:
     """Rows of figures: the file's, and with `reference` its reference's and (with `dense`) the dense model's."""
     import numpy as np
 
     from ..images import load_images
-    from ..runners import in_batches, open_engine
+    from ..runners import in_batches, open_runner
 
     p, wanted = found.provenance, np.array([label for _, label in images])
     runs = {}
-    with open_engine(found.path, engine, batch=found.batch or BATCH if engine == "openvino" else None) as runner:
+    with open_runner(found.path, runtime, batch=found.batch or BATCH if runtime == "openvino" else None) as runner:
         size = runner.inputs["image"][0] or BATCH
         runs[str(found.path)] = lambda image: in_batches(runner, image)[p.outputs[0]]
         if reference:
@@ -76,7 +89,10 @@ def evaluate(found, images: list[tuple[Path, int]], engine: str, reference: bool
             pixels = load_images([path for path, _ in images[start : start + size]], p.preprocess)
             for name, call in runs.items():
                 logits[name].append(call(pixels))
-    return [_row(name, np.concatenate(v), wanted, p.schedule if name == str(found.path) else None) for name, v in logits.items()]
+    return [
+        _row(name, np.concatenate(v), wanted, p.schedule if name == str(found.path) else None)
+        for name, v in logits.items()
+    ]
 
 
 def _row(name: str, logits, wanted, schedule) -> dict:
@@ -86,4 +102,9 @@ def _row(name: str, logits, wanted, schedule) -> dict:
         raise UsageError(f"{name} gives values that are not finite on these images")
     best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
     hits = best == wanted[:, None]
-    return {"what": name, "tokens": schedule.n_final if schedule else None, "top1": float(hits[:, 0].mean()), "top5": float(hits.any(1).mean())}
+    return {
+        "what": name,
+        "tokens": schedule.n_final if schedule else None,
+        "top1": float(hits[:, 0].mean()),
+        "top5": float(hits.any(1).mean()),
+    }

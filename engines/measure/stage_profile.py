@@ -13,17 +13,19 @@ from ...export.graph import stages
 from ..parity.bisect import PARTS
 from ..runners import OPENVINO
 
-ENGINES = ("ort", "openvino")
+RUNTIMES = ("ort", "openvino")
 REST = "rest"
 
 
-def stage_times(path: str | Path, engine: str, image: np.ndarray, rounds: int = 10, threads: int = 1) -> dict[str, float]:
+def stage_times(
+    path: str | Path, runtime: str, image: np.ndarray, rounds: int = 10, threads: int = 1
+) -> dict[str, float]:
     """Milliseconds a run spends in each stage ("embed", "block0.attn", ..., "head"), and in nodes the engine made itself ("rest").
 
     engine: "ort" or "openvino". image: [B, 3, H, W]. rounds: runs, of which the mean is taken. Profiling itself takes time: compare
     shares, not sums.
     """
-    times = {"ort": _onnxruntime, "openvino": _openvino}[engine](Path(path), image, rounds, threads)
+    times = {"ort": _onnxruntime, "openvino": _openvino}[runtime](Path(path), image, rounds, threads)
     out: Counter = Counter()
     for name, ms in times.items():
         stage = stages.of_node(name)
@@ -63,7 +65,9 @@ def _openvino(path: Path, image, rounds: int, threads: int) -> dict[str, float]:
     core = ov.Core()
     model = core.read_model(path)
     model.reshape({0: list(image.shape)})
-    compiled = core.compile_model(model, "CPU", {**OPENVINO, "INFERENCE_NUM_THREADS": str(threads), "PERF_COUNT": "YES"})
+    compiled = core.compile_model(
+        model, "CPU", {**OPENVINO, "INFERENCE_NUM_THREADS": str(threads), "PERF_COUNT": "YES"}
+    )
     request, found = compiled.create_infer_request(), Counter()
     for i in range(rounds + 2):
         request.infer({"image": image})

@@ -14,11 +14,18 @@ import numpy as np
 
 from ...export.graph import stages
 from ...export.inspection import read_onnx
-from ..runners import in_batches, open_engine
+from ..runners import in_batches, open_runner
 from .limits import ROUNDING, STAGE
 
 AT_ONCE = 12  # borders in one copy
-PARTS = {"embed": "embedding", "attn": "attention", "match": "matching", "merge": "merging", "mlp": "MLP", "head": "head"}
+PARTS = {
+    "embed": "embedding",
+    "attn": "attention",
+    "match": "matching",
+    "merge": "merging",
+    "mlp": "MLP",
+    "head": "head",
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class StageParity:
 
     @property
     def words(self) -> str:
-        """"block 3, merging"."""
+        """ "block 3, merging"."""
         block, _, part = self.stage.rpartition(".")
         return f"block {block.removeprefix('block')}, {PARTS[part]}" if block else PARTS[part]
 
@@ -47,8 +54,11 @@ def borders(model) -> dict[str, str]:
     from onnx import TensorProto
 
     floats = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
-    width = {v.name: v.type.tensor_type.shape.dim[-1].dim_value for v in model.graph.value_info
-             if v.type.tensor_type.elem_type in floats and len(v.type.tensor_type.shape.dim) in (2, 3)}
+    width = {
+        v.name: v.type.tensor_type.shape.dim[-1].dim_value
+        for v in model.graph.value_info
+        if v.type.tensor_type.elem_type in floats and len(v.type.tensor_type.shape.dim) in (2, 3)
+    }
     part = lambda stage: stage.rpartition(".")[2]
     home = {o: stages.of_node(n.name) for n in model.graph.node for o in n.output}
     readers: dict[str, set] = {}
@@ -68,36 +78,49 @@ def borders(model) -> dict[str, str]:
     return {stage: name for stage, (_, name) in found.items()}
 
 
-def observe(path: Path, engine: str, image: np.ndarray, progress: Callable[[str], None] = lambda stage: None) -> dict[str, np.ndarray]:
+def observe(
+    path: Path, runtime: str, image: np.ndarray, progress: Callable[[str], None] = lambda stage: None
+) -> dict[str, np.ndarray]:
     """A file's tokens behind every stage of the trunk, [B, N, C] float32 by stage name. image: [B, 3, H, W], a few."""
     places, observed = list(borders(read_onnx(path)).items()), {}
     for start in range(0, len(places), AT_ONCE):
         some = dict(places[start : start + AT_ONCE])
         progress(f"stages {start + 1} to {start + len(some)} of {len(places)}")
-        with open_engine(path, engine, outputs=tuple(some.values())) as runner:
+        with open_runner(path, runtime, outputs=tuple(some.values())) as runner:
             got = in_batches(runner, image, tuple(some.values()))
         observed |= {stage: got[name].astype(np.float32) for stage, name in some.items()}
     return observed
 
 
-def not_finite(path: Path, engine: str, schedule, image: np.ndarray) -> str | None:
+def not_finite(path: Path, runtime: str, schedule, image: np.ndarray) -> str | None:
     """The first stage behind which a file's tokens are not finite, in words; None when they all are."""
-    observed = observe(path, engine, image)
+    observed = observe(path, runtime, image)
     first = next((s for s in _order(schedule) if s in observed and not np.isfinite(observed[s]).all()), None)
     return None if first is None else StageParity(first, float("inf"), 0.0).words
 
 
-def stage_parity(path: Path, engine: str, reference, precision: str, near_tie: float, image: np.ndarray, got,
-                 progress: Callable[[str], None] = lambda stage: None) -> list[StageParity]:
+def stage_parity(
+    path: Path,
+    runtime: str,
+    reference,
+    precision: str,
+    near_tie: float,
+    image: np.ndarray,
+    got,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> list[StageParity]:
     """Every stage of a file in the order it is computed.
 
     reference: the eager model. got: the file's own `Side` for image [B, 3, H, W], a few.
     """
     import torch
 
-    observed = {stage: torch.from_numpy(v) for stage, v in observe(path, engine, image, progress).items()}
+    observed = {stage: torch.from_numpy(v) for stage, v in observe(path, runtime, image, progress).items()}
     out = reference.run(torch.from_numpy(image), got.plans, observed, ROUNDING[precision])
-    apart, length = (torch.from_numpy(got.output.astype(np.float32)) - out.output).norm(dim=1), out.output.norm(dim=1).clamp(min=1e-30)
+    apart, length = (
+        (torch.from_numpy(got.output.astype(np.float32)) - out.output).norm(dim=1),
+        out.output.norm(dim=1).clamp(min=1e-30),
+    )
     out.departs["head"] = (apart / length).nan_to_num(torch.inf, torch.inf)
     steps = {f"block{s.block}.match": r for s, r in zip(reference.schedule.steps, out.regrets)}
     order = {s: i for i, s in enumerate(_order(reference.schedule))}

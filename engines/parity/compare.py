@@ -107,9 +107,15 @@ class Comparison:
             for k, step in enumerate(steps):
                 for i, name in enumerate(names):
                     if (regrets[k][i] > 0 and not self.two_files) or not _same(got.plans[k], wanted.plans[k], i):
-                        self.margins[name, step.block] = max(float(regrets[k][i]), self.margins.get((name, step.block), 0.0))
-            rows = [all(row) for row in same]  # where both decide alike they are compared with each other, not through the reference
-            pick = lambda a, b: None if a is None or b is None else np.where(np.reshape(rows, (-1, *[1] * (a.ndim - 1))), a, b)
+                        self.margins[name, step.block] = max(
+                            float(regrets[k][i]), self.margins.get((name, step.block), 0.0)
+                        )
+            rows = [
+                all(row) for row in same
+            ]  # where both decide alike they are compared with each other, not through the reference
+            pick = lambda a, b: (
+                None if a is None or b is None else np.where(np.reshape(rows, (-1, *[1] * (a.ndim - 1))), a, b)
+            )
             like = Side(got.plans, pick(wanted.output, like.output), pick(wanted.sources, like.sources))
         if not np.isfinite(wanted.output).all():
             bad = [n for n, row in zip(names, wanted.output) if not np.isfinite(row).all()]
@@ -149,14 +155,21 @@ class Comparison:
         rows, flips = [], self.flips
         differ = {name for name, _ in self.margins}
         limit, first = TOLERANCE[self.precision], self.provenance.outputs[0]
-        broken = {n for a, b, names in self.others for n, x, y in zip(names, a, b) if not output_parity(first, x[None], y[None], limit).passed}
+        broken = {
+            n
+            for a, b, names in self.others
+            for n, x, y in zip(names, a, b)
+            if not output_parity(first, x[None], y[None], limit).passed
+        }
         for side, like, start in zip(self.got, self.replayed, np.cumsum([0] + [len(s.output) for s in self.got])):
             for i, (a, b) in enumerate(zip(side.output, like.output)):
                 name = self.names[start + i]
                 found = output_parity(self.provenance.outputs[0], a[None], b[None], TOLERANCE[self.precision])
                 wrong = not found.passed or name in broken or any(f.image == name and not f.passed for f in flips)
                 verdict = "failed" if wrong else "flipped" if name in differ else "equal"
-                rows.append(ImageParity(name, verdict, found.max_rel, found.cosine, sum(n == name for n, _ in self.margins)))
+                rows.append(
+                    ImageParity(name, verdict, found.max_rel, found.cosine, sum(n == name for n, _ in self.margins))
+                )
         return rows
 
 
@@ -185,10 +198,17 @@ def read_side(got: dict[str, np.ndarray], provenance: Provenance) -> Side | str:
         name = f"block{step.block}."
         part = {k.removeprefix(name): torch.from_numpy(v) for k, v in got.items() if k.startswith(name)}
         if step.n_in == 1 and not part:  # nothing to decide: the graph has it as a constant
-            part = {"keep": torch.zeros(len(output), 1, 1, dtype=torch.int64), "src": torch.zeros(len(output), 0, 1, dtype=torch.int64)}
+            part = {
+                "keep": torch.zeros(len(output), 1, 1, dtype=torch.int64),
+                "src": torch.zeros(len(output), 0, 1, dtype=torch.int64),
+            }
         plan = _plan(part, step, provenance.schedule)
         if plan is None:
-            what = "" if np.isfinite(output).all() else "; its output is not finite (verify --bisect names the first such stage)"
+            what = (
+                ""
+                if np.isfinite(output).all()
+                else "; its output is not finite (verify --bisect names the first such stage)"
+            )
             return f"block {step.block}: the decisions of the file are no plan (a row is kept twice, lost, or has no host){what}"
         plans.append(plan)
     return Side(plans, output, got.get("sources"))
@@ -217,7 +237,12 @@ def _plan(part: dict, step, schedule):
 
     order = part["order"] if "order" in part else torch.cat([part["keep"], part["src"]], 1)
     rows = order[..., 0].sort(-1).values
-    if rows.shape[1] != step.n_kept + step.n_folded or rows.min() < 0 or rows.max() >= step.n_in or not (rows.diff() > 0).all():
+    if (
+        rows.shape[1] != step.n_kept + step.n_folded
+        or rows.min() < 0
+        or rows.max() >= step.n_in
+        or not (rows.diff() > 0).all()
+    ):
         return None
     keep, src = order[:, : step.n_kept], order[:, step.n_kept :]
     if not step.n_folded:

@@ -12,8 +12,8 @@ import numpy as np
 from ...export.errors import UsageError
 from ...export.provenance import Provenance
 from ...export.rebuild import rebuild
-from ..files import inspect_file, is_plan
-from ..runners import in_batches, open_engine, require
+from ..files import inspect_file, is_engine
+from ..runners import in_batches, open_runner, require
 from .bisect import StageParity, not_finite, stage_parity
 from .compare import Comparison, Flip, ImageParity, OutputParity, cosines, read_side, run_reference, token_maps, top
 from .limits import TOLERANCE
@@ -50,7 +50,7 @@ class ParityReport:
     """
 
     path: str
-    engine: str
+    runtime: str
     against: str | None
     precision: str
     near_tie: float
@@ -68,7 +68,9 @@ class ParityReport:
 
     @property
     def passed(self) -> bool:
-        return not self.faults and all(o.passed for o in self.outputs) and all(f.passed for f in self.flips + self.stages)
+        return (
+            not self.faults and all(o.passed for o in self.outputs) and all(f.passed for f in self.flips + self.stages)
+        )
 
     @property
     def departs(self) -> str | None:
@@ -97,9 +99,16 @@ class ParityReport:
         return ", ".join(said + self.faults + ([self.departs] if self.departs else []))
 
 
-def verify(path: str | Path, images: list[str | Path] | None = None, checkpoint: str | Path | None = None, engine: str = "ort",
-           predictor: str | Path | None = None, progress: Callable[[str], None] = lambda stage: None,
-           against: str | Path | None = None, bisect: bool = False) -> ParityReport:
+def verify(
+    path: str | Path,
+    images: list[str | Path] | None = None,
+    checkpoint: str | Path | None = None,
+    runtime: str = "ort",
+    predictor: str | Path | None = None,
+    progress: Callable[[str], None] = lambda stage: None,
+    against: str | Path | None = None,
+    bisect: bool = False,
+) -> ParityReport:
     """Run a file and the eager reference rebuilt from its provenance on the same images and compare.
 
     images: files or folders; None for four images of seeded noise. checkpoint, predictor: where the weights and the score
@@ -111,9 +120,11 @@ def verify(path: str | Path, images: list[str | Path] | None = None, checkpoint:
     from ...export.reference import ReducedViT
     from ...export.models.score_head import score_heads
 
-    provenance = described(path, engine)
-    if bisect and is_plan(path):
-        raise UsageError(f"--bisect, --report: {path} is an engine, whose stages cannot be read; bisect the ONNX file it was built from")
+    provenance = described(path, runtime)
+    if bisect and is_engine(path):
+        raise UsageError(
+            f"--bisect, --report: {path} is an engine, whose stages cannot be read; bisect the ONNX file it was built from"
+        )
     precision = provenance.precision
     if against is not None:
         precision = max(precision, _comparable(path, provenance, against), key=TOLERANCE.get)
@@ -122,7 +133,7 @@ def verify(path: str | Path, images: list[str | Path] | None = None, checkpoint:
     loaded = rebuild(provenance, Path(path), checkpoint, predictor)
     reference = ReducedViT(loaded.module, provenance.schedule, score_heads(loaded, provenance.schedule))
     found, own, dense = Comparison(provenance, precision, against is not None), [], []
-    with open_side(path, engine) as run, open_side(against, engine) as other:
+    with open_side(path, runtime) as run, open_side(against, runtime) as other:
         for start in range(0, len(names), CHUNK):
             progress(f"comparing image {start + 1} of {len(names)}")
             part, some = pixels[start : start + CHUNK], names[start : start + CHUNK]
@@ -131,7 +142,7 @@ def verify(path: str | Path, images: list[str | Path] | None = None, checkpoint:
             fault = next((s for s in (got, wanted) if isinstance(s, str)), None)
             if fault:
                 found.faults.append(fault)
-                where = not_finite(Path(path), engine, provenance.schedule, part) if bisect else None
+                where = not_finite(Path(path), runtime, provenance.schedule, part) if bisect else None
                 found.faults += [f"{where} is the first stage whose tokens are not finite"] if where else []
                 break
             found.add(reference, part, got, wanted, some)
@@ -139,52 +150,79 @@ def verify(path: str | Path, images: list[str | Path] | None = None, checkpoint:
             dense.append(_dense(reference, part))
     stages, by_image = [], found.images()
     if bisect and found.got:
-        k = max(range(len(by_image)), key=lambda i: (by_image[i].verdict == "failed", by_image[i].max_rel)) // CHUNK  # the worst image's
+        k = (
+            max(range(len(by_image)), key=lambda i: (by_image[i].verdict == "failed", by_image[i].max_rel)) // CHUNK
+        )  # the worst image's
         part = pixels[k * CHUNK : (k + 1) * CHUNK]
-        stages = stage_parity(Path(path), engine, reference, provenance.precision, found.near_tie, part, found.got[k], progress)
-    engine = "TensorRT" if is_plan(path) else engine
-    return ParityReport(str(path), engine, None if against is None else str(against), precision, found.near_tie, TOLERANCE[precision], names,
-                        found.outputs(), found.share, found.flips, found.faults, by_image, _by_block(found),
-                        _cost(found, own, dense), stages, _maps(found))
+        stages = stage_parity(
+            Path(path), runtime, reference, provenance.precision, found.near_tie, part, found.got[k], progress
+        )
+    runtime = "TensorRT" if is_engine(path) else runtime
+    return ParityReport(
+        str(path),
+        runtime,
+        None if against is None else str(against),
+        precision,
+        found.near_tie,
+        TOLERANCE[precision],
+        names,
+        found.outputs(),
+        found.share,
+        found.flips,
+        found.faults,
+        by_image,
+        _by_block(found),
+        _cost(found, own, dense),
+        stages,
+        _maps(found),
+    )
 
 
-def described(path: str | Path, engine: str) -> Provenance:
+def described(path: str | Path, runtime: str) -> Provenance:
     """What an ONNX file, or a TensorRT engine, that is to be run says of itself. engine: what runs an ONNX file.
 
     Raises: UsageError for a file without provenance, a runtime that is not installed, or an engine that keeps its decisions to itself.
     """
-    if not is_plan(path):
-        require(engine)
-        if engine == "torch":
-            raise UsageError("--engine torch is the reference itself: wanted what the file is to run on, e.g. ort or openvino")
+    if not is_engine(path):
+        require(runtime)
+        if runtime == "torch":
+            raise UsageError(
+                "--runtime torch is the reference itself: wanted what the file is to run on, e.g. ort or openvino"
+            )
     p = inspect_file(path).provenance
-    if is_plan(path) and any(s.n_in > 1 for s in p.schedule.steps) and not p.decisions:
-        raise UsageError(f"{path} does not give its merge decisions, without which a flipped near-tie cannot be told from a bug: build it "
-                         f"with `tokexport trt --decisions`")
+    if is_engine(path) and any(s.n_in > 1 for s in p.schedule.steps) and not p.decisions:
+        raise UsageError(
+            f"{path} does not give its merge decisions, without which a flipped near-tie cannot be told from a bug: build it "
+            f"with `tokexport trt --decisions`"
+        )
     return p
 
 
 def _comparable(path, provenance: Provenance, against) -> str:
     """The other file's precision. Raises: UsageError when the two do not compute the same."""
     other = inspect_file(against).provenance
-    same = {"model": (provenance.model, provenance.model_kwargs) == (other.model, other.model_kwargs),
-            "weights": provenance.weights["sha256"] == other.weights["sha256"],
-            "method, options or token counts": provenance.schedule == other.schedule}
+    same = {
+        "model": (provenance.model, provenance.model_kwargs) == (other.model, other.model_kwargs),
+        "weights": provenance.weights["sha256"] == other.weights["sha256"],
+        "method, options or token counts": provenance.schedule == other.schedule,
+    }
     wrong = [what for what, ok in same.items() if not ok]
     if wrong:
-        raise UsageError(f"--against {against}: it has other {' and other '.join(wrong)} than {path}; wanted the same model under the "
-                         f"same schedule (verify each by itself shows what reduction costs)")
+        raise UsageError(
+            f"--against {against}: it has other {' and other '.join(wrong)} than {path}; wanted the same model under the "
+            f"same schedule (verify each by itself shows what reduction costs)"
+        )
     return other.precision
 
 
 @contextmanager
-def open_side(path: str | Path | None, engine: str = "ort"):
+def open_side(path: str | Path | None, runtime: str = "ort"):
     """A function: images [B, 3, H, W] -> `Side`, or a sentence when the file's decisions are no plan. None for no path."""
     if path is None:
         yield None
         return
-    p = described(path, engine)
-    with open_engine(path, engine, outputs=p.decisions) as runner:
+    p = described(path, runtime)
+    with open_runner(path, runtime, outputs=p.decisions) as runner:
         yield lambda image: read_side(in_batches(runner, image), p)
 
 

@@ -9,8 +9,11 @@ import numpy as np
 from ...export.errors import UsageError
 
 PACKAGES = {
-    "ort": ("onnxruntime", "cpu", "ONNX Runtime"), "openvino": ("openvino", "cpu", "OpenVINO"), "torch": ("torch", "cpu", "PyTorch"),
-    "ort-cuda": ("onnxruntime", "gpu", "ONNX Runtime with CUDA"), "ort-tensorrt": ("onnxruntime", "gpu", "ONNX Runtime with TensorRT"),
+    "ort": ("onnxruntime", "cpu", "ONNX Runtime"),
+    "openvino": ("openvino", "cpu", "OpenVINO"),
+    "torch": ("torch", "cpu", "PyTorch"),
+    "ort-cuda": ("onnxruntime", "gpu", "ONNX Runtime with CUDA"),
+    "ort-tensorrt": ("onnxruntime", "gpu", "ONNX Runtime with TensorRT"),
 }
 AT_ONCE = 16  # images in one run of a file that takes any number
 
@@ -22,7 +25,7 @@ class Runner:
     plan: of a TensorRT engine, what is loaded.
     """
 
-    engine: str
+    runtime: str
     inputs: dict[str, tuple]
     outputs: dict[str, tuple]
     _call: object = field(repr=False, default=None)
@@ -37,15 +40,19 @@ class Runner:
             fits = len(got.shape) == len(shape) and all(w in (None, g) for g, w in zip(got.shape, shape))
             if not fits or str(got.dtype).removeprefix("torch.") != "float32":
                 wanted = " x ".join("any" if w is None else str(w) for w in shape)
-                raise UsageError(f"input {name!r} is {got.dtype} {' x '.join(map(str, got.shape))}, wanted float32 {wanted}")
+                raise UsageError(
+                    f"input {name!r} is {got.dtype} {' x '.join(map(str, got.shape))}, wanted float32 {wanted}"
+                )
             if isinstance(got, np.ndarray) and not np.isfinite(got).all():
-                raise UsageError(f"input {name!r} has values that are not finite: {np.size(got) - np.isfinite(got).sum()} of {np.size(got)}")
+                raise UsageError(
+                    f"input {name!r} has values that are not finite: {np.size(got) - np.isfinite(got).sum()} of {np.size(got)}"
+                )
         try:
             return self._call(feeds)
         except UsageError:
             raise
         except Exception as e:  # engines have exception types of their own
-            words = PACKAGES[self.engine][2] if self.engine in PACKAGES else "TensorRT"
+            words = PACKAGES[self.runtime][2] if self.runtime in PACKAGES else "TensorRT"
             raise UsageError(f"{words} failed while running the file: {' '.join(str(e).split())[:400]}") from None
 
 
@@ -63,5 +70,7 @@ def in_batches(runner: Runner, image: np.ndarray, tokens: tuple[str, ...] = ()) 
     short = (batch or len(image)) - len(image)
     full = np.concatenate([image, np.repeat(image[-1:], short, 0)]) if short else image
     out = runner.run({"image": full})
-    split = lambda k, v: v.reshape(len(full), -1, v.shape[-1]) if k in tokens else v[None] if batch == 1 and "." in k else v
+    split = lambda k, v: (
+        v.reshape(len(full), -1, v.shape[-1]) if k in tokens else v[None] if batch == 1 and "." in k else v
+    )
     return {k: split(k, v)[: len(image)] for k, v in out.items()}

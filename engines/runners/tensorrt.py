@@ -25,21 +25,29 @@ def open_plan(path: Path, outputs: tuple[str, ...] = (), cuda_graph: bool = Fals
     name, words = found.runtime["name"], runtimes.PACKAGES[found.runtime["name"]][2]
     missing = [o for o in outputs if o not in found.outputs]
     if missing:
-        raise UsageError(f"{path} does not give the merge decisions ({missing[0]}, ...): build it with `tokexport trt --decisions`")
+        raise UsageError(
+            f"{path} does not give the merge decisions ({missing[0]}, ...): build it with `tokexport trt --decisions`"
+        )
     runtimes.choose(name)
     if not runtimes.gpus():
-        raise UsageError(f"{path} is an engine of {words} and there is no NVIDIA GPU here: run the ONNX file it was built from")
+        raise UsageError(
+            f"{path} is an engine of {words} and there is no NVIDIA GPU here: run the ONNX file it was built from"
+        )
     import torch
 
     if not torch.cuda.is_available():
         raise UsageError(f"{path}: PyTorch {torch.__version__} cannot use the GPU here: install a PyTorch with CUDA")
     here = "".join(map(str, torch.cuda.get_device_capability()))
     if found.compute_capability and here not in found.compute_capability:
-        raise UsageError(f"{path} is for compute capability {', '.join(found.compute_capability)}, this GPU "
-                         f"({torch.cuda.get_device_name()}) has {here}: build it with --compute-capability {here}")
+        raise UsageError(
+            f"{path} is for compute capability {', '.join(found.compute_capability)}, this GPU "
+            f"({torch.cuda.get_device_name()}) has {here}: build it with --compute-capability {here}"
+        )
     runtime = runtimes.load(name)
     if runtime.version != found.runtime["version"]:
-        raise UsageError(f"{path} was built by {words} {found.runtime['version']}, here is {runtime.version}: build it again")
+        raise UsageError(
+            f"{path} was built by {words} {found.runtime['version']}, here is {runtime.version}: build it again"
+        )
     return _Plan(runtime, path, found, cuda_graph).runner()
 
 
@@ -93,7 +101,9 @@ class _Plan:
         image = feeds["image"]
         if self.found.profile and not self.found.profile[0] <= len(image) <= self.found.profile[2]:
             low, _, high = self.found.profile
-            raise UsageError(f"{self.path} is built for {low} to {high} images a run, these are {len(image)}: build it with another --batch")
+            raise UsageError(
+                f"{self.path} is built for {low} to {high} images a run, these are {len(image)}: build it with another --batch"
+            )
         on_gpu = not isinstance(image, np.ndarray)
         x = image.contiguous() if on_gpu else torch.from_numpy(np.ascontiguousarray(image)).cuda()
         out = self._captured(x) if self.cuda_graph else self._enqueue(x, self._empty(x))
@@ -104,7 +114,9 @@ class _Plan:
 
         self.context.set_input_shape("image", tuple(x.shape))
         types = {self.trt.float32: torch.float32, self.trt.int64: torch.int64, self.trt.int32: torch.int32}
-        make = lambda n: torch.empty(tuple(self.context.get_tensor_shape(n)), dtype=types[self.engine.get_tensor_dtype(n)], device=x.device)
+        make = lambda n: torch.empty(
+            tuple(self.context.get_tensor_shape(n)), dtype=types[self.engine.get_tensor_dtype(n)], device=x.device
+        )
         return {n: make(n) for n in self.outputs}
 
     def _enqueue(self, x, out: dict) -> dict:

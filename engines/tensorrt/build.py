@@ -34,11 +34,23 @@ class BuildResult:
     runtime: str
 
 
-def build_engine(onnx_path: str | Path, path: str | Path | None = None, precision: str | None = None, runtime: str = "auto",
-                 capabilities: tuple[str, ...] = (), profile: tuple[int, int, int] | None = None, timing_cache: str | Path | None = None,
-                 opt_level: int | None = None, workspace: int = 0, version_compatible: bool = False, dry_run: bool = False,
-                 force: bool = False, progress: Callable[[str, float], None] = lambda stage, share: None,
-                 calibration: list[str | Path] = (), decisions: bool = False) -> BuildResult:
+def build_engine(
+    onnx_path: str | Path,
+    path: str | Path | None = None,
+    precision: str | None = None,
+    builder: str = "auto",
+    capabilities: tuple[str, ...] = (),
+    profile: tuple[int, int, int] | None = None,
+    timing_cache: str | Path | None = None,
+    opt_level: int | None = None,
+    workspace: int = 0,
+    version_compatible: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
+    progress: Callable[[str, float], None] = lambda stage, share: None,
+    calibration: list[str | Path] = (),
+    decisions: bool = False,
+) -> BuildResult:
     """Build a TensorRT engine in a process of its own.
 
     onnx_path: a file made by `export_onnx`. path: of the engine, default the file's name with .plan; PATH.json lies beside it.
@@ -55,10 +67,15 @@ def build_engine(onnx_path: str | Path, path: str | Path | None = None, precisio
     found = inspect(onnx_path)
     if found.refusals:
         raise UsageError(f"{onnx_path}: TensorRT would refuse it: " + "; ".join(found.refusals[:5]))
-    name = runtimes.choose(runtime)
+    name = runtimes.choose(builder)
     request = {
-        "runtime": name, "precision": _precision(precision, found), "capabilities": list(capabilities),
-        "profile": _profile(profile, found), "opt_level": opt_level, "workspace": workspace, "version_compatible": version_compatible,
+        "runtime": name,
+        "precision": _precision(precision, found),
+        "capabilities": list(capabilities),
+        "profile": _profile(profile, found),
+        "opt_level": opt_level,
+        "workspace": workspace,
+        "version_compatible": version_compatible,
         "outputs": [*found.provenance.outputs, *(found.provenance.decisions if decisions else ())],
     }
     calibration = _calibration(calibration, request["precision"], found)
@@ -69,10 +86,14 @@ def build_engine(onnx_path: str | Path, path: str | Path | None = None, precisio
     key = hashlib.sha256(json.dumps([request, version, sha256_of(onnx_path)], sort_keys=True).encode()).hexdigest()
     if not dry_run:
         if path.suffix == ".onnx":
-            raise UsageError(f"output {path}: an engine is no ONNX file: wanted another suffix, e.g. {path.with_suffix('.plan')}")
+            raise UsageError(
+                f"output {path}: an engine is no ONNX file: wanted another suffix, e.g. {path.with_suffix('.plan')}"
+            )
         same = None if force else _cached(path, key)
         if same:
-            return BuildResult(path, same, same.layers, True, 0.0, same.warnings, f"{runtimes.PACKAGES[name][2]} {version}")
+            return BuildResult(
+                path, same, same.layers, True, 0.0, same.warnings, f"{runtimes.PACKAGES[name][2]} {version}"
+            )
         check_output(path, force, [onnx_path, *calibration])
         check_output(sidecar(path), force, [onnx_path, *calibration])
     cache = timing_cache or (path.with_suffix(".timing") if name == "tensorrt" else None)
@@ -81,14 +102,34 @@ def build_engine(onnx_path: str | Path, path: str | Path | None = None, precisio
         progress("typing the graph", 0.0)
         source = _typed(onnx_path, found, request["precision"], Path(aside), calibration)
         plan = Path(aside) / path.name
-        out, warnings = _child({**request, "onnx": str(source), "plan": str(plan), "timing_cache": str(cache) if cache else None,
-                                "dry_run": dry_run}, progress)
+        out, warnings = _child(
+            {
+                **request,
+                "onnx": str(source),
+                "plan": str(plan),
+                "timing_cache": str(cache) if cache else None,
+                "dry_run": dry_run,
+            },
+            progress,
+        )
         words = f"{runtimes.PACKAGES[name][2]} {out['version']}"
         if dry_run:
             return BuildResult(path, None, out["layers"], False, 0.0, warnings, words)
-        made = EngineFile(json.loads(found.provenance.to_json()), {"name": name, "version": out["version"]}, list(capabilities),
-                          request["precision"], out["layers"], request["profile"], found.batch, request["outputs"], out["size"], sha256_of(plan), key,
-                          str(onnx_path), warnings)
+        made = EngineFile(
+            json.loads(found.provenance.to_json()),
+            {"name": name, "version": out["version"]},
+            list(capabilities),
+            request["precision"],
+            out["layers"],
+            request["profile"],
+            found.batch,
+            request["outputs"],
+            out["size"],
+            sha256_of(plan),
+            key,
+            str(onnx_path),
+            warnings,
+        )
         beside = Path(aside) / sidecar(path).name
         beside.write_text(json.dumps(asdict(made), indent=1))
         os.replace(beside, sidecar(path))
@@ -103,7 +144,9 @@ def _precision(said: str | None, found) -> str:
     if said not in PRECISIONS:
         raise UsageError(f"precision {said!r}: wanted one of {', '.join(PRECISIONS)}")
     if own != "fp32":
-        raise UsageError(f"{found.path} is {own} already: --{said} needs the fp32 file it could be made from (tokexport onnx --dtype fp32)")
+        raise UsageError(
+            f"{found.path} is {own} already: --{said} needs the fp32 file it could be made from (tokexport onnx --dtype fp32)"
+        )
     return said
 
 
@@ -111,7 +154,9 @@ def _calibration(said, precision: str, found) -> list[Path]:
     """The images to calibrate on; none when there is nothing to calibrate."""
     if precision != "int8" or found.provenance.precision == "int8":
         if said:
-            raise UsageError(f"--calib goes with --int8 and an fp32 file, this is {found.provenance.precision} to {precision}: leave it out")
+            raise UsageError(
+                f"--calib goes with --int8 and an fp32 file, this is {found.provenance.precision} to {precision}: leave it out"
+            )
         return []
     if not said:
         raise UsageError("--int8 needs --calib IMAGES: a folder of some tens of images like those the model will see")
@@ -123,11 +168,15 @@ def _calibration(said, precision: str, found) -> list[Path]:
 def _profile(said, found) -> list[int] | None:
     if found.batch:
         if said not in (None, (found.batch,) * 3):
-            raise UsageError(f"{found.path} is for batch {found.batch}: --batch {':'.join(map(str, said))} needs a file with a dynamic batch")
+            raise UsageError(
+                f"{found.path} is for batch {found.batch}: --batch {':'.join(map(str, said))} needs a file with a dynamic batch"
+            )
         return None
     low, best, high = said or PROFILE
     if not 1 <= low <= best <= high:
-        raise UsageError(f"--batch {low}:{best}:{high}: wanted smallest:best:largest, each 1 or more and none below the one before")
+        raise UsageError(
+            f"--batch {low}:{best}:{high}: wanted smallest:best:largest, each 1 or more and none below the one before"
+        )
     return [low, best, high]
 
 
@@ -139,23 +188,33 @@ def _check(request: dict, name: str, timing_cache, dry_run: bool) -> None:
         raise UsageError(f"--opt-level {level}: wanted 0 to 5")
     if name == "tensorrt":
         if request["capabilities"]:
-            raise UsageError("--compute-capability: TensorRT builds for the GPU it runs on only; TensorRT-RTX (--runtime rtx) builds for others")
+            raise UsageError(
+                "--compute-capability: TensorRT builds for the GPU it runs on only; TensorRT-RTX (--builder rtx) builds for others"
+            )
         if not runtimes.gpus() and not dry_run:
-            raise UsageError("TensorRT builds engines on the GPU they are for, and there is none here: use --runtime rtx with "
-                             "--compute-capability, or --dry-run")
+            raise UsageError(
+                "TensorRT builds engines on the GPU they are for, and there is none here: use --builder rtx with "
+                "--compute-capability, or --dry-run"
+            )
         return
     if timing_cache:
-        raise UsageError("--timing-cache: TensorRT-RTX times nothing while it builds and has no such cache; leave it out")
+        raise UsageError(
+            "--timing-cache: TensorRT-RTX times nothing while it builds and has no such cache; leave it out"
+        )
     if request["version_compatible"]:
         raise UsageError("--version-compatible is TensorRT's: an engine of TensorRT-RTX runs on its own version")
     if request["capabilities"]:
         known = runtimes.load(name).capabilities
         wrong = [c for c in request["capabilities"] if c not in known]
         if wrong or len(set(request["capabilities"])) < len(request["capabilities"]):
-            raise UsageError(f"--compute-capability {','.join(request['capabilities'])}: {words} knows {', '.join(known)}, each once")
+            raise UsageError(
+                f"--compute-capability {','.join(request['capabilities'])}: {words} knows {', '.join(known)}, each once"
+            )
     elif not runtimes.gpus() and not dry_run:
         known = ",".join(runtimes.load(name).capabilities)
-        raise UsageError(f"there is no GPU here: say which ones the engine is for, with --compute-capability {known} or some of them")
+        raise UsageError(
+            f"there is no GPU here: say which ones the engine is for, with --compute-capability {known} or some of them"
+        )
 
 
 def _version(name: str) -> str:
@@ -199,8 +258,13 @@ def _child(request: dict, progress) -> tuple[dict, list[str]]:
     with tempfile.TemporaryFile("w+") as asked, tempfile.TemporaryFile("w+") as chatter:
         json.dump(request, asked)
         asked.seek(0)
-        child = subprocess.Popen([sys.executable, "-W", "ignore", "-m", f"{__package__}.child", str(write)], stdin=asked,
-                                 stdout=chatter, stderr=chatter, pass_fds=(write,))
+        child = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", f"{__package__}.child", str(write)],
+            stdin=asked,
+            stdout=chatter,
+            stderr=chatter,
+            pass_fds=(write,),
+        )
         os.close(write)
         try:
             with os.fdopen(read) as channel:
@@ -215,7 +279,10 @@ def _child(request: dict, progress) -> tuple[dict, list[str]]:
     warnings = list(dict.fromkeys(text for severity, text in logs if severity == "WARNING"))
     errors = list(dict.fromkeys(text for severity, text in logs if severity != "WARNING"))
     if result is None:
-        why = error or f"the builder {f'crashed (signal {-code})' if code < 0 else f'ended with {code}'}{': ' + last[0] if last else ''}"
+        why = (
+            error
+            or f"the builder {f'crashed (signal {-code})' if code < 0 else f'ended with {code}'}{': ' + last[0] if last else ''}"
+        )
         raise UsageError("\n  ".join([f"no engine was built: {why}", *(e[:500] for e in errors[:5])]))
     return result, warnings
 

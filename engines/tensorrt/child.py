@@ -18,7 +18,13 @@ from ...export.graph import stages
 from ...export.errors import UsageError
 from . import runtime as runtimes
 
-WANTED = {"fp32": "FLOAT", "tf32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "int8": "HALF"}  # int8: of what is not quantised
+WANTED = {
+    "fp32": "FLOAT",
+    "tf32": "FLOAT",
+    "fp16": "HALF",
+    "bf16": "BF16",
+    "int8": "HALF",
+}  # int8: of what is not quantised
 
 
 def main() -> None:
@@ -80,7 +86,9 @@ def _config(runtime, builder, network, request: dict, say):
         config.num_compute_capabilities = len(kinds)
         for i, kind in enumerate(kinds):
             if not config.set_compute_capability(kind, i):
-                raise UsageError(f"{runtime.words} {runtime.version} cannot build for compute capability {request['capabilities'][i]}")
+                raise UsageError(
+                    f"{runtime.words} {runtime.version} cannot build for compute capability {request['capabilities'][i]}"
+                )
     elif request["timing_cache"]:
         path = Path(request["timing_cache"])
         config.set_timing_cache(config.create_timing_cache(path.read_bytes() if path.exists() else b""), False)
@@ -101,7 +109,9 @@ def _mark(network, outputs: list[str]) -> None:
                 wanted.remove(layer.get_output(i).name)
                 network.mark_output(layer.get_output(i))
     if wanted:
-        raise UsageError(f"the network has no {', '.join(sorted(wanted)[:3])}: make the ONNX file again with this version of tokexport")
+        raise UsageError(
+            f"the network has no {', '.join(sorted(wanted)[:3])}: make the ONNX file again with this version of tokexport"
+        )
 
 
 def count_layers(network: Iterable) -> dict[str, dict[str, int]]:
@@ -113,7 +123,9 @@ def count_layers(network: Iterable) -> dict[str, dict[str, int]]:
     dequantized = {layer.get_output(0).name for layer in network if layer.type.name == "DEQUANTIZE"}
     for layer in network:
         if layer.num_outputs:
-            int8 = layer.type.name == "MATRIX_MULTIPLY" and all(layer.get_input(i).name in dequantized for i in range(2))
+            int8 = layer.type.name == "MATRIX_MULTIPLY" and all(
+                layer.get_input(i).name in dequantized for i in range(2)
+            )
             counts.setdefault(layer.type.name, Counter())["INT8" if int8 else layer.get_output(0).dtype.name] += 1
     return {kind: dict(types) for kind, types in sorted(counts.items())}
 
@@ -123,11 +135,16 @@ def check_label(layers: dict, precision: str) -> None:
 
     layers: from `count_layers`, of the parts that are not float32 whatever the precision.
     """
-    for kind, wanted in (("MATRIX_MULTIPLY", "INT8" if precision == "int8" else WANTED[precision]), ("CONVOLUTION", WANTED[precision])):
+    for kind, wanted in (
+        ("MATRIX_MULTIPLY", "INT8" if precision == "int8" else WANTED[precision]),
+        ("CONVOLUTION", WANTED[precision]),
+    ):
         types = layers.get(kind, {})
         if not types or max(types, key=types.get) != wanted:
             had = ", ".join(f"{n} {t}" for t, n in types.items()) or "none"
-            raise UsageError(f"the network is not {precision}: of its {kind} layers are {had}, wanted most of them {wanted}")
+            raise UsageError(
+                f"the network is not {precision}: of its {kind} layers are {had}, wanted most of them {wanted}"
+            )
 
 
 def _parse_errors(parser, runtime) -> str:

@@ -31,7 +31,9 @@ class Runtime:
         """Compute capabilities engines can be built for without such a GPU: {"86": ComputeCapability.SM86, ...}; empty for TensorRT."""
         if not self.ahead_of_time:
             return {}
-        return {k.removeprefix("SM"): v for k, v in self.trt.ComputeCapability.__members__.items() if k.startswith("SM")}
+        return {
+            k.removeprefix("SM"): v for k, v in self.trt.ComputeCapability.__members__.items() if k.startswith("SM")
+        }
 
     def network_flags(self) -> int:
         """Flags of a strongly typed network: TensorRT 10 must be told, the others know no other."""
@@ -57,7 +59,7 @@ def choose(said: str = "auto") -> str:
     Raises: UsageError for another word, MissingPackageError when it is not installed.
     """
     if said not in ("auto", *PACKAGES):
-        raise UsageError(f"--runtime {said!r}: wanted auto, {', '.join(PACKAGES)}")
+        raise UsageError(f"--builder {said!r}: wanted auto, {', '.join(PACKAGES)}")
     there = [name for name, (package, _, _) in PACKAGES.items() if importlib.util.find_spec(package)]
     if said == "auto":
         said = "tensorrt" if "tensorrt" in there and ("rtx" not in there or gpus()) else "rtx"
@@ -72,5 +74,7 @@ def load(name: str) -> Runtime:
     try:
         trt = import_module(package)
     except Exception as e:
-        raise UsageError(f"{words} is installed but cannot be loaded ({type(e).__name__}: {e}): it needs NVIDIA's own libraries") from None
+        raise UsageError(
+            f"{words} is installed but cannot be loaded ({type(e).__name__}: {e}): it needs NVIDIA's own libraries"
+        ) from None
     return Runtime(name, words, trt.__version__, trt)

@@ -50,7 +50,9 @@ def read_sidecar(path: str | Path) -> EngineFile:
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     if not sidecar(path).is_file():
-        raise UsageError(f"{path} has no {sidecar(path).name} beside it: it was not built by `tokexport trt`, or was moved without it")
+        raise UsageError(
+            f"{path} has no {sidecar(path).name} beside it: it was not built by `tokexport trt`, or was moved without it"
+        )
     try:
         found = EngineFile(**json.loads(sidecar(path).read_text()))
         wrong = _misfits(found)
@@ -60,7 +62,9 @@ def read_sidecar(path: str | Path) -> EngineFile:
     except (ValueError, TypeError) as e:
         raise UsageError(f"{sidecar(path)} cannot be read ({type(e).__name__}: {e}): build the engine again") from None
     if sha256_of(path) != found.sha256:
-        raise UsageError(f"{path} is not the engine that {sidecar(path).name} speaks of (truncated or replaced): build it again")
+        raise UsageError(
+            f"{path} is not the engine that {sidecar(path).name} speaks of (truncated or replaced): build it again"
+        )
     return found
 
 
@@ -68,13 +72,26 @@ def _misfits(e: EngineFile) -> list[str]:
     """Fields of a sidecar whose values are not of the kind they should be."""
     texts = lambda v: isinstance(v, list) and all(isinstance(t, str) for t in v)
     whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0
-    counts = lambda v: isinstance(v, dict) and all(isinstance(t, dict) and all(map(whole, t.values())) for t in v.values())
+    counts = lambda v: (
+        isinstance(v, dict) and all(isinstance(t, dict) and all(map(whole, t.values())) for t in v.values())
+    )
     fits = {
-        "runtime": isinstance(e.runtime, dict) and e.runtime.get("name") in runtimes.PACKAGES and isinstance(e.runtime.get("version"), str),
-        "compute_capability": texts(e.compute_capability), "precision": e.precision in PRECISIONS, "layers": counts(e.layers),
-        "profile": e.profile is None or isinstance(e.profile, list) and len(e.profile) == 3 and all(map(whole, e.profile)),
-        "batch": e.batch is None or whole(e.batch), "outputs": texts(e.outputs), "size": whole(e.size), "warnings": texts(e.warnings),
-        "batch and profile": bool(e.batch) != bool(e.profile), "source": isinstance(e.source, str),
+        "runtime": isinstance(e.runtime, dict)
+        and e.runtime.get("name") in runtimes.PACKAGES
+        and isinstance(e.runtime.get("version"), str),
+        "compute_capability": texts(e.compute_capability),
+        "precision": e.precision in PRECISIONS,
+        "layers": counts(e.layers),
+        "profile": e.profile is None
+        or isinstance(e.profile, list)
+        and len(e.profile) == 3
+        and all(map(whole, e.profile)),
+        "batch": e.batch is None or whole(e.batch),
+        "outputs": texts(e.outputs),
+        "size": whole(e.size),
+        "warnings": texts(e.warnings),
+        "batch and profile": bool(e.batch) != bool(e.profile),
+        "source": isinstance(e.source, str),
     }
     return [name for name, ok in fits.items() if not ok]
 

@@ -58,7 +58,9 @@ def _renamed(*pairs: tuple[str, str], drop: str = "^$") -> Callable[[dict, dict]
 
 def _has(pattern: str) -> Callable[[dict, dict, int], bool]:
     """Whether the file has a key like this and the model has none."""
-    return lambda state, own, n_patches: any(re.search(pattern, k) for k in state) and not any(re.search(pattern, k) for k in own)
+    return lambda state, own, n_patches: (
+        any(re.search(pattern, k) for k in state) and not any(re.search(pattern, k) for k in own)
+    )
 
 
 def _rows(state: dict, own: dict, n_patches: int) -> tuple[int, int]:
@@ -76,7 +78,12 @@ def _square(n: int) -> bool:
 def _lacks_class_slot(state: dict, own: dict, n_patches: int) -> bool:
     """The model adds positions to prefix tokens too, the file's position embedding has rows for a grid of patches alone."""
     rows, prefix = _rows(state, own, n_patches)
-    return prefix > 0 and rows != n_patches + prefix and not _square(rows - prefix) and (rows == n_patches or _square(rows))
+    return (
+        prefix > 0
+        and rows != n_patches + prefix
+        and not _square(rows - prefix)
+        and (rows == n_patches or _square(rows))
+    )
 
 
 def _add_class_slot(state: dict, own: dict) -> dict:
@@ -89,7 +96,14 @@ def _has_class_slot(state: dict, own: dict, n_patches: int) -> bool:
     """The model adds positions to patches alone, the file's position embedding has a row for the class token too."""
     rows, prefix = _rows(state, own, n_patches)
     same = "cls_token" in state and "cls_token" in own and state["cls_token"].shape == own["cls_token"].shape
-    return same and prefix == 0 and rows > 1 and rows != n_patches and not _square(rows) and (rows == n_patches + 1 or _square(rows - 1))
+    return (
+        same
+        and prefix == 0
+        and rows > 1
+        and rows != n_patches
+        and not _square(rows)
+        and (rows == n_patches + 1 or _square(rows - 1))
+    )
 
 
 def _fold_class_slot(state: dict, own: dict) -> dict:
@@ -99,15 +113,32 @@ def _fold_class_slot(state: dict, own: dict) -> dict:
 
 
 FORMATS = (
-    Format("LayerScale as gamma_1, gamma_2 (DeiT III, dTPS)", _has(r"^blocks\.\d+\.gamma_[12]$"),
-           _renamed((r"\.gamma_([12])$", r".ls\1.gamma"))),
-    Format("DINOv2 (its mask token left out)", _has(r"^(mask_token|register_tokens)$|\.mlp\.w12\."),
-           _renamed((r"^register_tokens$", "reg_token"), (r"\.mlp\.w12\.", ".mlp.fc1."), (r"\.mlp\.w3\.", ".mlp.fc2."),
-                    drop=r"^mask_token$")),
-    Format("DiffRate (learned rates left out: give them with --rates)", _has(r"\.(prune|merge)_ddp\."),
-           _renamed(drop=r"\.(prune|merge)_ddp\.")),
+    Format(
+        "LayerScale as gamma_1, gamma_2 (DeiT III, dTPS)",
+        _has(r"^blocks\.\d+\.gamma_[12]$"),
+        _renamed((r"\.gamma_([12])$", r".ls\1.gamma")),
+    ),
+    Format(
+        "DINOv2 (its mask token left out)",
+        _has(r"^(mask_token|register_tokens)$|\.mlp\.w12\."),
+        _renamed(
+            (r"^register_tokens$", "reg_token"),
+            (r"\.mlp\.w12\.", ".mlp.fc1."),
+            (r"\.mlp\.w3\.", ".mlp.fc2."),
+            drop=r"^mask_token$",
+        ),
+    ),
+    Format(
+        "DiffRate (learned rates left out: give them with --rates)",
+        _has(r"\.(prune|merge)_ddp\."),
+        _renamed(drop=r"\.(prune|merge)_ddp\."),
+    ),
     Format("position embedding without a row for the class token (zeros added)", _lacks_class_slot, _add_class_slot),
-    Format("position embedding with a row for the class token (added to the class token)", _has_class_slot, _fold_class_slot),
+    Format(
+        "position embedding with a row for the class token (added to the class token)",
+        _has_class_slot,
+        _fold_class_slot,
+    ),
 )
 
 
@@ -119,11 +150,17 @@ def convert(state: dict[str, Tensor], own: dict[str, Tensor], n_patches: int) ->
     Raises: UsageError for a checkpoint of MAE's pretraining, with its decoder; for a tensor that is there by two names.
     """
     if any(k.startswith("decoder_") for k in state):
-        raise UsageError("the checkpoint is of MAE's pretraining (decoder_...), which rebuilds images and has no classifier: "
-                         "give the file of a fine-tuned model")
+        raise UsageError(
+            "the checkpoint is of MAE's pretraining (decoder_...), which rebuilds images and has no classifier: "
+            "give the file of a fine-tuned model"
+        )
     heads = {k.removeprefix(HEAD): v for k, v in state.items() if k.startswith(HEAD)}
     state = {k: v for k, v in state.items() if not k.startswith(HEAD)}
-    notes = [f"checkpoint format: DynamicViT or dTPS (score heads for {len({k.split('.')[0] for k in heads})} stages)"] if heads else []
+    notes = (
+        [f"checkpoint format: DynamicViT or dTPS (score heads for {len({k.split('.')[0] for k in heads})} stages)"]
+        if heads
+        else []
+    )
     for row in FORMATS:
         if row.known(state, own, n_patches):
             state = row.convert(state, own)
@@ -138,7 +175,9 @@ def read_heads(state: dict[str, Tensor], said: str) -> dict[str, Tensor]:
     """
     heads = {k.removeprefix(HEAD): v for k, v in state.items() if k.startswith(HEAD)} or state
     if not any(re.match(r"\d+\.(in|out)_conv\.", k) for k in heads):
-        raise UsageError(f"predictor {said}: holds no score heads; wanted keys such as 0.in_conv.0.weight or {HEAD}0.in_conv.0.weight")
+        raise UsageError(
+            f"predictor {said}: holds no score heads; wanted keys such as 0.in_conv.0.weight or {HEAD}0.in_conv.0.weight"
+        )
     return heads
 
 
@@ -160,15 +199,25 @@ def check_heads(heads: dict[str, Tensor], width: int, n_stages: int) -> None:
         raise UsageError(f"score heads need a model whose width is a multiple of 4, this one has {width}")
     given = heads.get("0.in_conv.0.weight")
     if given is not None and given.ndim == 1 and len(given) != width:
-        raise UsageError(f"score heads are for width {len(given)}, the model has {width}: give the heads that were trained with it")
+        raise UsageError(
+            f"score heads are for width {len(given)}, the model has {width}: give the heads that were trained with it"
+        )
     stages = {k.split(".")[0] for k in heads}
     if len(stages) != n_stages:
         raise UsageError(f"there are score heads for {len(stages)} stages, --at names {n_stages} blocks: give as many")
     wanted = {f"{s}.{k}": shape for s in range(n_stages) for k, shape in head_shapes(width).items()}
     wrong = [f"missing {k}" for k in wanted if k not in heads] + [f"unexpected {k}" for k in heads if k not in wanted]
-    wrong += [f"{k} is {tuple(heads[k].shape)}, wanted {s}" for k, s in wanted.items() if k in heads and tuple(heads[k].shape) != s]
+    wrong += [
+        f"{k} is {tuple(heads[k].shape)}, wanted {s}"
+        for k, s in wanted.items()
+        if k in heads and tuple(heads[k].shape) != s
+    ]
     here = {k: heads[k] for k in wanted if k in heads}
-    wrong += [f"{k} is {str(t.dtype).removeprefix('torch.')}, wanted floats" for k, t in here.items() if not t.is_floating_point()]
+    wrong += [
+        f"{k} is {str(t.dtype).removeprefix('torch.')}, wanted floats"
+        for k, t in here.items()
+        if not t.is_floating_point()
+    ]
     wrong += [f"{k} is not finite" for k, t in here.items() if t.is_floating_point() and not t.isfinite().all()]
     if wrong:
         more = [f"... and {len(wrong) - 8} more"] if len(wrong) > 8 else []

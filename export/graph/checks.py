@@ -50,7 +50,7 @@ def refusals(graph) -> list[str]:
         if node.domain not in ("", "ai.onnx"):
             out.append(f"{said}: operator of domain {node.domain!r}")
         for a in node.attribute:
-            for sub in ([a.g] if a.HasField("g") else list(a.graphs)):
+            for sub in [a.g] if a.HasField("g") else list(a.graphs):
                 out += refusals(sub)
     return out
 
@@ -60,8 +60,10 @@ def attention_tokens(model) -> list[int]:
 
     It is the softmax over a square matrix in a block's stage "attn"; where that has gone, a single token was left.
     """
-    shapes = {v.name: [d.dim_value if d.HasField("dim_value") else -1 for d in v.type.tensor_type.shape.dim]
-              for v in (*model.graph.value_info, *model.graph.output)}
+    shapes = {
+        v.name: [d.dim_value if d.HasField("dim_value") else -1 for d in v.type.tensor_type.shape.dim]
+        for v in (*model.graph.value_info, *model.graph.output)
+    }
     out: dict[str, int] = {}
     for node in model.graph.node:
         stage = stages.of_node(node.name)
@@ -84,4 +86,7 @@ def check_graph(model, schedule: Schedule) -> None:
     if found != wanted:
         wrong.append(f"tokens in the attention of each block are {found}, the schedule has {wanted}")
     if wrong:
-        raise GraphError("the exported graph is not what was asked for (a defect of tokexport, please report it):\n  " + "\n  ".join(wrong))
+        raise GraphError(
+            "the exported graph is not what was asked for (a defect of tokexport, please report it):\n  "
+            + "\n  ".join(wrong)
+        )

@@ -44,9 +44,18 @@ class ExportResult:
         return self.provenance.schedule.tokens_per_block()
 
 
-def export_onnx(loaded: LoadedModel, schedule: Schedule, path: str | Path, batch: int | None = None, opset: int = 20,
-                simplify: bool = True, sources: bool = False, force: bool = False, dtype: str = "fp32",
-                progress: Callable[[str], None] = lambda stage: None) -> ExportResult:
+def export_onnx(
+    loaded: LoadedModel,
+    schedule: Schedule,
+    path: str | Path,
+    batch: int | None = None,
+    opset: int = 20,
+    simplify: bool = True,
+    sources: bool = False,
+    force: bool = False,
+    dtype: str = "fp32",
+    progress: Callable[[str], None] = lambda stage: None,
+) -> ExportResult:
     """Write a model under a schedule as an ONNX file that carries its provenance.
 
     loaded: from `load_model`. schedule: from `Schedule.parse`. batch: images per run, None for any number. opset: 20 to 23.
@@ -66,13 +75,15 @@ def export_onnx(loaded: LoadedModel, schedule: Schedule, path: str | Path, batch
     model, heads = loaded.module, score_heads(loaded, schedule)
     largest = max((s.n_kept + (0 if schedule.method == "tome" else s.n_folded) for s in schedule.steps), default=0)
     if largest > checks.TOPK_LIMIT:
-        raise UsageError(f"a block sorts {largest} tokens, more than TensorRT can ({checks.TOPK_LIMIT}): give a smaller image "
-                         f"or a larger patch")
+        raise UsageError(
+            f"a block sorts {largest} tokens, more than TensorRT can ({checks.TOPK_LIMIT}): give a smaller image "
+            f"or a larger patch"
+        )
     provenance = _provenance(loaded, schedule, opset, sources, dtype)
     progress("tracing")
     static = StaticViT(model, schedule, batch, sources, heads).eval()
     graph = _trace(static, provenance, batch, opset)
-    decisions = [o.name for o in graph.graph.outputs[len(provenance.outputs):]]
+    decisions = [o.name for o in graph.graph.outputs[len(provenance.outputs) :]]
     progress("simplifying")
     proto, weights = _finish(graph, len(provenance.outputs), batch, simplify, schedule.options.get("at", ()))
     proto, weights = precision.convert(proto, weights, dtype)
@@ -84,8 +95,14 @@ def export_onnx(loaded: LoadedModel, schedule: Schedule, path: str | Path, batch
     nodes = len(proto.graph.node)
     progress("writing")
     size = write_model(proto, weights, path)
-    return ExportResult(path, provenance, nodes, size, macs.count(provenance.dims, schedule),
-                        macs.count(provenance.dims, macs.dense(schedule)))
+    return ExportResult(
+        path,
+        provenance,
+        nodes,
+        size,
+        macs.count(provenance.dims, schedule),
+        macs.count(provenance.dims, macs.dense(schedule)),
+    )
 
 
 def _provenance(loaded: LoadedModel, schedule: Schedule, opset: int, sources: bool, dtype: str) -> Provenance:
@@ -93,8 +110,19 @@ def _provenance(loaded: LoadedModel, schedule: Schedule, opset: int, sources: bo
 
     model = loaded.module
     outputs = (vit.output_name(model), *(["sources"] if sources else []))
-    return Provenance(version("tokexport"), loaded.name, loaded.kwargs, loaded.weights, schedule, preprocess_of(model), opset, dtype, outputs,
-                      vit.dims(model), labels_of(loaded))
+    return Provenance(
+        version("tokexport"),
+        loaded.name,
+        loaded.kwargs,
+        loaded.weights,
+        schedule,
+        preprocess_of(model),
+        opset,
+        dtype,
+        outputs,
+        vit.dims(model),
+        labels_of(loaded),
+    )
 
 
 def preprocess_of(model) -> Preprocess:
@@ -102,8 +130,14 @@ def preprocess_of(model) -> Preprocess:
     from timm.data import resolve_model_data_config
 
     cfg = resolve_model_data_config(model, verbose=False)
-    return Preprocess(tuple(model.patch_embed.img_size), tuple(cfg["mean"]), tuple(cfg["std"]), cfg["interpolation"],
-                      float(cfg["crop_pct"]), cfg["crop_mode"])
+    return Preprocess(
+        tuple(model.patch_embed.img_size),
+        tuple(cfg["mean"]),
+        tuple(cfg["std"]),
+        cfg["interpolation"],
+        float(cfg["crop_pct"]),
+        cfg["crop_mode"],
+    )
 
 
 def labels_of(loaded: LoadedModel) -> tuple[str, ...]:
@@ -139,8 +173,13 @@ def translate(module: torch.nn.Module, inputs: tuple, opset: int = 20, dynamic=N
     with quiet(), torch.no_grad(), _no_collection():
         program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
         retrace, program.run_decompositions = program.run_decompositions, lambda table=None: program
-        options = {"dynamo": True, "opset_version": opset, "input_names": ["image"], "verbose": False,
-                   "custom_translation_table": ops.translations()}
+        options = {
+            "dynamo": True,
+            "opset_version": opset,
+            "input_names": ["image"],
+            "verbose": False,
+            "custom_translation_table": ops.translations(),
+        }
         try:  # all operators of a plain ViT have an ONNX form: tracing again to decompose them would double the time
             return torch.onnx.export(program, **options)
         except torch.onnx.OnnxExporterError:
@@ -168,7 +207,12 @@ def quiet():
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+        with (
+            warnings.catch_warnings(),
+            open(os.devnull, "w") as null,
+            contextlib.redirect_stdout(null),
+            contextlib.redirect_stderr(null),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -191,7 +235,9 @@ def _finish(model, n_outputs: int, batch: int | None, simplify: bool, at):
     _widen_parameters(model)
     stage = "embed"
     for i, node in enumerate(model.graph):
-        stage = stages.of_scopes(ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes") or "[]"), stage, at)
+        stage = stages.of_scopes(
+            ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes") or "[]"), stage, at
+        )
         node.name = f"{stage}/{node.op_type}_{i}"
     model.producer_name = "tokexport"
     weights = {v.name: v.const_value for v in model.graph.initializers.values() if v.const_value.nbytes > LARGE}
@@ -209,7 +255,9 @@ def _as_inputs(graph, weights: dict):
     import onnx
 
     n = len(graph.input)
-    graph.input.extend(onnx.helper.make_tensor_value_info(name, int(t.dtype), list(t.shape)) for name, t in weights.items())
+    graph.input.extend(
+        onnx.helper.make_tensor_value_info(name, int(t.dtype), list(t.shape)) for name, t in weights.items()
+    )
     yield
     del graph.input[n:]
 
@@ -246,7 +294,9 @@ def _simplify(proto, weights: dict, decisions: dict[str, list]):
     graph = trial.graph
     n_inputs, n_outputs = len(graph.input), len(graph.output)
     inner = {o for n in graph.node for o in n.output}
-    graph.output.extend(onnx.helper.make_tensor_value_info(k, onnx.TensorProto.INT64, v) for k, v in decisions.items() if k in inner)
+    graph.output.extend(
+        onnx.helper.make_tensor_value_info(k, onnx.TensorProto.INT64, v) for k, v in decisions.items() if k in inner
+    )
     with quiet(), _as_inputs(graph, weights):
         simple, ok = onnxsim.simplify(trial, check_n=0)
     kinds = {n.op_type for n in graph.node}

@@ -36,7 +36,9 @@ def convert(proto, weights: dict, dtype: str):
     if any(t in (TensorProto.FLOAT16, TensorProto.BFLOAT16) for t in types.values()):
         raise UsageError("the graph has fp16 or bf16 in it already: give the float32 file")
     if not all(stages.of_node(n.name) for n in proto.graph.node):
-        raise UsageError("the graph's nodes do not say what part of the model they are: make the file again with this version of tokexport")
+        raise UsageError(
+            "the graph's nodes do not say what part of the model they are: make the file again with this version of tokexport"
+        )
     out = onnx.ModelProto()
     out.CopyFrom(proto)
     graph = out.graph
@@ -144,7 +146,9 @@ def _as(array: np.ndarray, dtype: str, name: str, new: str):
     import onnx_ir as ir
 
     if dtype == "fp16" and array.size and np.abs(array).max() > FP16_MAX:
-        raise UsageError(f"weight {name} has values up to {np.abs(array).max():.3g}, more than fp16 can hold ({FP16_MAX:g}): use bf16")
+        raise UsageError(
+            f"weight {name} has values up to {np.abs(array).max():.3g}, more than fp16 can hold ({FP16_MAX:g}): use bf16"
+        )
     return ir.tensor(array.astype(np.float16 if dtype == "fp16" else ml_dtypes.bfloat16), name=new)
 
 
@@ -152,7 +156,11 @@ def _types(proto, weights: dict) -> dict[str, int]:
     """Element type of every value of a graph."""
     graph = _with_shapes(proto, weights).graph
     types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.input, *graph.output)}
-    return {**types, **{i.name: i.data_type for i in graph.initializer}, **{n: int(t.dtype) for n, t in weights.items()}}
+    return {
+        **types,
+        **{i.name: i.data_type for i in graph.initializer},
+        **{n: int(t.dtype) for n, t in weights.items()},
+    }
 
 
 def _with_shapes(proto, weights: dict):
@@ -160,7 +168,9 @@ def _with_shapes(proto, weights: dict):
     import onnx
 
     n = len(proto.graph.input)
-    proto.graph.input.extend(onnx.helper.make_tensor_value_info(k, int(t.dtype), list(t.shape)) for k, t in weights.items())
+    proto.graph.input.extend(
+        onnx.helper.make_tensor_value_info(k, int(t.dtype), list(t.shape)) for k, t in weights.items()
+    )
     try:
         out = onnx.shape_inference.infer_shapes(proto, strict_mode=True)
     finally:

@@ -73,8 +73,12 @@ class StaticBlock(nn.Module):
         found = {}
         if "metric" in needs:
             found["metric"] = self.unit(k.mean((0, 1)) if single else k.mean(1))
-        if "attention" in needs:  # the class token's row is computed by itself: the attention stays one that engines fuse
-            found["score"] = self.score(ops.fixed_rows(q, [0]) @ k_t, bias, n) if of == "class" else self.score(attention, None, n)
+        if (
+            "attention" in needs
+        ):  # the class token's row is computed by itself: the attention stays one that engines fuse
+            found["score"] = (
+                self.score(ops.fixed_rows(q, [0]) @ k_t, bias, n) if of == "class" else self.score(attention, None, n)
+            )
         return x + self.proj(out), found
 
     def _bias(self, size, n: int):
@@ -140,8 +144,14 @@ class StaticViT(nn.Module):
     `forward(image [B, C, H, W])` -> (logits or features, [sources,] *decisions); `decisions` then names the last ones: block3.keep, ...
     """
 
-    def __init__(self, model: nn.Module, schedule: Schedule, batch: int | None = None, sources: bool = False,
-                 heads: nn.ModuleList | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        batch: int | None = None,
+        sources: bool = False,
+        heads: nn.ModuleList | None = None,
+    ):
         super().__init__()
         vit.check_plain_vit(model)
         vit.check_schedule(model, schedule, heads)
@@ -162,7 +172,9 @@ class StaticViT(nn.Module):
         self.match = nn.ModuleDict({str(s.block): Stage(reducer.static) for s in schedule.steps})
         self.merge = nn.ModuleDict({str(s.block): Stage(apply_static) for s in schedule.steps})
         self.drops = schedule.method in reducers.SQUEEZE or any(s.n_kept + s.n_folded < s.n_in for s in schedule.steps)
-        self.last = SimpleNamespace(decisions=[])  # what torch.export does not put back as it was, as it does attributes
+        self.last = SimpleNamespace(
+            decisions=[]
+        )  # what torch.export does not put back as it was, as it does attributes
 
     def forward(self, image):
         n, c, options = self.schedule.n_tokens, self.pos.shape[-1], self.schedule.options
@@ -179,7 +191,9 @@ class StaticViT(nn.Module):
                 x, n = self._reduce(steps[i, "pre_block"], x, n, {"score": score}, state)
             needs = reducer.NEEDS if (i, "post_attn") in steps else ()
             rope = None if self.rotary is None else self.rotary(i, state.place)
-            x, found = block(x, n, state.size if options.get("prop_attn") else None, needs, options.get("score", "class"), rope)
+            x, found = block(
+                x, n, state.size if options.get("prop_attn") else None, needs, options.get("score", "class"), rope
+            )
             if (i, "post_attn") in steps:
                 x, n = self._reduce(steps[i, "post_attn"], x, n, found, state)
             x = x + block.mlp(block.norm2(x))
@@ -241,7 +255,11 @@ class StaticViT(nn.Module):
     def _places(self, plan, place, step):
         """Where tokens stand in the image [.., n, 1] after one more plan; one made of others stands nowhere."""
         place = plan.keep if place is None else ops.take_rows(place, plan.keep)
-        return torch.cat([place, constant([self.schedule.n_tokens], plan.keep, self.any_batch)], -2) if plan.n_extra else place
+        return (
+            torch.cat([place, constant([self.schedule.n_tokens], plan.keep, self.any_batch)], -2)
+            if plan.n_extra
+            else place
+        )
 
     def _source_rows(self, sources, rows):
         """[B, N0], -1 for what is gone."""
@@ -344,7 +362,9 @@ def _scaled_linear(layer: nn.Linear, factor: torch.Tensor | None) -> nn.Linear:
     if factor is None:
         return layer
     factor = factor.to(layer.weight.dtype)
-    return vit.linear(layer.weight.detach() * factor[:, None], None if layer.bias is None else layer.bias.detach() * factor)
+    return vit.linear(
+        layer.weight.detach() * factor[:, None], None if layer.bias is None else layer.bias.detach() * factor
+    )
 
 
 @torch.no_grad()

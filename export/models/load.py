@@ -57,8 +57,14 @@ def parse_kwargs(pairs: list[str] | tuple[str, ...]) -> dict:
     return out
 
 
-def load_model(name: str = "deit_small_patch16_224", kwargs: dict | None = None, checkpoint: str | Path | None = None,
-               pretrained: bool = False, seed: int = 0, predictor: str | Path | None = None) -> LoadedModel:
+def load_model(
+    name: str = "deit_small_patch16_224",
+    kwargs: dict | None = None,
+    checkpoint: str | Path | None = None,
+    pretrained: bool = False,
+    seed: int = 0,
+    predictor: str | Path | None = None,
+) -> LoadedModel:
     """Make a plain timm ViT and fill it.
 
     name: any timm model name. kwargs: for `timm.create_model` (img_size, num_classes, ...). checkpoint: .safetensors, .pth or .pt,
@@ -69,7 +75,9 @@ def load_model(name: str = "deit_small_patch16_224", kwargs: dict | None = None,
     if checkpoint and pretrained:
         raise UsageError("--checkpoint and --pretrained both name the weights: give one of them")
     kwargs, notes = dict(kwargs or {}), []
-    state = read_checkpoint(checkpoint) if checkpoint else None  # before the model is made: a wrong file is known at once
+    state = (
+        read_checkpoint(checkpoint) if checkpoint else None
+    )  # before the model is made: a wrong file is known at once
     heads = formats.read_heads(read_checkpoint(predictor, "predictor"), str(predictor)) if predictor else {}
     model = _create(name, kwargs, False, seed)
     vit.check_plain_vit(model)
@@ -86,11 +94,15 @@ def load_model(name: str = "deit_small_patch16_224", kwargs: dict | None = None,
         weights = {"source": "pretrained", "file": (model.pretrained_cfg or {}).get("hf_hub_id") or name}
     else:
         weights = {"source": "random", "seed": seed}
-        notes.append(f"the weights are random (seed {seed}): give --checkpoint FILE or --pretrained for a model that means something")
+        notes.append(
+            f"the weights are random (seed {seed}): give --checkpoint FILE or --pretrained for a model that means something"
+        )
     if predictor:
         weights["predictor"] = str(predictor)
     state = {**model.state_dict(), **{formats.HEAD + k: v for k, v in heads.items()}}
-    return LoadedModel(model.eval().requires_grad_(False), name, kwargs, {**weights, "sha256": hash_weights(state)}, notes, heads)
+    return LoadedModel(
+        model.eval().requires_grad_(False), name, kwargs, {**weights, "sha256": hash_weights(state)}, notes, heads
+    )
 
 
 def _create(name: str, kwargs: dict, pretrained: bool, seed: int) -> nn.Module:
@@ -98,7 +110,9 @@ def _create(name: str, kwargs: dict, pretrained: bool, seed: int) -> nn.Module:
 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), 3, 0.6)
-        raise UsageError(f"unknown model {name!r}: wanted a timm model name{', e.g. ' + ', '.join(near) if near else ''}")
+        raise UsageError(
+            f"unknown model {name!r}: wanted a timm model name{', e.g. ' + ', '.join(near) if near else ''}"
+        )
     if not -(2**63) <= seed < 2**64:
         raise UsageError(f"--seed {str(seed)[:24]}: wanted a number of 64 bits, e.g. 0")
     torch.manual_seed(seed)
@@ -110,8 +124,10 @@ def _create(name: str, kwargs: dict, pretrained: bool, seed: int) -> nn.Module:
         raise UsageError(f"model {name} does not take these --model-kwargs: {e}") from None
     except Exception as e:
         if pretrained:
-            raise UsageError(f"--pretrained: weights of {name} could not be had ({type(e).__name__}: {_line(e)}); "
-                             f"give the file with --checkpoint instead") from None
+            raise UsageError(
+                f"--pretrained: weights of {name} could not be had ({type(e).__name__}: {_line(e)}); "
+                f"give the file with --checkpoint instead"
+            ) from None
         raise UsageError(f"model {name} cannot be made with {kwargs}: {type(e).__name__}: {_line(e)}") from None
     finally:
         logging.disable(level)
@@ -135,9 +151,19 @@ class NotRead:
 
 
 # argparse's options (DeiT, MAE, EViT, DynamicViT), paths among them (trained by submitit), numpy's learning rates (DynamicViT's optimizer)
-NOT_READ = tuple((NotRead, name) for name in (
-    "argparse.Namespace", "pathlib.PosixPath", "pathlib.WindowsPath", "pathlib._local.PosixPath", "pathlib._local.WindowsPath",
-    "numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"))
+NOT_READ = tuple(
+    (NotRead, name)
+    for name in (
+        "argparse.Namespace",
+        "pathlib.PosixPath",
+        "pathlib.WindowsPath",
+        "pathlib._local.PosixPath",
+        "pathlib._local.WindowsPath",
+        "numpy.dtype",
+        "numpy.core.multiarray.scalar",
+        "numpy._core.multiarray.scalar",
+    )
+)
 WRAPPERS = ("model", "net", "state_dict")  # net: TPS
 
 
@@ -151,8 +177,10 @@ def read_checkpoint(path: str | Path, what: str = "checkpoint") -> dict[str, tor
     if not os.path.isfile(path):
         raise UsageError(f"{what} {path}: {'is a directory, wanted a file' if os.path.isdir(path) else 'no such file'}")
     if path.suffix not in (".safetensors", ".pth", ".pt"):
-        raise UsageError(f"{what} {path}: ends in {path.suffix or 'nothing'}, wanted .safetensors, .pth or .pt "
-                         f"(a file that torch.save wrote may be renamed)")
+        raise UsageError(
+            f"{what} {path}: ends in {path.suffix or 'nothing'}, wanted .safetensors, .pth or .pt "
+            f"(a file that torch.save wrote may be renamed)"
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -162,16 +190,26 @@ def read_checkpoint(path: str | Path, what: str = "checkpoint") -> dict[str, tor
             with torch.serialization.safe_globals(list(NOT_READ)):
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UsageError(f"{what} {path}: refused, it holds Python objects that would run code on loading (or is damaged); "
-                         f"save its tensors alone: torch.save(model.state_dict(), ...) or safetensors") from None
+        raise UsageError(
+            f"{what} {path}: refused, it holds Python objects that would run code on loading (or is damaged); "
+            f"save its tensors alone: torch.save(model.state_dict(), ...) or safetensors"
+        ) from None
     except Exception as e:
         raise UsageError(f"{what} {path}: cannot be read as {path.suffix} ({type(e).__name__}: {_line(e)})") from None
     for _ in range(4):  # not for ever: a dictionary of a hostile file may hold itself
-        state = next((state[k] for k in WRAPPERS if isinstance(state.get(k), dict)), state) if isinstance(state, dict) else state
-    plain = lambda v: isinstance(v, torch.Tensor) and v.layout is torch.strided and v.device.type == "cpu" and not v.is_quantized
+        state = (
+            next((state[k] for k in WRAPPERS if isinstance(state.get(k), dict)), state)
+            if isinstance(state, dict)
+            else state
+        )
+    plain = lambda v: (
+        isinstance(v, torch.Tensor) and v.layout is torch.strided and v.device.type == "cpu" and not v.is_quantized
+    )
     if not isinstance(state, dict) or not state or not all(isinstance(k, str) and plain(v) for k, v in state.items()):
         found = ", ".join(str(k)[:40] for k in list(state)[:8]) if isinstance(state, dict) else type(state).__name__
-        raise UsageError(f"{what} {path}: holds no state dict (a dictionary of plain tensors by name); found: {found or 'nothing'}")
+        raise UsageError(
+            f"{what} {path}: holds no state dict (a dictionary of plain tensors by name); found: {found or 'nothing'}"
+        )
     return {k.removeprefix("module."): v.detach() for k, v in state.items()}
 
 
@@ -186,16 +224,26 @@ def fill(model: nn.Module, state: dict[str, torch.Tensor], said: str) -> list[st
     if not missing and not unexpected and pos is not None and pos.shape != own["pos_embed"].shape:
         state["pos_embed"], note = _resized_positions(model, pos)
         notes += note
-    shapes = [f"{k} is {tuple(state[k].shape)}, wanted {tuple(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
-    wrong = [f"{title} ({len(keys)}): {', '.join(keys)}" for title, keys in
-             (("missing keys", missing), ("unexpected keys", unexpected), ("other shapes", shapes)) if keys]
+    shapes = [
+        f"{k} is {tuple(state[k].shape)}, wanted {tuple(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+    wrong = [
+        f"{title} ({len(keys)}): {', '.join(keys)}"
+        for title, keys in (("missing keys", missing), ("unexpected keys", unexpected), ("other shapes", shapes))
+        if keys
+    ]
     if wrong:
-        raise UsageError(f"checkpoint {said} does not fit this model:\n  " + "\n  ".join(wrong)
-                         + "\n" + _hint(missing, unexpected))
+        raise UsageError(
+            f"checkpoint {said} does not fit this model:\n  " + "\n  ".join(wrong) + "\n" + _hint(missing, unexpected)
+        )
     broken = [k for k, v in state.items() if not v.is_floating_point() or not v.isfinite().all()]
     if broken:
-        raise UsageError(f"checkpoint {said}: tensors that are not finite floating-point numbers: {', '.join(broken[:5])}"
-                         + (f" and {len(broken) - 5} more" if len(broken) > 5 else ""))
+        raise UsageError(
+            f"checkpoint {said}: tensors that are not finite floating-point numbers: {', '.join(broken[:5])}"
+            + (f" and {len(broken) - 5} more" if len(broken) > 5 else "")
+        )
     model.load_state_dict(state)
     return notes
 

@@ -19,8 +19,14 @@ class ScoreHead(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.in_conv = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
-        self.out_conv = nn.Sequential(nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, width // 4), nn.GELU(),
-                                      nn.Linear(width // 4, 2), nn.LogSoftmax(-1))
+        self.out_conv = nn.Sequential(
+            nn.Linear(width, width // 2),
+            nn.GELU(),
+            nn.Linear(width // 2, width // 4),
+            nn.GELU(),
+            nn.Linear(width // 4, 2),
+            nn.LogSoftmax(-1),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         local, whole = self.in_conv(x).chunk(2, -1)
@@ -73,8 +79,10 @@ def score_heads(loaded, schedule) -> nn.ModuleList | None:
 
     width, stages, state = loaded.module.embed_dim, len(schedule.options["at"]), loaded.heads
     if not state and loaded.weights["source"] != "random":
-        raise UsageError(f"{schedule.method} needs a trained score head for each of its {stages} stages, these weights have none: give "
-                         f"them with --predictor FILE, or the authors' checkpoint that has them")
+        raise UsageError(
+            f"{schedule.method} needs a trained score head for each of its {stages} stages, these weights have none: give "
+            f"them with --predictor FILE, or the authors' checkpoint that has them"
+        )
     state = state or random_heads(width, stages, loaded.weights["seed"])
     check_heads(state, width, stages)
     return make_heads(state, width)

@@ -23,8 +23,10 @@ def check_plain_vit(model: nn.Module) -> None:
 
     name = type(model).__name__
     if type(model) not in (VisionTransformer, VisionTransformerDistilled, Eva):
-        raise UsageError(f"{name} is no plain Vision Transformer: wanted timm's VisionTransformer, VisionTransformerDistilled or Eva "
-                         f"(vit_*, deit_*, deit3_*, *_dinov2, eva02_*, ...); its tokens cannot be reduced by this exporter")
+        raise UsageError(
+            f"{name} is no plain Vision Transformer: wanted timm's VisionTransformer, VisionTransformerDistilled or Eva "
+            f"(vit_*, deit_*, deit3_*, *_dinov2, eva02_*, ...); its tokens cannot be reduced by this exporter"
+        )
     wrong = []
     if not len(model.blocks):
         wrong.append("there are no blocks, wanted depth of 1 or more")
@@ -35,14 +37,18 @@ def check_plain_vit(model: nn.Module) -> None:
     if not isinstance(model.patch_drop, (nn.Identity, type(None))):
         wrong.append(f"patch_drop is {type(model.patch_drop).__name__}, wanted none (patch_drop_rate=0)")
     known = {Block: (Attention,), EvaBlock: (EvaAttention, AttentionRope)}
-    wrong += [f"blocks are {p.__name__}, wanted Block or EvaBlock" for p in {type(b) for b in model.blocks} if p not in known]
+    wrong += [
+        f"blocks are {p.__name__}, wanted Block or EvaBlock" for p in {type(b) for b in model.blocks} if p not in known
+    ]
     attentions = {type(b.attn) for b in model.blocks if type(b) in known and type(b.attn) not in known[type(b)]}
     wrong += [f"attention is {p.__name__}, wanted Attention, EvaAttention or AttentionRope" for p in attentions]
     mlps = {type(b.mlp) for b in model.blocks if type(b) in known} - {Mlp, GluMlp, SwiGLU}
     wrong += [f"MLP is {p.__name__}, wanted Mlp, GluMlp or SwiGLU" for p in mlps]
     pool = getattr(model, "attn_pool", None)
     if pool is not None and (type(pool) is not AttentionPoolLatent or pool.pos_embed is not None):
-        wrong.append(f"attention pooling is {type(pool).__name__}, wanted AttentionPoolLatent without position embedding")
+        wrong.append(
+            f"attention pooling is {type(pool).__name__}, wanted AttentionPoolLatent without position embedding"
+        )
     if not isinstance(model, VisionTransformerDistilled) and model.global_pool == "":
         wrong.append("global_pool is '', wanted a pooling (token, avg, map, ...)")
     if wrong:
@@ -82,8 +88,22 @@ def parts(block: nn.Module) -> BlockParts:
     else:
         gammas, qkv = (getattr(block.ls1, "gamma", None), getattr(block.ls2, "gamma", None)), attn.qkv
     gammas = [None if g is None else g.detach() for g in gammas]
-    return BlockParts(block.norm1, qkv, attn.num_heads, attn.scale, attn.q_norm, attn.k_norm, getattr(attn, "norm", nn.Identity()),
-                      getattr(attn, "gate", None), attn.proj, gammas[0], block.norm2, block.mlp, gammas[1], getattr(attn, "rotate_half", False))
+    return BlockParts(
+        block.norm1,
+        qkv,
+        attn.num_heads,
+        attn.scale,
+        attn.q_norm,
+        attn.k_norm,
+        getattr(attn, "norm", nn.Identity()),
+        getattr(attn, "gate", None),
+        attn.proj,
+        gammas[0],
+        block.norm2,
+        block.mlp,
+        gammas[1],
+        getattr(attn, "rotate_half", False),
+    )
 
 
 @torch.no_grad()
@@ -138,7 +158,13 @@ def rotary_table(model: nn.Module) -> torch.Tensor | None:
     if rope is None:
         return None
     rope = rope.reshape(*[1] * (4 - rope.ndim), *rope.shape)
-    still = torch.cat([torch.zeros_like(rope[:, :, :1, : rope.shape[-1] // 2]), torch.ones_like(rope[:, :, :1, : rope.shape[-1] // 2])], -1)
+    still = torch.cat(
+        [
+            torch.zeros_like(rope[:, :, :1, : rope.shape[-1] // 2]),
+            torch.ones_like(rope[:, :, :1, : rope.shape[-1] // 2]),
+        ],
+        -1,
+    )
     return torch.cat([still.expand(-1, -1, model.num_prefix_tokens, -1), rope, still], 2)
 
 
@@ -156,12 +182,16 @@ def check_schedule(model: nn.Module, schedule: Schedule, heads: nn.ModuleList | 
         words = "{} tokens ({} of them prefix tokens) and {} blocks"
         raise UsageError(f"the schedule is for {words.format(*made)}, the model has {words.format(*own)}")
     if schedule.options.get("score") == "class" and schedule.steps and not has_class_token(model):
-        raise UsageError(f"{schedule.method} sorts tokens by the attention of the class token, which this model does not have: give "
-                         f"--score mean (the mean attention a token receives, a substitute) or --method tome")
+        raise UsageError(
+            f"{schedule.method} sorts tokens by the attention of the class token, which this model does not have: give "
+            f"--score mean (the mean attention a token receives, a substitute) or --method tome"
+        )
     pools_by_size(model, schedule)
     stages = len(schedule.options["at"]) if any(s.site == "pre_block" for s in schedule.steps) else 0
     if stages > len(heads or ()):
-        raise UsageError(f"{schedule.method} needs {stages} score heads, {len(heads or ())} were given: see score_heads(loaded, schedule)")
+        raise UsageError(
+            f"{schedule.method} needs {stages} score heads, {len(heads or ())} were given: see score_heads(loaded, schedule)"
+        )
 
 
 def pools_by_size(model: nn.Module, schedule: Schedule) -> bool:
@@ -174,15 +204,23 @@ def pools_by_size(model: nn.Module, schedule: Schedule) -> bool:
     said = schedule.options.get("pool", "mean")
     if said not in ("auto", "size", "mean"):
         raise UsageError(f"--pool {said!r}: wanted size or mean")
-    average = getattr(model, "attn_pool", None) is None and model.global_pool == "avg" and not hasattr(model, "head_dist")
+    average = (
+        getattr(model, "attn_pool", None) is None and model.global_pool == "avg" and not hasattr(model, "head_dist")
+    )
     if said == "size" and not average:
-        raise UsageError("--pool size weighs the tokens of an average pool, which this model does not have: leave it out")
-    like_mae = has_class_token(model) and isinstance(model.norm, nn.Identity) and not getattr(model, "pool_include_prefix", False)
+        raise UsageError(
+            "--pool size weighs the tokens of an average pool, which this model does not have: leave it out"
+        )
+    like_mae = (
+        has_class_token(model)
+        and isinstance(model.norm, nn.Identity)
+        and not getattr(model, "pool_include_prefix", False)
+    )
     return bool(schedule.steps) and average and (said == "size" or (said == "auto" and like_mae))
 
 
 def output_name(model: nn.Module) -> str:
-    """"logits", or "features" when the model has no classes."""
+    """ "logits", or "features" when the model has no classes."""
     return "logits" if model.num_classes > 0 else "features"
 
 
@@ -196,10 +234,18 @@ def dims(model: nn.Module) -> dict:
     block = model.blocks[0]
     mlp = [(m.in_features, m.out_features) for m in block.mlp.modules() if isinstance(m, nn.Linear)]
     proj = model.patch_embed.proj
-    return {"width": model.embed_dim, "attn_width": block.attn.proj.in_features, "mlp": mlp, "classes": model.num_classes,
-            "channels": proj.in_channels, "gate": int(getattr(block.attn, "gate", None) is not None),
-            "heads": 2 if hasattr(model, "head_dist") else 1, "patches": model.patch_embed.num_patches,
-            "patch_values": proj.in_channels * proj.kernel_size[0] * proj.kernel_size[1], "pool": model.global_pool}
+    return {
+        "width": model.embed_dim,
+        "attn_width": block.attn.proj.in_features,
+        "mlp": mlp,
+        "classes": model.num_classes,
+        "channels": proj.in_channels,
+        "gate": int(getattr(block.attn, "gate", None) is not None),
+        "heads": 2 if hasattr(model, "head_dist") else 1,
+        "patches": model.patch_embed.num_patches,
+        "patch_values": proj.in_channels * proj.kernel_size[0] * proj.kernel_size[1],
+        "pool": model.global_pool,
+    }
 
 
 def split_heads(p: BlockParts, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

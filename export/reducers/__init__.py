@@ -31,7 +31,9 @@ def check_options(method: str, given: dict) -> None:
     for name in given:
         if name not in own:
             takers = [m for m in METHODS if name in getattr(get(m), "OPTIONS", {})]
-            words = f"goes with --method {', '.join(takers)}, not with {method}" if takers else "is no option of any method"
+            words = (
+                f"goes with --method {', '.join(takers)}, not with {method}" if takers else "is no option of any method"
+            )
             raise UsageError(f"--{name.replace('_', '-')} {words}")
     missing = [name for name, default in own.items() if default is None and name not in given]
     if missing:

@@ -22,7 +22,10 @@ def steps(options: dict, n_tokens: int, n_prefix: int, depth: int) -> tuple:
     """Options as they are kept (cumulative rates), steps and notes; see `counts.tps`."""
     at = counts.parse_at(options["at"], depth)
     rates = counts.cumulative(options["keep_rate"], len(at))
-    return ({**options, "at": at, "keep_rate": rates}, *counts.tps(rates, at, n_tokens, n_prefix, cumulative=True, squeeze=True))
+    return (
+        {**options, "at": at, "keep_rate": rates},
+        *counts.tps(rates, at, n_tokens, n_prefix, cumulative=True, squeeze=True),
+    )
 
 
 def regret(s: Signals, step: Step, plan: MergePlan) -> torch.Tensor:

@@ -33,8 +33,14 @@ def reference(s: Signals, step: Step, given: MergePlan | None = None) -> MergePl
     keep, src = (given.keep, given.src) if given else ranking.sort(s, step)
     cosine = ranking.cosines(s, keep, src, EPS)
     dst = given.dst if given else cosine.max(-1, keepdim=True).indices
-    return MergePlan(keep, src, dst, w_keep=torch.full(keep.shape, math.e, dtype=s.x.dtype), w_src=cosine.gather(2, dst).exp(),
-                     squeezed=True)
+    return MergePlan(
+        keep,
+        src,
+        dst,
+        w_keep=torch.full(keep.shape, math.e, dtype=s.x.dtype),
+        w_src=cosine.gather(2, dst).exp(),
+        squeezed=True,
+    )
 
 
 def static(s: Signals, step: Step, by_target: bool) -> MergePlan:

@@ -36,7 +36,9 @@ def reference(s: Signals, step: Step, given: MergePlan | None = None) -> MergePl
 def static(s: Signals, step: Step, by_target: bool) -> MergePlan:
     """The same decisions with one TopK."""
     found = ranking.top(s, step)
-    return MergePlan(found["keep"], found["src"], w_src=found["value"], n_extra=int(step.n_folded > 0), order=found["order"])
+    return MergePlan(
+        found["keep"], found["src"], w_src=found["value"], n_extra=int(step.n_folded > 0), order=found["order"]
+    )
 
 
 def regret(s: Signals, step: Step, plan: MergePlan) -> torch.Tensor:

@@ -45,7 +45,9 @@ def regret(s: Signals, step: Step, plan: MergePlan) -> torch.Tensor:
     rank = torch.zeros(step.n_in, dtype=torch.int64)
     rank[a] = torch.arange(a.numel())
     merged = value.gather(1, rank[src])
-    chosen = scores.gather(1, rank[src][..., None].expand(-1, -1, b.numel())).gather(2, host.clamp(min=0)[..., None])[..., 0]
+    chosen = scores.gather(1, rank[src][..., None].expand(-1, -1, b.numel())).gather(2, host.clamp(min=0)[..., None])[
+        ..., 0
+    ]
     worst = (merged - chosen).amax(1)
     if n_left:
         kept = value.gather(1, rank[left])

@@ -33,7 +33,9 @@ def cosines(s: Signals, keep: torch.Tensor, src: torch.Tensor, eps: float) -> to
     return cosine
 
 
-def hosts(s: Signals, step: Step, order: torch.Tensor, eps: float, shift: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+def hosts(
+    s: Signals, step: Step, order: torch.Tensor, eps: float, shift: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Best cosine plus shift [.., R, 1] of every folded row, and its host's row number [.., R, 1], in a static graph."""
     x = ops.take_rows(s.x, order)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -42,7 +44,9 @@ def hosts(s: Signals, step: Step, order: torch.Tensor, eps: float, shift: float 
     return ops.best_column(ops.addmm(folded, kept, barred, False, True))
 
 
-def regret(s: Signals, step: Step, plan: MergePlan, cosine: torch.Tensor | None = None, log: bool = True) -> torch.Tensor:
+def regret(
+    s: Signals, step: Step, plan: MergePlan, cosine: torch.Tensor | None = None, log: bool = True
+) -> torch.Tensor:
     """How much the plan's order and hosts give away, [B]; infinite for a prefix token out of place or an impossible host.
 
     The largest of: inversions of the order among kept rows, kept below folded, folded below dropped, each as a difference of

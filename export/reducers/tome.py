@@ -68,7 +68,10 @@ def static(s: Signals, step: Step, by_target: bool) -> MergePlan:
         base, merged = _like(s, value, key, torch.maximum), top
     else:  # A rows keep their similarity as the key
         key = [4.0 if i in a_rows else -10.0 - i for i in range(n)]
-        base, merged = torch.minimum(value, column(key, value)), _like(s, top, [-4.0 * n - 40] * (n - n_kept), torch.minimum)
+        base, merged = (
+            torch.minimum(value, column(key, value)),
+            _like(s, top, [-4.0 * n - 40] * (n - n_kept), torch.minimum),
+        )
         if p:  # registers come first
             base = torch.maximum(base, column([n + 10.0 - i if i < p else -8.0 * n for i in range(n)], value))
     keep = ops.top_rows(ops.put_rows(base, src, merged), n_kept, True)[1]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from tokexport import UsageError, open_engine, verify
+from tokexport import UsageError, open_runner, verify
+from tokexport.engines import files
 from tokexport.engines.runners import tensorrt as plan_runner
 from tokexport.engines.tensorrt import runtime as trt
 from tokexport.engines.tensorrt.build import build_engine
@@ -17,7 +18,9 @@ from tokexport.engines.measure import bench
 from tokexport.tools.demo import samples
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: engine builds need it")
-GPU = pytest.mark.skipif(not (trt.gpus() and torch.cuda.is_available()), reason="there is no NVIDIA GPU that PyTorch can use")
+GPU = pytest.mark.skipif(
+    not (trt.gpus() and torch.cuda.is_available()), reason="there is no NVIDIA GPU that PyTorch can use"
+)
 NO_GPU = pytest.mark.skipif(trt.gpus() > 0, reason="what is said where there is no GPU")
 
 
@@ -35,7 +38,7 @@ def elsewhere(tome, tmp_path_factory):
 def test_an_engine_gives_its_decisions_when_asked(elsewhere, tome, tmp_path):
     p = inspect(tome).provenance
     assert read_sidecar(elsewhere).outputs == [*p.outputs, *p.decisions] and len(p.decisions) > 6
-    found = plan_runner.provenance_of(read_sidecar(elsewhere))
+    found = files.provenance_of(read_sidecar(elsewhere))
     assert found.precision == "fp16" and found.decisions == p.decisions and found.schedule == p.schedule
     plain = build_engine(tome, tmp_path / "p.plan", "fp16", "rtx", ("80",)).path
     assert read_sidecar(plain).outputs == list(p.outputs)
@@ -58,7 +61,7 @@ def test_without_a_gpu_an_engine_is_refused_in_words(elsewhere):
     for args in (["run", str(elsewhere), str(samples.sample_photos()[0])], ["verify", str(elsewhere)]):
         assert "there is no NVIDIA GPU here: run the ONNX file" in str(CliRunner().invoke(group, args).exception)
     with pytest.raises(UsageError, match="CUDA graphs are of TensorRT engines"):
-        with open_engine(plan_runner.Path(read_sidecar(elsewhere).source), cuda_graph=True):
+        with open_runner(plan_runner.Path(read_sidecar(elsewhere).source), cuda_graph=True):
             pass
 
 
@@ -67,7 +70,11 @@ def test_engines_are_benched_with_each_other_only(elsewhere, tome):
 
     from tokexport.tools.cli import group
 
-    for args in ([str(elsewhere)], [str(elsewhere), str(tome), "--dense", str(elsewhere)], [str(tome), "--dense", str(elsewhere)]):
+    for args in (
+        [str(elsewhere)],
+        [str(elsewhere), str(tome), "--dense", str(elsewhere)],
+        [str(tome), "--dense", str(elsewhere)],
+    ):
         assert "compared with each other" in str(CliRunner().invoke(group, ["bench", *args]).exception)
 
 
@@ -80,14 +87,18 @@ def test_an_engine_that_cannot_run_is_a_row_with_its_error(elsewhere, exported, 
     dense = build_engine(exported("tiny_vit", method="none"), tmp_path / "d.plan", "fp16", "rtx", ("80",)).path
     out = CliRunner().invoke(group, ["bench", str(elsewhere), "--dense", str(dense), "--batch", "2", "--json"])
     rows = json.loads(out.stdout)["rows"]
-    assert [r["engine"] for r in rows] == ["trt"] * 2 and all("no NVIDIA GPU" in r["error"] for r in rows) and rows[1]["macs_ratio"] > 1.5
+    assert (
+        [r["runtime"] for r in rows] == ["trt"] * 2
+        and all("no NVIDIA GPU" in r["error"] for r in rows)
+        and rows[1]["macs_ratio"] > 1.5
+    )
 
 
-@pytest.mark.parametrize("engine", ["ort-cuda", "ort-tensorrt"])
+@pytest.mark.parametrize("runtime", ["ort-cuda", "ort-tensorrt"])
 @NO_GPU
-def test_without_a_gpu_onnxruntimes_gpu_engines_are_refused_in_words(engine, tome):
+def test_without_a_gpu_onnxruntimes_gpu_engines_are_refused_in_words(runtime, tome):
     with pytest.raises(UsageError, match=r"tokexport\[gpu\]|no NVIDIA GPU"):
-        with open_engine(tome, engine):
+        with open_runner(tome, runtime):
             pass
 
 
@@ -101,7 +112,9 @@ def _pretend(monkeypatch, capability=(8, 6), cuda=True):
 
 def test_an_engine_for_another_gpu_is_refused(elsewhere, monkeypatch):
     _pretend(monkeypatch, (9, 0))
-    with pytest.raises(UsageError, match=r"for compute capability 80, this GPU \(A GPU\) has 90: build it with --compute-capability 90"):
+    with pytest.raises(
+        UsageError, match=r"for compute capability 80, this GPU \(A GPU\) has 90: build it with --compute-capability 90"
+    ):
         plan_runner.open_plan(elsewhere)
 
 
@@ -124,7 +137,7 @@ def test_a_pytorch_without_cuda_is_named(elsewhere, monkeypatch):
 def test_an_input_that_is_not_finite_is_refused(tome):
     image = np.zeros((1, 3, 64, 64), np.float32)
     image[0, 0, 0, 0] = np.nan
-    with open_engine(tome) as runner, pytest.raises(UsageError, match="not finite: 1 of 12288"):
+    with open_runner(tome) as runner, pytest.raises(UsageError, match="not finite: 1 of 12288"):
         runner.run({"image": image})
 
 
@@ -136,7 +149,9 @@ def engine_here(exported, method_cases, tmp_path_factory):
     def build(method, precision="fp32"):
         if (method, precision) not in made:
             path = exported("tiny_vit", method=method, **method_cases[method])
-            made[method, precision] = build_engine(path, folder / f"{method}.{precision}.plan", precision, "auto", decisions=True).path
+            made[method, precision] = build_engine(
+                path, folder / f"{method}.{precision}.plan", precision, "auto", decisions=True
+            ).path
         return made[method, precision]
 
     return build
@@ -156,7 +171,7 @@ def test_an_engine_is_what_the_reference_is(method, precision, engine_here):
 def test_a_cuda_graph_gives_the_same_and_tensors_are_not_copied(engine_here):
     path = engine_here("tome")
     image = bench.noise(inspect(read_sidecar(path).source), 8)
-    with open_engine(path) as plain, open_engine(path, cuda_graph=True) as captured:
+    with open_runner(path) as plain, open_runner(path, cuda_graph=True) as captured:
         first = plain.run({"image": image})
         for _ in range(3):
             again = captured.run({"image": image})
@@ -177,12 +192,12 @@ def test_an_identical_request_is_a_cache_hit_and_the_inspector_shows_layers(engi
 
 @GPU
 @pytest.mark.gpu
-@pytest.mark.parametrize("engine", ["ort-cuda", "ort-tensorrt"])
-def test_onnxruntime_on_the_gpu_is_what_the_reference_is(engine, tome):
+@pytest.mark.parametrize("runtime", ["ort-cuda", "ort-tensorrt"])
+def test_onnxruntime_on_the_gpu_is_what_the_reference_is(runtime, tome):
     import onnxruntime
 
     from tokexport.engines.runners import PROVIDERS
 
-    if PROVIDERS[engine] not in onnxruntime.get_available_providers():
+    if PROVIDERS[runtime] not in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime was built without it: pip install onnxruntime-gpu")
-    assert verify(tome, engine=engine).passed
+    assert verify(tome, runtime=runtime).passed

@@ -47,20 +47,31 @@ def _check_types(path):
     kinds = {v.name: v.data_type for v in model.graph.initializer}
     types = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
     made = {o: n for n in model.graph.node for o in n.output}
-    linear = [n for n in model.graph.node if n.op_type == "Gemm" and all(made.get(i) and made[i].op_type == "DequantizeLinear" for i in n.input[:2])]
+    linear = [
+        n
+        for n in model.graph.node
+        if n.op_type == "Gemm" and all(made.get(i) and made[i].op_type == "DequantizeLinear" for i in n.input[:2])
+    ]
     assert len(linear) == 4 * 6 and {stages.of_node(n.name).rpartition(".")[2] for n in linear} == {"attn", "mlp"}
-    assert all(kinds[made[n.input[1]].input[0]] == TensorProto.INT8 and types[n.output[0]] == TensorProto.FLOAT16 for n in linear)
+    assert all(
+        kinds[made[n.input[1]].input[0]] == TensorProto.INT8 and types[n.output[0]] == TensorProto.FLOAT16
+        for n in linear
+    )
     zeros = [onnx.numpy_helper.to_array(i) for i in model.graph.initializer if i.name.endswith("_zero_point")]
     assert zeros and not any(z.any() for z in zeros), "TensorRT takes symmetric scales only"
     for node in model.graph.node:
         if stages.in_fp32(node.name) and node.op_type != "Cast":
-            assert {types[o] for o in node.output if o in types} <= {TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL}, node.name
+            assert {types[o] for o in node.output if o in types} <= {
+                TensorProto.FLOAT,
+                TensorProto.INT64,
+                TensorProto.BOOL,
+            }, node.name
 
 
-@pytest.mark.parametrize("engine", ["ort", "openvino"])
+@pytest.mark.parametrize("runtime", ["ort", "openvino"])
 @BY_METHOD
-def test_it_passes_its_own_tolerance_and_not_that_of_fp16(engine, method, method_cases, quantised):
-    report = verify(quantised(method=method, **method_cases[method]), samples.sample_photos(), engine=engine)
+def test_it_passes_its_own_tolerance_and_not_that_of_fp16(runtime, method, method_cases, quantised):
+    report = verify(quantised(method=method, **method_cases[method]), samples.sample_photos(), runtime=runtime)
     assert report.passed and report.precision == "int8" and report.outputs[0].max_rel > 8e-3, report.summary()
 
 
@@ -76,15 +87,24 @@ def test_a_wrong_scale_is_found(quantised, tmp_path):
 @BY_METHOD
 def test_an_engine_is_built_of_it(method, quantised, method_cases, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: engine builds need it (no GPU)")
-    found = build_engine(quantised(method=method, **method_cases[method]), tmp_path / "v.plan", runtime="rtx", capabilities=("86",))
-    assert found.engine.precision == "int8" and found.layers["MATRIX_MULTIPLY"]["INT8"] == 24 and found.layers["CONVOLUTION"] == {"HALF": 1}
+    found = build_engine(
+        quantised(method=method, **method_cases[method]), tmp_path / "v.plan", builder="rtx", capabilities=("86",)
+    )
+    assert (
+        found.runtime.precision == "int8"
+        and found.layers["MATRIX_MULTIPLY"]["INT8"] == 24
+        and found.layers["CONVOLUTION"] == {"HALF": 1}
+    )
 
 
 def test_other_images_are_another_engine(exported, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: engine builds need it (no GPU)")
-    ask = {"path": tmp_path / "v.plan", "precision": "int8", "runtime": "rtx", "capabilities": ("86",)}
-    first, again = (build_engine(exported("tiny_vit", method="evit", at=(1, 3, 4)), **ask, calibration=samples.sample_photos()) for _ in range(2))
-    assert first.engine.precision == "int8" and not first.cached and again.cached
+    ask = {"path": tmp_path / "v.plan", "precision": "int8", "builder": "rtx", "capabilities": ("86",)}
+    first, again = (
+        build_engine(exported("tiny_vit", method="evit", at=(1, 3, 4)), **ask, calibration=samples.sample_photos())
+        for _ in range(2)
+    )
+    assert first.runtime.precision == "int8" and not first.cached and again.cached
     with pytest.raises(UsageError, match="exists"):
         build_engine(exported("tiny_vit", method="evit", at=(1, 3, 4)), **ask, calibration=samples.sample_photos()[:1])
 
@@ -109,7 +129,17 @@ def test_the_command_makes_one(tmp_path):
 
     from tokexport.tools.cli import group
 
-    args = ["onnx", "--model", "vit_tiny_patch16_224", "--method", "evit", "--dtype", "int8", "-o", str(tmp_path / "v.onnx")]
+    args = [
+        "onnx",
+        "--model",
+        "vit_tiny_patch16_224",
+        "--method",
+        "evit",
+        "--dtype",
+        "int8",
+        "-o",
+        str(tmp_path / "v.onnx"),
+    ]
     for kwarg in ("img_size=64", "patch_size=8", "embed_dim=64", "num_heads=2", "depth=10"):
         args += ["--model-kwargs", kwarg]
     with pytest.raises(UsageError, match="wanted --calib"):

@@ -52,8 +52,15 @@ def test_tome_on_deit_small_is_built_in_fp16(batch, tmp_path, schedule_of):
     loaded = load_model("deit_small_patch16_224")
     export_onnx(loaded, schedule_of(loaded.module, 13), tmp_path / "v.onnx", batch=batch)
     said = []
-    result = build_engine(tmp_path / "v.onnx", precision="fp16", runtime="rtx", capabilities=GPUS, opt_level=2, workspace=2**30,
-                          progress=lambda stage, share: said.append((stage, share)))
+    result = build_engine(
+        tmp_path / "v.onnx",
+        precision="fp16",
+        builder="rtx",
+        capabilities=GPUS,
+        opt_level=2,
+        workspace=2**30,
+        progress=lambda stage, share: said.append((stage, share)),
+    )
     assert result.path == tmp_path / "v.plan" and 40e6 < result.engine.size < 100e6
     assert any(stage.startswith("building") for stage, _ in said) and all(0 <= share <= 1 for _, share in said)
 
@@ -61,17 +68,25 @@ def test_tome_on_deit_small_is_built_in_fp16(batch, tmp_path, schedule_of):
 def test_a_typed_file_keeps_its_precision(tiny, schedule_of, tmp_path):
     loaded = tiny("tiny_vit")
     export_onnx(loaded, schedule_of(loaded.module, 8), tmp_path / "h.onnx", dtype="fp16")
-    assert build_engine(tmp_path / "h.onnx", runtime="rtx", capabilities=GPUS).engine.precision == "fp16"
+    assert build_engine(tmp_path / "h.onnx", builder="rtx", capabilities=GPUS).engine.precision == "fp16"
     with pytest.raises(UsageError, match="fp16 already"):
         build_engine(tmp_path / "h.onnx", tmp_path / "b.plan", "bf16", "rtx", GPUS)
 
 
 def test_an_identical_request_is_answered_by_the_engine_that_is_there(tome, tmp_path):
-    ask = lambda **more: build_engine(tome, tmp_path / "v.plan", **{"precision": "fp16", "runtime": "rtx", "capabilities": GPUS, **more})
+    ask = lambda **more: build_engine(
+        tome, tmp_path / "v.plan", **{"precision": "fp16", "builder": "rtx", "capabilities": GPUS, **more}
+    )
     first, when = ask(), (tmp_path / "v.plan").stat().st_mtime_ns
     again = ask()
     assert again.cached and again.engine == first.engine and (tmp_path / "v.plan").stat().st_mtime_ns == when
-    for other in ({"precision": "bf16"}, {"capabilities": ("89",)}, {"profile": (1, 2, 4)}, {"opt_level": 1}, {"workspace": 2**30}):
+    for other in (
+        {"precision": "bf16"},
+        {"capabilities": ("89",)},
+        {"profile": (1, 2, 4)},
+        {"opt_level": 1},
+        {"workspace": 2**30},
+    ):
         with pytest.raises(UsageError, match="exists"):
             ask(**other)
     assert (tmp_path / "v.plan").stat().st_mtime_ns == when
@@ -87,8 +102,12 @@ def test_an_engine_that_is_not_what_its_sidecar_says_is_refused(tome, tmp_path):
     run = lambda: CliRunner().invoke(group, ["inspect", str(path)])
     assert run().exit_code == 0
     whole, said = path.read_bytes(), sidecar(path).read_text()
-    for spoil, word in ((lambda: path.write_bytes(whole[:-1]), "truncated"), (lambda: sidecar(path).write_text(said[:-9]), "cannot be read"),
-                        (lambda: sidecar(path).write_text("[]"), "cannot be read"), (lambda: sidecar(path).unlink(), "moved without it")):
+    for spoil, word in (
+        (lambda: path.write_bytes(whole[:-1]), "truncated"),
+        (lambda: sidecar(path).write_text(said[:-9]), "cannot be read"),
+        (lambda: sidecar(path).write_text("[]"), "cannot be read"),
+        (lambda: sidecar(path).unlink(), "moved without it"),
+    ):
         path.write_bytes(whole)
         sidecar(path).write_text(said)
         spoil()
@@ -97,8 +116,18 @@ def test_an_engine_that_is_not_what_its_sidecar_says_is_refused(tome, tmp_path):
         assert isinstance(run().exception, UsageError)
 
 
-SPOILED = {"layers": [None, {"a": 1}], "profile": ["x", [1], None], "runtime": [{}, "rtx"], "compute_capability": [86, None], "size": ["a"],
-           "warnings": [None], "batch": ["q"], "precision": [5], "provenance": [{}, None], "outputs": [None]}
+SPOILED = {
+    "layers": [None, {"a": 1}],
+    "profile": ["x", [1], None],
+    "runtime": [{}, "rtx"],
+    "compute_capability": [86, None],
+    "size": ["a"],
+    "warnings": [None],
+    "batch": ["q"],
+    "precision": [5],
+    "provenance": [{}, None],
+    "outputs": [None],
+}
 
 
 def test_a_sidecar_with_other_kinds_of_values_is_refused_and_no_cache_hit(tome, tmp_path):
@@ -142,12 +171,28 @@ def _cli(capsys, monkeypatch, *args):
 
 
 def test_the_command_builds_and_inspect_prints_it(tome, tmp_path, capsys, monkeypatch):
-    code, out = _cli(capsys, monkeypatch, "trt", tome, "-o", tmp_path / "v.plan", "--bf16", "--compute-capability", "8.6,sm120",
-                     "--batch", "1:2:4", "--workspace", "1GiB", "--json")
+    code, out = _cli(
+        capsys,
+        monkeypatch,
+        "trt",
+        tome,
+        "-o",
+        tmp_path / "v.plan",
+        "--bf16",
+        "--compute-capability",
+        "8.6,sm120",
+        "--batch",
+        "1:2:4",
+        "--workspace",
+        "1GiB",
+        "--json",
+    )
     data = json.loads(out.out)
     assert code == 0 and data["engine"]["precision"] == "bf16" and data["engine"]["compute_capability"] == ["86", "120"]
     code, out = _cli(capsys, monkeypatch, "inspect", tmp_path / "v.plan")
-    assert code == 0 and all(word in out.err for word in ("TensorRT-RTX", "bf16", "86, 120", "1 to 4, best at 2", "tome"))
+    assert code == 0 and all(
+        word in out.err for word in ("TensorRT-RTX", "bf16", "86, 120", "1 to 4, best at 2", "tome")
+    )
     code, out = _cli(capsys, monkeypatch, "inspect", tmp_path / "v.plan", "--json")
     assert json.loads(out.out)["sha256"] == data["engine"]["sha256"]
 
@@ -159,7 +204,7 @@ def test_a_dry_run_reports_and_writes_nothing(tome, tmp_path, capsys, monkeypatc
 
 
 BAD = {
-    "unknown runtime": (["--runtime", "trt9"], "--runtime"),
+    "unknown builder": (["--builder", "trt9"], "--builder"),
     "unknown gpu": (["--compute-capability", "90"], "knows 75"),
     "a gpu twice": (["--compute-capability", "86,8.6"], "each once"),
     "not a gpu": (["--compute-capability", "fast"], "knows 75"),
@@ -167,7 +212,8 @@ BAD = {
     "batch of two": (["--batch", "1:8"], "smallest:best:largest"),
     "batch of none": (["--batch", "0:1:2"], "smallest:best:largest"),
     "level": (["--opt-level", "9"], "0 to 5"),
-    "workspace": (["--workspace", "lots"], "4GiB"), "more memory than there is": (["--workspace", "999999999999GiB"], "4GiB"),
+    "workspace": (["--workspace", "lots"], "4GiB"),
+    "more memory than there is": (["--workspace", "999999999999GiB"], "4GiB"),
     "timing cache": (["--timing-cache", "x"], "no such cache"),
     "version": (["--version-compatible"], "TensorRT's"),
     "two precisions": (["--int8", "--fp16"], "--fp16 --int8: an engine has one precision"),
@@ -180,13 +226,15 @@ def test_bad_options_are_one_error_and_nothing_is_written(name, tome, tmp_path, 
     if "--compute-capability" not in args:
         args = [*args, "--compute-capability", "86"]
     monkeypatch.chdir(tmp_path)
-    code, out = _cli(capsys, monkeypatch, "trt", tome, "-o", "v.plan", *([] if "--runtime" in args else ["--runtime", "rtx"]), *args)
+    code, out = _cli(
+        capsys, monkeypatch, "trt", tome, "-o", "v.plan", *([] if "--builder" in args else ["--builder", "rtx"]), *args
+    )
     assert code == 2 and word in out.err and out.err.startswith("Error: ") and list(tmp_path.iterdir()) == []
 
 
 @NO_GPU
 def test_without_a_gpu_one_must_be_named(tome, tmp_path, capsys, monkeypatch):
-    code, out = _cli(capsys, monkeypatch, "trt", tome, "-o", tmp_path / "v.plan", "--runtime", "rtx")
+    code, out = _cli(capsys, monkeypatch, "trt", tome, "-o", tmp_path / "v.plan", "--builder", "rtx")
     assert code == 2 and "no GPU here" in out.err and "--compute-capability 75" in out.err
 
 
@@ -207,9 +255,15 @@ def test_auto_takes_tensorrt_only_with_a_gpu(monkeypatch):
 def test_a_batch_that_a_file_does_not_have_is_refused(exported, tmp_path):
     path = exported("tiny_vit", batch=3, method="tome", r=8)
     with pytest.raises(UsageError, match="is for batch 3"):
-        build_engine(path, tmp_path / "v.plan", runtime="rtx", capabilities=GPUS, profile=(1, 2, 3))
+        build_engine(path, tmp_path / "v.plan", builder="rtx", capabilities=GPUS, profile=(1, 2, 3))
     with pytest.raises(UsageError, match="is for batch 1: --batch 1:2:4"):
-        build_engine(exported("tiny_vit", batch=1, method="tome", r=8), tmp_path / "v.plan", runtime="rtx", capabilities=GPUS, profile=(1, 2, 4))
+        build_engine(
+            exported("tiny_vit", batch=1, method="tome", r=8),
+            tmp_path / "v.plan",
+            builder="rtx",
+            capabilities=GPUS,
+            profile=(1, 2, 4),
+        )
 
 
 def _scatter(tome, path):
@@ -217,7 +271,11 @@ def _scatter(tome, path):
     model = onnx.load(tome)
     rows = helper.make_tensor("rows", TensorProto.INT64, [1, 1], [0])
     model.graph.initializer.append(rows)
-    model.graph.node.append(helper.make_node("ScatterElements", ["logits", "rows", "logits"], ["more"], name="block2.merge/Scatter", reduction="add"))
+    model.graph.node.append(
+        helper.make_node(
+            "ScatterElements", ["logits", "rows", "logits"], ["more"], name="block2.merge/Scatter", reduction="add"
+        )
+    )
     onnx.save(model, path)
 
 
@@ -226,7 +284,12 @@ def test_a_scatter_with_a_reduction_is_refused_with_the_way_out(command, tome, t
     path = tmp_path / "scatter.onnx"
     _scatter(tome, path)
     code, out = _cli(capsys, monkeypatch, *command, path)
-    assert code == 2 and "block2.merge/Scatter" in out.err and "one-hot matrix product" in out.err and not (tmp_path / "scatter.plan").exists()
+    assert (
+        code == 2
+        and "block2.merge/Scatter" in out.err
+        and "one-hot matrix product" in out.err
+        and not (tmp_path / "scatter.plan").exists()
+    )
     code, out = _cli(capsys, monkeypatch, "inspect", path)
     assert "REFUSED" in out.err and "one-hot matrix product" in out.err
 
@@ -237,16 +300,30 @@ def test_what_the_parser_refuses_is_named_with_its_block(tome, tmp_path):
     model.graph.node.append(helper.make_node("StringNormalizer", ["logits"], ["more"], name="block4.mlp/Odd"))
     onnx.save(model, tmp_path / "odd.onnx")
     with pytest.raises(UsageError, match=r"block4\.mlp/Odd \(block4, mlp\)"):
-        build_engine(tmp_path / "odd.onnx", tmp_path / "v.plan", runtime="rtx", capabilities=GPUS)
+        build_engine(tmp_path / "odd.onnx", tmp_path / "v.plan", builder="rtx", capabilities=GPUS)
     assert not (tmp_path / "v.plan").exists()
 
 
 def test_a_build_that_is_terminated_leaves_nothing(deit, tmp_path):
-    args = [sys.executable, "-m", "tokexport", "trt", str(deit("none", 1)), "-o", str(tmp_path / "v.plan"), "--fp16", "--runtime", "rtx",
-            "--compute-capability", "86"]
+    args = [
+        sys.executable,
+        "-m",
+        "tokexport",
+        "trt",
+        str(deit("none", 1)),
+        "-o",
+        str(tmp_path / "v.plan"),
+        "--fp16",
+        "--builder",
+        "rtx",
+        "--compute-capability",
+        "86",
+    ]
     process = subprocess.Popen(args, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".tokexport-*/typed.onnx")) and time.monotonic() < deadline:  # what lies aside while it builds
+    while (
+        not list(tmp_path.glob(".tokexport-*/typed.onnx")) and time.monotonic() < deadline
+    ):  # what lies aside while it builds
         time.sleep(0.02)
     assert list(tmp_path.iterdir()) and process.poll() is None
     process.send_signal(signal.SIGTERM)
@@ -256,11 +333,14 @@ def test_a_build_that_is_terminated_leaves_nothing(deit, tmp_path):
 def test_a_crash_of_the_builder_ends_only_its_own_process(tome, tmp_path, monkeypatch):
     fake, out = tmp_path / "python", tmp_path / "out"
     out.mkdir()
-    for script, word in ((f"kill -{int(signal.SIGSEGV)} $$", r"crashed \(signal 11\)"), ("echo oh no; exit 3", "ended with 3: oh no")):
+    for script, word in (
+        (f"kill -{int(signal.SIGSEGV)} $$", r"crashed \(signal 11\)"),
+        ("echo oh no; exit 3", "ended with 3: oh no"),
+    ):
         fake.write_text(f"#!/bin/sh\n{script}\n")
         fake.chmod(0o755)
         with monkeypatch.context() as patch:
             patch.setattr(build.sys, "executable", str(fake))
             with pytest.raises(UsageError, match=word):
-                build_engine(tome, out / "v.plan", runtime="rtx", capabilities=GPUS)
+                build_engine(tome, out / "v.plan", builder="rtx", capabilities=GPUS)
         assert list(out.iterdir()) == []

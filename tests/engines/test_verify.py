@@ -52,7 +52,11 @@ def swapped_rows(graph):
     n = next(v.type.tensor_type.shape.dim[1].dim_value for v in graph.value_info if v.name == order)
     graph.initializer.append(numpy_helper.from_array(np.array([0, 2, 1, *range(3, n)]), "swap"))
     gather.input[1] = "order.swapped"
-    before(graph, gather, helper.make_node("Gather", [order, "swap"], ["order.swapped"], name="block3.merge/Gather_planted", axis=1))
+    before(
+        graph,
+        gather,
+        helper.make_node("Gather", [order, "swap"], ["order.swapped"], name="block3.merge/Gather_planted", axis=1),
+    )
 
 
 def worst_stay(graph):
@@ -83,7 +87,14 @@ def transposed(graph):
 
 
 def wrong_norm(graph):
-    weight = weight_of(graph, next(n.input[1] for n in graph.node if stages.of_node(n.name) == "block4.mlp" and n.op_type == "LayerNormalization"))
+    weight = weight_of(
+        graph,
+        next(
+            n.input[1]
+            for n in graph.node
+            if stages.of_node(n.name) == "block4.mlp" and n.op_type == "LayerNormalization"
+        ),
+    )
     put(graph, weight, numpy_helper.to_array(weight) * np.float32(1.02))
 
 
@@ -99,9 +110,14 @@ def shifted_positions(graph):
 
 TOME, EVIT = {"method": "tome", "r": 8}, {"method": "evit", "at": (1, 3, 4)}
 FAULTS = {  # what is planted: (options of the file, stage that must be named)
-    squared_sizes: (TOME, "block3.merge"), swapped_rows: (EVIT, "block3.merge"), worst_stay: (EVIT, "block3.match"),
-    no_log_size: (TOME, "block3.attn"), transposed: (TOME, "block2.attn"), wrong_norm: (EVIT, "block4.mlp"),
-    shifted_positions: (TOME, "embed"), head_rows_swapped: (EVIT, "head"),
+    squared_sizes: (TOME, "block3.merge"),
+    swapped_rows: (EVIT, "block3.merge"),
+    worst_stay: (EVIT, "block3.match"),
+    no_log_size: (TOME, "block3.attn"),
+    transposed: (TOME, "block2.attn"),
+    wrong_norm: (EVIT, "block4.mlp"),
+    shifted_positions: (TOME, "embed"),
+    head_rows_swapped: (EVIT, "head"),
 }
 
 
@@ -121,24 +137,28 @@ def test_a_planted_fault_is_found_where_it_is(fault, exported, tmp_path):
     wrong = [s.stage for s in report.stages if not s.passed]
     assert not report.passed and wrong and wrong[0] == stage, wrong
     assert len(wrong) == 1 or stage.endswith(("match", "merge")), "other stages are computed from what is there"
-    assert report.departs in report.summary() and report.stages[0].stage == "embed" and report.stages[-1].stage == "head"
+    assert (
+        report.departs in report.summary() and report.stages[0].stage == "embed" and report.stages[-1].stage == "head"
+    )
 
 
-@pytest.mark.parametrize("engine", ["ort", "openvino"])
-def test_a_fault_too_small_for_the_outputs_tolerance_is_found_by_its_stage(engine, exported, tmp_path):
+@pytest.mark.parametrize("runtime", ["ort", "openvino"])
+def test_a_fault_too_small_for_the_outputs_tolerance_is_found_by_its_stage(runtime, exported, tmp_path):
     def little(graph):
         weight = weight_of(graph, "blocks.5.mlp.fc2.weight")
         put(graph, weight, numpy_helper.to_array(weight) * np.float32(1 + 3e-4))
 
     path = planted(exported("tiny_vit", **EVIT), tmp_path, little)
-    report = verify(path, engine=engine, bisect=True)
+    report = verify(path, runtime=runtime, bisect=True)
     assert all(o.passed for o in report.outputs) and not report.passed
     assert [s.stage for s in report.stages if not s.passed] == ["block5.mlp"]
 
 
 def test_an_overflow_in_fp16_is_found_where_it_begins(typed, tmp_path):
     def large(graph):
-        weight = weight_of(graph, next(i.name for i in graph.initializer if i.name.startswith("blocks.3.mlp.fc1.weight")))
+        weight = weight_of(
+            graph, next(i.name for i in graph.initializer if i.name.startswith("blocks.3.mlp.fc1.weight"))
+        )
         put(graph, weight, numpy_helper.to_array(weight) * np.float16(60000 / 8))
 
     report = verify(planted(typed("fp16", **TOME), tmp_path, large), bisect=True)
@@ -156,9 +176,17 @@ def test_layer_scale_that_is_missing_in_dinov2_is_found(dinov2, tmp_path):
     assert "block 5, attention is the first stage that departs" in report.summary()
 
 
-@pytest.mark.parametrize("fault, method, how", [
-    (no_log_size, "tome", {"r": "13"}), (transposed, "tome", {"r": "13"}), (swapped_rows, "evit", {}), (worst_stay, "evit", {}), (wrong_norm, "evit", {}),
-], ids=lambda v: getattr(v, "__name__", ""))
+@pytest.mark.parametrize(
+    "fault, method, how",
+    [
+        (no_log_size, "tome", {"r": "13"}),
+        (transposed, "tome", {"r": "13"}),
+        (swapped_rows, "evit", {}),
+        (worst_stay, "evit", {}),
+        (wrong_norm, "evit", {}),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
 def test_faults_in_dinov2_are_found_where_they_are(fault, method, how, dinov2, tmp_path):
     report = verify(planted(dinov2(method, **how), tmp_path, fault), samples.sample_photos()[:1], bisect=True)
     assert not report.passed and next(s.stage for s in report.stages if not s.passed) == FAULTS[fault][1]
@@ -184,8 +212,8 @@ def test_every_stage_has_a_border(options, exported):
 
 @pytest.mark.parametrize("dtype, batch", [("fp32", None), ("fp16", 1), ("bf16", None)])
 def test_every_stage_of_every_method_is_within_its_limit(dtype, batch, options, typed):
-    engine = "openvino" if dtype == "bf16" else "ort"
-    report = verify(typed(dtype, batch, **options), engine=engine, bisect=True)
+    runtime = "openvino" if dtype == "bf16" else "ort"
+    report = verify(typed(dtype, batch, **options), runtime=runtime, bisect=True)
     steps = len(inspect(report.path).provenance.schedule.steps)
     assert report.passed and len(report.stages) == 14 + 2 * steps and report.departs is None, report.departs
     assert max(s.error for s in report.stages) > (0 if dtype == "fp32" else 1e-5)
@@ -233,7 +261,9 @@ def test_flips_of_fp16_on_real_photos_carry_their_margin(dinov2, tmp_path):
     report = verify(tmp_path / "h.onnx", samples.sample_photos())
     assert report.passed and report.decisions < 1 and report.flips
     assert all(f.passed and 0 < f.margin <= NEAR_TIE["fp16"]["metric"] for f in report.flips)
-    assert "flipped" in {r.verdict for r in report.by_image} <= {"flipped", "equal"} and {b.block for b in report.by_block} == set(range(12))
+    assert "flipped" in {r.verdict for r in report.by_image} <= {"flipped", "equal"} and {
+        b.block for b in report.by_block
+    } == set(range(12))
 
 
 def test_two_files_are_compared_with_each_other(dinov2, tmp_path):
@@ -261,16 +291,40 @@ def test_a_fault_in_the_other_file_is_found_where_every_decision_flips(digits_of
     """No image is decided alike: each file is judged by the reference under its own decisions."""
     precision.write_as(digits_of("tome"), tmp_path / "h.onnx", "bf16")
     plain, other = digits_of("tome"), tmp_path / "h.onnx"
-    sound = verify(plain, held_out, against=other, engine="openvino")
-    assert sound.passed and "flipped" in {r.verdict for r in sound.by_image} and sound.outputs[-1].name == "logits of the other file"
-    broken = verify(plain, held_out, against=planted(other, tmp_path, lambda g: put(
-        g, *(lambda w: (w, numpy_helper.to_array(w)[::-1]))(next(i for i in g.initializer if i.name.startswith("head.head.weight"))))), engine="openvino")
+    sound = verify(plain, held_out, against=other, runtime="openvino")
+    assert (
+        sound.passed
+        and "flipped" in {r.verdict for r in sound.by_image}
+        and sound.outputs[-1].name == "logits of the other file"
+    )
+    broken = verify(
+        plain,
+        held_out,
+        against=planted(
+            other,
+            tmp_path,
+            lambda g: put(
+                g,
+                *(lambda w: (w, numpy_helper.to_array(w)[::-1]))(
+                    next(i for i in g.initializer if i.name.startswith("head.head.weight"))
+                ),
+            ),
+        ),
+        runtime="openvino",
+    )
     assert not broken.passed and not broken.outputs[-1].passed
 
 
 def test_tokens_that_are_not_finite_are_found_where_they_begin(exported, tmp_path):
     def nan(graph):
-        weight = weight_of(graph, next(n.input[2] for n in graph.node if stages.of_node(n.name) == "block2.mlp" and n.op_type == "LayerNormalization"))
+        weight = weight_of(
+            graph,
+            next(
+                n.input[2]
+                for n in graph.node
+                if stages.of_node(n.name) == "block2.mlp" and n.op_type == "LayerNormalization"
+            ),
+        )
         put(graph, weight, numpy_helper.to_array(weight) * np.float32(np.nan))
 
     path = planted(exported("tiny_vit", **TOME), tmp_path, nan)
@@ -302,7 +356,9 @@ def test_the_report_is_one_page_with_everything(dinov2, tmp_path):
     assert text.count("data:image/png;base64,") == 2 and text.count("<rect") == 32 and "http" not in text
     for word in ("passed", "the dense model", "decided alike", "Tolerances", "flower.jpg"):
         assert word in text
-    assert isinstance(run(dinov2("evit"), "--report", tmp_path / "r.html").exception, UsageError), "never replaced unasked"
+    assert isinstance(run(dinov2("evit"), "--report", tmp_path / "r.html").exception, UsageError), (
+        "never replaced unasked"
+    )
 
 
 def test_a_failure_is_in_the_report(exported, tmp_path):
@@ -317,9 +373,15 @@ def test_several_files_have_one_verdict(exported, tmp_path):
     assert json.loads(run(good, good, "--json").stdout)["passed"]
     out = run(good, planted(good, tmp_path, transposed), "--json")
     assert out.exit_code == 1 and [f["passed"] for f in json.loads(out.stdout)["files"]] == [True, False]
-    for args, word in (((good, good, "--report", tmp_path / "r.html"), "one FILE"), ((samples.sample_photos()[0],), "no file to verify"),
-                       ((good, "--images", ""), "an empty name"), ((good, "--report", ""), "wanted a file name"), ((good, "--against", ""), "empty file name"),
-                       ((good, "--engine", "torch"), "the reference itself"), ((good, "--report", good, "--force"), "files that are read")):
+    for args, word in (
+        ((good, good, "--report", tmp_path / "r.html"), "one FILE"),
+        ((samples.sample_photos()[0],), "no file to verify"),
+        ((good, "--images", ""), "an empty name"),
+        ((good, "--report", ""), "wanted a file name"),
+        ((good, "--against", ""), "empty file name"),
+        ((good, "--runtime", "torch"), "the reference itself"),
+        ((good, "--report", good, "--force"), "files that are read"),
+    ):
         assert word in str(run(*args).exception)
 
 

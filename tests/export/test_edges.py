@@ -48,8 +48,18 @@ def test_confident_heads_are_judged_as_any(method, shift, tmp_path):
 @pytest.mark.parametrize("case", ["siglip", "class token only", "one patch"])
 def test_a_single_token_may_be_left(case, batch, tmp_path):
     if case == "siglip":
-        path = made(tmp_path, "evit", "vit_base_patch16_siglip_224", batch, n_prefix=0, kwargs={"num_classes": 0}, at=(1, 2), keep_rate=0.01,
-                    fuse=False, score="mean")
+        path = made(
+            tmp_path,
+            "evit",
+            "vit_base_patch16_siglip_224",
+            batch,
+            n_prefix=0,
+            kwargs={"num_classes": 0},
+            at=(1, 2),
+            keep_rate=0.01,
+            fuse=False,
+            score="mean",
+        )
     elif case == "class token only":
         path = made(tmp_path, "diffrate", batch=batch, rates={"prune_kept": [65, 1, 1, 1], "merge_kept": [65, 1, 1, 1]})
     else:
@@ -69,7 +79,13 @@ def test_a_seed_has_64_bits(seed):
         load_model("vit_tiny_patch16_224", KWARGS, seed=seed)
 
 
-SIZES = {"384 pixels": (384, 16), "not square": ((64, 96), 8), "patch 14": (224, 14), "patch 32": (256, 32), "not a multiple": ((70, 100), 8)}
+SIZES = {
+    "384 pixels": (384, 16),
+    "not square": ((64, 96), 8),
+    "patch 14": (224, 14),
+    "patch 32": (256, 32),
+    "not a multiple": ((70, 100), 8),
+}
 ASKED = {"none": {}, "tome": {"r": 5}, "diffrate": {"rates": "deit_small@2.9"}}
 
 
@@ -79,7 +95,11 @@ def test_any_image_and_patch_size(size, method, relative):
     """The static model computes what the reference does, whatever the grid; published DiffRate counts are scaled to it."""
     pixels, patch = SIZES[size]
     depth = 12 if method == "diffrate" else 4
-    loaded = load_model("vit_tiny_patch16_224", {**KWARGS, "img_size": pixels, "patch_size": patch, "embed_dim": 32, "depth": depth}, seed=3)
+    loaded = load_model(
+        "vit_tiny_patch16_224",
+        {**KWARGS, "img_size": pixels, "patch_size": patch, "embed_dim": 32, "depth": depth},
+        seed=3,
+    )
     model = loaded.module
     asked = ASKED.get(method, {"at": (1, 2)})
     s = Schedule.parse(method=method, depth=depth, n_tokens=vit.n_tokens(model), n_prefix=1, **asked)

@@ -39,6 +39,7 @@ def heads_state(n_stages=3, width=32):
 
 # Training scripts: what stands in the file beside the weights.
 
+
 def _optimizer(lr=1e-3):
     weight = nn.Parameter(torch.ones(3, 3))
     optimizer = torch.optim.AdamW([weight], lr=1e-3)
@@ -49,19 +50,51 @@ def _optimizer(lr=1e-3):
 
 
 SCALER = {"scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 7}
-ARGS = argparse.Namespace(model="deit_small_patch16_224", lr=5e-4, clip_grad=None, drop_loc=(3, 6, 9), output_dir="out", distributed=True)
-SUBMITTED = argparse.Namespace(output_dir=pathlib.Path("checkpoints/%j"), args=argparse.Namespace(gpu=0))  # trained on a cluster
+ARGS = argparse.Namespace(
+    model="deit_small_patch16_224", lr=5e-4, clip_grad=None, drop_loc=(3, 6, 9), output_dir="out", distributed=True
+)
+SUBMITTED = argparse.Namespace(
+    output_dir=pathlib.Path("checkpoints/%j"), args=argparse.Namespace(gpu=0)
+)  # trained on a cluster
 
 SCRIPTS = {
     "DeiT's release": lambda s: {"model": s},
-    "DeiT, EViT": lambda s: {"model": s, "optimizer": _optimizer(), "lr_scheduler": {"base_values": [5e-4], "t_in_epochs": True},
-                             "epoch": 29, "model_ema": {k: torch.zeros_like(v) for k, v in s.items()}, "scaler": SCALER, "args": ARGS},
+    "DeiT, EViT": lambda s: {
+        "model": s,
+        "optimizer": _optimizer(),
+        "lr_scheduler": {"base_values": [5e-4], "t_in_epochs": True},
+        "epoch": 29,
+        "model_ema": {k: torch.zeros_like(v) for k, v in s.items()},
+        "scaler": SCALER,
+        "args": ARGS,
+    },
     "MAE": lambda s: {"model": s, "optimizer": _optimizer(), "epoch": 99, "scaler": SCALER, "args": SUBMITTED},
-    "DynamicViT": lambda s: {"model": s, "optimizer": _optimizer(np.float64(1e-3) * 0.01), "epoch": "best", "scaler": SCALER, "args": ARGS,
-                             "best": 79.3, "best_ema": 0.0, "model_ema": {k: torch.zeros_like(v) for k, v in s.items()}},
-    "TPS": lambda s: {"net": s, "optimizer": _optimizer(), "epoch": 29, "metrics": {"acc1": 79.7}, "scheduler": {"base_values": [5e-4]},
-                      "scaler": SCALER},
-    "DiffRate": lambda s: {"model": s, "optimizer": _optimizer(), "lr_scheduler": {}, "epoch": 2, "scaler": SCALER, "args": ARGS},
+    "DynamicViT": lambda s: {
+        "model": s,
+        "optimizer": _optimizer(np.float64(1e-3) * 0.01),
+        "epoch": "best",
+        "scaler": SCALER,
+        "args": ARGS,
+        "best": 79.3,
+        "best_ema": 0.0,
+        "model_ema": {k: torch.zeros_like(v) for k, v in s.items()},
+    },
+    "TPS": lambda s: {
+        "net": s,
+        "optimizer": _optimizer(),
+        "epoch": 29,
+        "metrics": {"acc1": 79.7},
+        "scheduler": {"base_values": [5e-4]},
+        "scaler": SCALER,
+    },
+    "DiffRate": lambda s: {
+        "model": s,
+        "optimizer": _optimizer(),
+        "lr_scheduler": {},
+        "epoch": 2,
+        "scaler": SCALER,
+        "args": ARGS,
+    },
 }
 
 
@@ -76,10 +109,15 @@ def test_a_file_of_each_training_script_loads(script, zipped, tmp_path):
 
 # Formats: (the original model, its state as the authors name it, options to load it with, the script that writes it), for each row.
 
+
 def _gammas():
     model = model_of(init_values=0.1)
-    return model, {k.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): v for k, v in model.state_dict().items()}, \
-        {"init_values": 0.1}, "DeiT's release"
+    return (
+        model,
+        {k.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): v for k, v in model.state_dict().items()},
+        {"init_values": 0.1},
+        "DeiT's release",
+    )
 
 
 def _dinov2():
@@ -90,8 +128,12 @@ def _dinov2():
 
 def _diffrate():
     model = model_of()
-    rates = {f"blocks.{i}.{step}_ddp.{part}": torch.arange(16.0, 0, -1) for i in range(2) for step in ("prune", "merge")
-             for part in ("kept_token_candidate", "selected_probability")}
+    rates = {
+        f"blocks.{i}.{step}_ddp.{part}": torch.arange(16.0, 0, -1)
+        for i in range(2)
+        for step in ("prune", "merge")
+        for part in ("kept_token_candidate", "selected_probability")
+    }
     return model, {**model.state_dict(), **rates}, {}, "DiffRate"
 
 
@@ -106,8 +148,13 @@ def _class_slot():
     return model, model.state_dict(), {"no_embed_class": True}, "DeiT, EViT"
 
 
-CASES = {"LayerScale": _gammas, "DINOv2": _dinov2, "DiffRate": _diffrate, "position embedding without": _no_class_slot,
-         "position embedding with a": _class_slot}
+CASES = {
+    "LayerScale": _gammas,
+    "DINOv2": _dinov2,
+    "DiffRate": _diffrate,
+    "position embedding without": _no_class_slot,
+    "position embedding with a": _class_slot,
+}
 
 
 def test_each_row_of_the_table_has_a_case():
@@ -124,7 +171,9 @@ def test_a_format_gives_the_numbers_of_the_original(case, tmp_path):
     assert loaded.notes == [f"checkpoint format: {row.name}"]
     other = {k: v + 0.05 if v.is_floating_point() else v for k, v in state.items()}
     torch.save(other, tmp_path / "other.pth")
-    assert not torch.allclose(load_model(NAME, {**KWARGS, **kwargs}, tmp_path / "other.pth").module(X), model(X), atol=1e-6, rtol=0)
+    assert not torch.allclose(
+        load_model(NAME, {**KWARGS, **kwargs}, tmp_path / "other.pth").module(X), model(X), atol=1e-6, rtol=0
+    )
 
 
 def test_dinov2_with_registers_adds_positions_before_it_inserts_them(tmp_path):
@@ -133,12 +182,19 @@ def test_dinov2_with_registers_adds_positions_before_it_inserts_them(tmp_path):
     with torch.no_grad():
         model.pos_embed[:, 1:5] = 0
     state = {k.replace("reg_token", "register_tokens"): v for k, v in model.state_dict().items()}
-    state |= {"pos_embed": torch.cat([model.pos_embed[:, :1], model.pos_embed[:, 5:]], 1), "mask_token": torch.ones(1, 32)}
+    state |= {
+        "pos_embed": torch.cat([model.pos_embed[:, :1], model.pos_embed[:, 5:]], 1),
+        "mask_token": torch.ones(1, 32),
+    }
     torch.save(state, tmp_path / "vit.pth")
-    loaded = load_model(NAME, {**KWARGS, "reg_tokens": 4, "init_values": 0.1, "no_embed_class": True}, tmp_path / "vit.pth")
+    loaded = load_model(
+        NAME, {**KWARGS, "reg_tokens": 4, "init_values": 0.1, "no_embed_class": True}, tmp_path / "vit.pth"
+    )
     assert torch.allclose(loaded.module(X), model(X), atol=1e-6, rtol=0)
-    assert [n.split(" (")[0] for n in loaded.notes] == ["checkpoint format: DINOv2",
-                                                       "checkpoint format: position embedding with a row for the class token"]
+    assert [n.split(" (")[0] for n in loaded.notes] == [
+        "checkpoint format: DINOv2",
+        "checkpoint format: position embedding with a row for the class token",
+    ]
 
 
 def test_positions_without_a_class_row_are_resized_as_timm_does(tmp_path):
@@ -160,17 +216,36 @@ def test_prefix_tokens_without_a_position_get_zeros(kwargs, prefix, tmp_path):
     model = model_of(no_embed_class=True, **kwargs)
     torch.save(model.state_dict(), tmp_path / "vit.pth")
     loaded = load_model(NAME, {**KWARGS, **kwargs}, tmp_path / "vit.pth")
-    assert torch.equal(loaded.module.pos_embed[:, prefix:], model.pos_embed) and not loaded.module.pos_embed[:, :prefix].any()
+    assert (
+        torch.equal(loaded.module.pos_embed[:, prefix:], model.pos_embed)
+        and not loaded.module.pos_embed[:, :prefix].any()
+    )
     assert torch.allclose(loaded.module(X), model(X), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("rows, wanted, n_patches, word", [
-    (17, 17, 16, None), (16, 17, 16, "without"), (16, 16, 16, None), (17, 16, 16, "with a"),  # 4x4
-    (36, 17, 16, "without"), (37, 17, 16, None), (37, 16, 16, "with a"), (36, 16, 16, None),  # another square grid
-    (15, 16, 15, "without"), (16, 16, 15, None), (16, 15, 15, None), (17, 16, 15, None), (17, 15, 15, "with a"),  # 3x5: 16 may be its own
-    (10, 11, 10, None), (9, 10, 10, None), (11, 10, 10, "with a"),  # 2x5: 10 rows are rather 3x3 and a class token, as for timm
-    (23, 17, 16, None), (0, 17, 16, None),
-])
+@pytest.mark.parametrize(
+    "rows, wanted, n_patches, word",
+    [
+        (17, 17, 16, None),
+        (16, 17, 16, "without"),
+        (16, 16, 16, None),
+        (17, 16, 16, "with a"),  # 4x4
+        (36, 17, 16, "without"),
+        (37, 17, 16, None),
+        (37, 16, 16, "with a"),
+        (36, 16, 16, None),  # another square grid
+        (15, 16, 15, "without"),
+        (16, 16, 15, None),
+        (16, 15, 15, None),
+        (17, 16, 15, None),
+        (17, 15, 15, "with a"),  # 3x5: 16 may be its own
+        (10, 11, 10, None),
+        (9, 10, 10, None),
+        (11, 10, 10, "with a"),  # 2x5: 10 rows are rather 3x3 and a class token, as for timm
+        (23, 17, 16, None),
+        (0, 17, 16, None),
+    ],
+)
 def test_rows_of_the_class_token_are_told_from_the_count(rows, wanted, n_patches, word):
     state = {"pos_embed": torch.zeros(1, rows, 4), "cls_token": torch.ones(1, 1, 4)}
     own = {"pos_embed": torch.zeros(1, wanted, 4), "cls_token": torch.zeros(1, 1, 4)}
@@ -178,10 +253,16 @@ def test_rows_of_the_class_token_are_told_from_the_count(rows, wanted, n_patches
     assert len(names) == (word is not None) and all(n.startswith(f"position embedding {word}") for n in names)
 
 
-@pytest.mark.parametrize("change", [
-    {"pos_embed": torch.zeros(2, 17, 32)}, {"pos_embed": torch.zeros(1, 17, 8)}, {"pos_embed": torch.zeros(17, 32)},
-    {"cls_token": torch.zeros(1, 1, 1)}, {"cls_token": torch.zeros(8)},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pos_embed": torch.zeros(2, 17, 32)},
+        {"pos_embed": torch.zeros(1, 17, 8)},
+        {"pos_embed": torch.zeros(17, 32)},
+        {"cls_token": torch.zeros(1, 1, 1)},
+        {"cls_token": torch.zeros(8)},
+    ],
+)
 def test_tensors_of_other_shapes_are_not_converted_but_listed(change, tmp_path):
     torch.save({**model_of().state_dict(), **change}, tmp_path / "vit.pth")
     with pytest.raises(UsageError, match="other shapes"):
@@ -189,13 +270,24 @@ def test_tensors_of_other_shapes_are_not_converted_but_listed(change, tmp_path):
 
 
 def test_files_by_timms_names_are_left_as_they_are():
-    for name, kwargs in [(NAME, {}), (NAME, {"global_pool": "avg"}), (NAME, {"init_values": 0.1, "reg_tokens": 2}),
-                         ("deit_tiny_distilled_patch16_224", {}), ("eva02_tiny_patch14_224", {"patch_size": 8}),
-                         (NAME, {"no_embed_class": True}), (NAME, {"class_token": False, "global_pool": "avg"})]:
+    for name, kwargs in [
+        (NAME, {}),
+        (NAME, {"global_pool": "avg"}),
+        (NAME, {"init_values": 0.1, "reg_tokens": 2}),
+        ("deit_tiny_distilled_patch16_224", {}),
+        ("eva02_tiny_patch14_224", {"patch_size": 8}),
+        (NAME, {"no_embed_class": True}),
+        (NAME, {"class_token": False, "global_pool": "avg"}),
+    ]:
         model = model_of(name, **kwargs)
         state = model.state_dict()
         found = formats.convert(state, model.state_dict(), model.patch_embed.num_patches)
-        assert found.notes == [] and found.heads == {} and found.state == state and all(found.state[k] is state[k] for k in state)
+        assert (
+            found.notes == []
+            and found.heads == {}
+            and found.state == state
+            and all(found.state[k] is state[k] for k in state)
+        )
 
 
 def test_a_fine_tuned_mae_loads_with_average_pooling_and_otherwise_says_so(tmp_path):
@@ -208,16 +300,25 @@ def test_a_fine_tuned_mae_loads_with_average_pooling_and_otherwise_says_so(tmp_p
 
 
 def test_a_pretrained_mae_with_its_decoder_is_refused(tmp_path):
-    state = {**model_of(num_classes=0).state_dict(), "mask_token": torch.zeros(1, 1, 16), "decoder_pos_embed": torch.zeros(1, 17, 16),
-             "decoder_embed.weight": torch.zeros(16, 32), "decoder_blocks.0.norm1.weight": torch.zeros(16)}
+    state = {
+        **model_of(num_classes=0).state_dict(),
+        "mask_token": torch.zeros(1, 1, 16),
+        "decoder_pos_embed": torch.zeros(1, 17, 16),
+        "decoder_embed.weight": torch.zeros(16, 32),
+        "decoder_blocks.0.norm1.weight": torch.zeros(16),
+    }
     torch.save({"model": state}, tmp_path / "mae.pth")
     with pytest.raises(UsageError, match="MAE's pretraining .* give the file of a fine-tuned model"):
         load_model(NAME, KWARGS, tmp_path / "mae.pth")
 
 
-@pytest.mark.parametrize("kwargs, said", [({"num_classes": 0}, "num_classes=0"), ({"init_values": 0.1}, "it has LayerScale")])
+@pytest.mark.parametrize(
+    "kwargs, said", [({"num_classes": 0}, "num_classes=0"), ({"init_values": 0.1}, "it has LayerScale")]
+)
 def test_a_model_of_other_options_is_refused_with_the_option(kwargs, said, tmp_path):
-    torch.save({k.replace("ls1.gamma", "gamma_1"): v for k, v in model_of(**kwargs).state_dict().items()}, tmp_path / "vit.pth")
+    torch.save(
+        {k.replace("ls1.gamma", "gamma_1"): v for k, v in model_of(**kwargs).state_dict().items()}, tmp_path / "vit.pth"
+    )
     with pytest.raises(UsageError, match=said):
         load_model(NAME, KWARGS, tmp_path / "vit.pth")
 
@@ -231,16 +332,24 @@ def test_a_tensor_by_two_names_is_refused(tmp_path):
 
 # Score heads.
 
+
 @pytest.mark.parametrize("script, slot", [("DynamicViT", True), ("TPS", True), ("TPS", False)])
 def test_score_heads_come_with_the_checkpoint(script, slot, tmp_path):
     model, heads = model_of(no_embed_class=not slot), heads_state()
     torch.save(SCRIPTS[script]({**model.state_dict(), **heads}), tmp_path / "vit.pth")
     loaded = load_model(NAME, KWARGS, tmp_path / "vit.pth")
-    assert loaded.notes[0] == "checkpoint format: DynamicViT or dTPS (score heads for 3 stages)" and len(loaded.notes) == 2 - slot
+    assert (
+        loaded.notes[0] == "checkpoint format: DynamicViT or dTPS (score heads for 3 stages)"
+        and len(loaded.notes) == 2 - slot
+    )
     assert torch.allclose(loaded.module(X), model(X), atol=1e-6, rtol=0)
     assert loaded.heads.keys() == {k.removeprefix("score_predictor.") for k in heads}
     assert all(torch.equal(loaded.heads[k.removeprefix("score_predictor.")], v) for k, v in heads.items())
-    assert loaded.weights["sha256"] == hash_weights({**loaded.module.state_dict(), **heads}) != hash_weights(loaded.module.state_dict())
+    assert (
+        loaded.weights["sha256"]
+        == hash_weights({**loaded.module.state_dict(), **heads})
+        != hash_weights(loaded.module.state_dict())
+    )
 
 
 def test_a_head_computes_what_the_paper_says():
@@ -255,15 +364,20 @@ def test_a_head_computes_what_the_paper_says():
     z = gelu(linear(z, "in_conv.1"))
     z = torch.cat([z[..., :16], z[..., 16:].mean(1, keepdim=True).expand(-1, 7, -1)], -1)
     z = linear(gelu(linear(gelu(linear(z, "out_conv.0")), "out_conv.2")), "out_conv.4")
-    assert torch.allclose(make_heads(heads, 32).double()[0](x), z - z.exp().sum(-1, keepdim=True).log(), atol=1e-12, rtol=0)
+    assert torch.allclose(
+        make_heads(heads, 32).double()[0](x), z - z.exp().sum(-1, keepdim=True).log(), atol=1e-12, rtol=0
+    )
 
 
-@pytest.mark.parametrize("name, write", [
-    ("plain.pth", lambda p, h: torch.save({k.removeprefix("score_predictor."): v for k, v in h.items()}, p)),
-    ("prefixed.safetensors", lambda p, h: save_file(h, p)),
-    ("whole.pth", lambda p, h: torch.save(SCRIPTS["DynamicViT"]({**model_of().state_dict(), **h}), p)),
-    ("parameters.pt", lambda p, h: torch.save({k: nn.Parameter(v) for k, v in h.items()}, p)),
-])
+@pytest.mark.parametrize(
+    "name, write",
+    [
+        ("plain.pth", lambda p, h: torch.save({k.removeprefix("score_predictor."): v for k, v in h.items()}, p)),
+        ("prefixed.safetensors", lambda p, h: save_file(h, p)),
+        ("whole.pth", lambda p, h: torch.save(SCRIPTS["DynamicViT"]({**model_of().state_dict(), **h}), p)),
+        ("parameters.pt", lambda p, h: torch.save({k: nn.Parameter(v) for k, v in h.items()}, p)),
+    ],
+)
 def test_score_heads_come_from_a_file_of_their_own(name, write, tmp_path):
     heads = heads_state()
     write(tmp_path / name, heads)
@@ -284,11 +398,15 @@ def test_the_predictors_file_wins_over_the_checkpoint_and_a_note_says_so(tmp_pat
     assert {k.split(".")[0] for k in loaded.heads} == {"0", "1", "2"}
 
 
-@pytest.mark.parametrize("write, said", [
-    (None, "predictor .*no such file"), (lambda p: torch.save({"a": torch.ones(1)}, p), "holds no score heads; wanted keys such as"),
-    (lambda p: torch.save(model_of().state_dict(), p), "holds no score heads"),
-    (lambda p: p.write_text("?"), "predictor .*(damaged|cannot be read)"),
-])
+@pytest.mark.parametrize(
+    "write, said",
+    [
+        (None, "predictor .*no such file"),
+        (lambda p: torch.save({"a": torch.ones(1)}, p), "holds no score heads; wanted keys such as"),
+        (lambda p: torch.save(model_of().state_dict(), p), "holds no score heads"),
+        (lambda p: p.write_text("?"), "predictor .*(damaged|cannot be read)"),
+    ],
+)
 def test_a_predictors_file_without_heads_is_refused(write, said, tmp_path):
     if write:
         write(tmp_path / "heads.pth")
@@ -296,16 +414,28 @@ def test_a_predictors_file_without_heads_is_refused(write, said, tmp_path):
         load_model(NAME, KWARGS, predictor=tmp_path / "heads.pth")
 
 
-@pytest.mark.parametrize("change, width, n_stages, said", [
-    (lambda h: h, 48, 3, ["for width 32, the model has 48"]), (lambda h: h, 32, 2, ["for 3 stages", "2 blocks"]),
-    (lambda h: {k: v for k, v in h.items() if k[0] != "1"}, 32, 3, ["for 2 stages"]),
-    (lambda h: {k.replace("1.", "7.", 1) if k[0] == "1" else k: v for k, v in h.items()}, 32, 3,
-     [f"missing 1.{k}" for k in list(formats.head_shapes(32))[:8]] + ["more"]),
-    (lambda h: {**h, "0.extra": torch.ones(1), "0.out_conv.0.bias": torch.ones(3)}, 32, 3,
-     ["unexpected 0.extra", "0.out_conv.0.bias is (3,), wanted (16,)"]),
-    (lambda h: {**h, "2.in_conv.1.bias": torch.full((32,), torch.nan)}, 32, 3, ["2.in_conv.1.bias is not finite"]),
-    (lambda h: h, 30, 3, ["multiple of 4"]),
-])
+@pytest.mark.parametrize(
+    "change, width, n_stages, said",
+    [
+        (lambda h: h, 48, 3, ["for width 32, the model has 48"]),
+        (lambda h: h, 32, 2, ["for 3 stages", "2 blocks"]),
+        (lambda h: {k: v for k, v in h.items() if k[0] != "1"}, 32, 3, ["for 2 stages"]),
+        (
+            lambda h: {k.replace("1.", "7.", 1) if k[0] == "1" else k: v for k, v in h.items()},
+            32,
+            3,
+            [f"missing 1.{k}" for k in list(formats.head_shapes(32))[:8]] + ["more"],
+        ),
+        (
+            lambda h: {**h, "0.extra": torch.ones(1), "0.out_conv.0.bias": torch.ones(3)},
+            32,
+            3,
+            ["unexpected 0.extra", "0.out_conv.0.bias is (3,), wanted (16,)"],
+        ),
+        (lambda h: {**h, "2.in_conv.1.bias": torch.full((32,), torch.nan)}, 32, 3, ["2.in_conv.1.bias is not finite"]),
+        (lambda h: h, 30, 3, ["multiple of 4"]),
+    ],
+)
 def test_all_that_is_wrong_with_heads_is_listed(change, width, n_stages, said):
     heads = formats.random_heads(32, 3, seed=0)
     formats.check_heads(heads, 32, 3)
@@ -316,13 +446,16 @@ def test_all_that_is_wrong_with_heads_is_listed(change, width, n_stages, said):
 
 def test_random_heads_come_from_the_seed_and_tell_tokens_apart():
     one, same, other = (formats.random_heads(32, 2, seed) for seed in (1, 1, 2))
-    assert all(torch.equal(one[k], same[k]) for k in one) and not torch.equal(one["0.in_conv.1.weight"], other["0.in_conv.1.weight"])
+    assert all(torch.equal(one[k], same[k]) for k in one) and not torch.equal(
+        one["0.in_conv.1.weight"], other["0.in_conv.1.weight"]
+    )
     assert not torch.equal(one["0.in_conv.1.weight"], one["1.in_conv.1.weight"])
     scores = make_heads(one, 32)[0](torch.randn(1, 16, 32))[0, :, 0].sort().values
     assert scores.diff().min() > 1e-4 and 0.8 < one["0.in_conv.1.weight"].std() * 32**0.5 < 1.2
 
 
 # No code of a file is run.
+
 
 class Calls:
     """Pickled, it calls a function when it is unpickled."""
@@ -339,10 +472,18 @@ class State(argparse.Namespace):
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-@pytest.mark.parametrize("hide", [
-    lambda call: argparse.Namespace(output_dir=call), lambda call: {"lr": call}, lambda call: State(a=1),
-    lambda call: Calls(eval, "1"), lambda call: Calls(np.load, "x.npy", None, True), lambda call: [torch.nn.Linear(1, 1)],
-], ids=["in args", "in a dictionary", "own class", "eval", "numpy.load", "module"])
+@pytest.mark.parametrize(
+    "hide",
+    [
+        lambda call: argparse.Namespace(output_dir=call),
+        lambda call: {"lr": call},
+        lambda call: State(a=1),
+        lambda call: Calls(eval, "1"),
+        lambda call: Calls(np.load, "x.npy", None, True),
+        lambda call: [torch.nn.Linear(1, 1)],
+    ],
+    ids=["in args", "in a dictionary", "own class", "eval", "numpy.load", "module"],
+)
 def test_a_pickle_that_calls_anything_else_is_refused(hide, zipped, tmp_path):
     content = {"model": model_of().state_dict(), "args": hide(Calls(os.mkdir, str(tmp_path / "ran")))}
     torch.save(content, tmp_path / "vit.pth", _use_new_zipfile_serialization=zipped)
@@ -355,7 +496,10 @@ def test_the_values_beside_the_weights_are_not_even_made(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(argparse.Namespace, "__init__", lambda self, **values: made.append(values))
     state = {"w": torch.ones(2)}
-    torch.save({"model": state, "args": ARGS, "lr": np.float64(1.0), "small": np.float32(2.0), "n": np.int64(3)}, tmp_path / "vit.pth")
+    torch.save(
+        {"model": state, "args": ARGS, "lr": np.float64(1.0), "small": np.float32(2.0), "n": np.int64(3)},
+        tmp_path / "vit.pth",
+    )
     assert torch.equal(read_checkpoint(tmp_path / "vit.pth")["w"], state["w"]) and made == []
     torch.save({"model": ARGS, "w": torch.ones(1)}, tmp_path / "args.pth")
     with pytest.raises(UsageError, match="holds no state dict .*found: model, w"):
@@ -375,7 +519,11 @@ def test_a_dictionary_that_holds_itself_is_refused(tmp_path):
 def test_names_that_are_no_files_give_one_sentence(tmp_path):
     (tmp_path / "folder.pth").mkdir()
     torch.save({"net": {"w": torch.ones(1)}}, tmp_path / "latest")
-    for name, said in [("folder.pth", "is a directory, wanted a file"), ("x" * 5000 + ".pth", "no such file"), ("a\0b.pth", "no such file"),
-                       ("latest", "may be renamed")]:
+    for name, said in [
+        ("folder.pth", "is a directory, wanted a file"),
+        ("x" * 5000 + ".pth", "no such file"),
+        ("a\0b.pth", "no such file"),
+        ("latest", "may be renamed"),
+    ]:
         with pytest.raises(UsageError, match=said):
             read_checkpoint(tmp_path / name)

@@ -20,17 +20,31 @@ from tokexport.export.models.score_head import StaticScoreHead, make_heads, scor
 
 FOLDER = Path(__file__).parents[1] / "golden"
 CASES = {p.stem: json.loads(p.read_text()) for p in sorted(FOLDER.glob("*.json")) if p.stem != "units"}
-TESTED = {name: case for name, case in CASES.items() if case["method"] in ("base", "tome", "evit", "etps", "diffrate", "dtps", "dynamicvit")}
+TESTED = {
+    name: case
+    for name, case in CASES.items()
+    if case["method"] in ("base", "tome", "evit", "etps", "diffrate", "dtps", "dynamicvit")
+}
 PER_CASE = {"logits", "tokens", "tokens_l2", "num_tokens"}
 TOME = {"src_idx", "dst_idx", "unm_idx", "src_map", "size"}
-PER_BLOCK = TOME | {"keep_idx", "drop_idx", "host_idx", "score", "cls_attn", "order", "merge_dst",
-             "node_max"}
+PER_BLOCK = TOME | {"keep_idx", "drop_idx", "host_idx", "score", "cls_attn", "order", "merge_dst", "node_max"}
 TOLERANCE = 2e-4
 UNITS = sorted({k.rsplit(".", 1)[0] for k in np.load(FOLDER / "units.npz").files if k.startswith("tome.")})
 OWN, ALWAYS, NEVER = None, 0, 10**9  # tokens from which a step is in the gather form; OWN is the exporter's choice
-FORMS = {**{m: [(1, OWN), (3, OWN), (None, OWN)] for m in ("evit", "etps", "diffrate", "dtps", "dynamicvit")}, "base": [(1, OWN), (None, OWN)], "tome": [(1, OWN), (3, OWN), (None, OWN), (1, ALWAYS), (None, ALWAYS), (3, NEVER)]}
-GRAPHS = [pytest.param(name, *form, id=f"{name}-batch {form[0] or 'any'}-{ {OWN: 'own form', ALWAYS: 'gather', NEVER: 'matmul'}[form[1]]}")
-          for name, case in TESTED.items() for form in FORMS[case["method"]]]
+FORMS = {
+    **{m: [(1, OWN), (3, OWN), (None, OWN)] for m in ("evit", "etps", "diffrate", "dtps", "dynamicvit")},
+    "base": [(1, OWN), (None, OWN)],
+    "tome": [(1, OWN), (3, OWN), (None, OWN), (1, ALWAYS), (None, ALWAYS), (3, NEVER)],
+}
+GRAPHS = [
+    pytest.param(
+        name,
+        *form,
+        id=f"{name}-batch {form[0] or 'any'}-{ {OWN: 'own form', ALWAYS: 'gather', NEVER: 'matmul'}[form[1]] }",
+    )
+    for name, case in TESTED.items()
+    for form in FORMS[case["method"]]
+]
 
 
 def _r(case):
@@ -46,10 +60,18 @@ def _options(case):
     if method == "tome":
         return {"method": method, "r": _r(case), "prop_attn": params["prop_attn"]}
     if method == "diffrate":
-        return {"method": method, "rates": {"prune_kept": params["prune_kept_num"], "merge_kept": params["merge_kept_num"]}}
+        return {
+            "method": method,
+            "rates": {"prune_kept": params["prune_kept_num"], "merge_kept": params["merge_kept_num"]},
+        }
     at = params.get("drop_loc") or params["prune_loc"]
     rate = params["keep_rate"][at[0]] if "drop_loc" in params else params["keep_ratio"]
-    return {"method": method, "at": at, "keep_rate": rate, **({"fuse": params["fuse_token"]} if "fuse_token" in params else {})}
+    return {
+        "method": method,
+        "at": at,
+        "keep_rate": rate,
+        **({"fuse": params["fuse_token"]} if "fuse_token" in params else {}),
+    }
 
 
 def _wrong_decisions(plans, arrays, images):
@@ -79,7 +101,9 @@ def _wrong_decisions(plans, arrays, images):
 def _ranked_wrong(plans, arrays, images):
     """The same for the methods that sort: order, hosts, sizes and map against the golden arrays of each block."""
     wrong, n = [], 65
-    own = [np.arange(n)] * 3  # our row number of each of their rows: a block that keeps every token sorts in their code, not in ours
+    own = [
+        np.arange(n)
+    ] * 3  # our row number of each of their rows: a block that keeps every token sorts in their code, not in ours
     at, size = torch.arange(n).expand(3, n), torch.ones(3, n, 1)
     for block in sorted({int(k[5:7]) for k in arrays if k.startswith("layer")}):
         layer = f"layer{block:02d}."
@@ -96,7 +120,9 @@ def _ranked_wrong(plans, arrays, images):
             if "keep_idx" in want:
                 got["keep_idx"] = keep == [0, *(want["keep_idx"][i] + 1).tolist()]
             if "host_idx" in want:
-                got["host_idx"] = set(zip(src, dst)) == {(int(s) + 1, int(d) + 1) for s, d in zip(want["drop_idx"][i], want["host_idx"][i])}
+                got["host_idx"] = set(zip(src, dst)) == {
+                    (int(s) + 1, int(d) + 1) for s, d in zip(want["drop_idx"][i], want["host_idx"][i])
+                }
             if "order" in want:
                 got["order"] = keep + src == own[i][want["order"][i]].tolist()[: len(keep) + len(src)]
                 got["size"] = np.allclose(size[i, :, 0], want["size"][i], atol=1e-5)
@@ -128,7 +154,9 @@ def reference(golden, tiny, schedule_of):
 
 def test_every_case_and_every_array_is_tested():
     assert TESTED == CASES, "a case of a method without a golden test"
-    assert {c["method"] for c in CASES.values()} == {"base", *METHODS} - {"none"} and len(CASES) == 11 and len(UNITS) == 9
+    assert (
+        {c["method"] for c in CASES.values()} == {"base", *METHODS} - {"none"} and len(CASES) == 11 and len(UNITS) == 9
+    )
     for name in CASES:
         arrays = np.load(FOLDER / f"{name}.npz").files
         assert {k.split(".")[-1] for k in arrays} <= PER_CASE | PER_BLOCK, name
@@ -164,7 +192,9 @@ def test_the_reference_decides_as_the_authors_code_in_every_block(name, referenc
 
 
 @pytest.mark.parametrize("name, batch, gather_from", GRAPHS)
-def test_the_graph_has_the_authors_numbers_and_sources(name, batch, gather_from, reference, exported, run_onnx, golden, relative):
+def test_the_graph_has_the_authors_numbers_and_sources(
+    name, batch, gather_from, reference, exported, run_onnx, golden, relative
+):
     case, arrays, robust, _, _ = reference(name)
     path = exported(case["model"], batch=batch, gather_from=gather_from, **_options(case))
     got = run_onnx(path, golden.image)
@@ -205,7 +235,10 @@ def test_a_single_merge_is_the_authors(key, form, golden, relative):
 def test_wrong_decisions_are_seen(reference):
     _, arrays, robust, out, schedule = reference("tiny_vit.tome_r8_prop")
     blocks = [s.block for s in schedule.steps]
-    swapped = {**dict(zip(blocks, out.plans)), 5: MergePlan(out.plans[5].keep, out.plans[5].src, out.plans[5].dst.roll(1, 1), by_size=True)}
+    swapped = {
+        **dict(zip(blocks, out.plans)),
+        5: MergePlan(out.plans[5].keep, out.plans[5].src, out.plans[5].dst.roll(1, 1), by_size=True),
+    }
     found = _wrong_decisions(swapped, arrays, robust)
     assert found and all("block 5" in f for f in found) and any("dst_idx" in f for f in found)
     reordered = {0: MergePlan(out.plans[0].keep.flip(1), out.plans[0].src, out.plans[0].dst, by_size=True)}
@@ -221,16 +254,24 @@ def test_wrong_orders_and_hosts_are_seen(name, reference):
     swapped = {**plans, last: replace(plan, keep=torch.cat([plan.keep[:, :1], plan.keep[:, 1:].flip(1)], 1))}
     assert any("src_map" in f and f"block {last}" in f for f in _ranked_wrong(swapped, arrays, robust))
     if plan.src is not None and not plan.n_extra:
-        assert any(f.endswith(("host_idx", "merge_dst")) for f in _ranked_wrong({**plans, last: replace(plan, dst=plan.dst.roll(1, 1))}, arrays, robust))
+        assert any(
+            f.endswith(("host_idx", "merge_dst"))
+            for f in _ranked_wrong({**plans, last: replace(plan, dst=plan.dst.roll(1, 1))}, arrays, robust)
+        )
 
 
 def test_a_score_head_is_the_authors(golden, relative):
     arrays = golden.units[1]
-    head = make_heads({f"0.{k.removeprefix('pred.w.')}": torch.from_numpy(v) for k, v in arrays.items() if k.startswith("pred.w.")}, 16)[0]
+    head = make_heads(
+        {f"0.{k.removeprefix('pred.w.')}": torch.from_numpy(v) for k, v in arrays.items() if k.startswith("pred.w.")},
+        16,
+    )[0]
     x = torch.from_numpy(arrays["pred.x"])
     assert relative(head(x), arrays["pred.out"]) <= 1e-6
     score = StaticScoreHead(head)(torch.cat([torch.full((2, 1, 16), 9.0), x], 1), 1)[:, 1:, 0]
-    assert (score.argsort(descending=True) == torch.from_numpy(arrays["pred.out"])[..., 0].argsort(descending=True)).all()
+    assert (
+        score.argsort(descending=True) == torch.from_numpy(arrays["pred.out"])[..., 0].argsort(descending=True)
+    ).all()
 
 
 def _squeezed(golden, key):
@@ -239,14 +280,22 @@ def _squeezed(golden, key):
     n = 1 + kept.shape[1] + dropped.shape[1]
     x = torch.cat([torch.ones_like(kept[:, :1]), kept, dropped], 1)
     score = torch.arange(n, 0.0, -1)[None, :, None].expand(2, -1, -1)
-    return Signals(x, 1, True, score=score), Step(0, "post_attn", n, 1 + kept.shape[1], 1 + kept.shape[1]), out, dropped.shape[1]
+    return (
+        Signals(x, 1, True, score=score),
+        Step(0, "post_attn", n, 1 + kept.shape[1], 1 + kept.shape[1]),
+        out,
+        dropped.shape[1],
+    )
 
 
 @pytest.mark.parametrize("form", ["reference", "static"])
 def test_a_squeeze_is_the_authors(form, golden, relative):
     s, step, out, _ = _squeezed(golden, "tps")
-    got = apply.apply_eager(etps.reference(s, step), s.x, s.x[..., :1])[0] if form == "reference" else \
-        apply.apply_static(etps.static(s, step, False), s.x, None)[0]
+    got = (
+        apply.apply_eager(etps.reference(s, step), s.x, s.x[..., :1])[0]
+        if form == "reference"
+        else apply.apply_static(etps.static(s, step, False), s.x, None)[0]
+    )
     assert relative(got[:, 1:], out) <= 1e-6
 
 
@@ -263,26 +312,45 @@ def test_of_tied_hosts_the_first_receives(golden, relative):
     got = apply.apply_eager(plan, s.x, s.x[..., :1])[0][:, 1:]
     for i in range(2):
         touched = mask[i][tied[i]].sum(0) > 0
-        assert relative(got[i][~touched], out[i][~touched]) <= 1e-6 and relative(got[i], out[i]) > 1e-6 * bool(touched.any())
+        assert relative(got[i][~touched], out[i][~touched]) <= 1e-6 and relative(got[i], out[i]) > 1e-6 * bool(
+            touched.any()
+        )
 
 
 def test_a_merge_of_diffrate_is_the_authors(golden, relative):
-    arrays = {k.removeprefix("diffrate."): torch.from_numpy(v) for k, v in golden.units[1].items() if k.startswith("diffrate.")}
+    arrays = {
+        k.removeprefix("diffrate."): torch.from_numpy(v)
+        for k, v in golden.units[1].items()
+        if k.startswith("diffrate.")
+    }
     kept = arrays["out"].shape[1]
-    s = Signals(arrays["x"], 1, True, arrays["size"][..., None], score=torch.arange(9, 0.0, -1)[None, :, None].expand(2, -1, -1))
+    s = Signals(
+        arrays["x"], 1, True, arrays["size"][..., None], score=torch.arange(9, 0.0, -1)[None, :, None].expand(2, -1, -1)
+    )
     step = Step(0, "post_attn", 9, kept, kept)
-    for out, size in (apply.apply_eager(diffrate.reference(s, step), s.x, s.size), apply.apply_static(diffrate.static(s, step, False), s.x, s.size)):
+    for out, size in (
+        apply.apply_eager(diffrate.reference(s, step), s.x, s.size),
+        apply.apply_static(diffrate.static(s, step, False), s.x, s.size),
+    ):
         assert relative(out, arrays["out"]) <= 1e-6
         wanted = arrays["out_size"]
         finite = wanted > 0
-        assert finite.any() and relative(size[..., 0][finite], wanted[finite]) <= 1e-6 and (size > 0).all() and size.log().isfinite().all()
+        assert (
+            finite.any()
+            and relative(size[..., 0][finite], wanted[finite]) <= 1e-6
+            and (size > 0).all()
+            and size.log().isfinite().all()
+        )
 
 
 def test_a_size_below_zero_stays_positive():
     x = torch.tensor([[[1.0, 0.0], [1.0, 0.1], [-1.0, 0.0], [-1.0, -0.3]]])
     s = Signals(x, 1, True, torch.tensor([[[1.0], [1.0], [2.0], [3.0]]]), score=torch.arange(4, 0.0, -1)[None, :, None])
     step = Step(0, "post_attn", 4, 2, 2)
-    for plan, form in ((diffrate.reference(s, step), apply.apply_eager), (diffrate.static(s, step, False), apply.apply_static)):
+    for plan, form in (
+        (diffrate.reference(s, step), apply.apply_eager),
+        (diffrate.static(s, step, False), apply.apply_static),
+    ):
         out, size = form(plan, s.x, s.size)
         assert out.isfinite().all() and size[0, 1] == apply.SMALLEST and size[0, 0] == 1
 

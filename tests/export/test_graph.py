@@ -15,8 +15,14 @@ from tokexport.export.models.score_head import score_heads
 WHY_TENSORRT = "tensorrt_rtx is not installed: node counts of the parsed network and engine builds need it (no GPU)"
 # DeiT-S: (method, batch) -> most nodes in the file, most layers in the network TensorRT-RTX parses
 BUDGETS = {
-    ("none", 1): (230, 390), ("tome", 1): (450, 800), ("tome", None): (562, 1000), ("evit", 1): (260, 440), ("etps", 1): (300, 600),
-    ("dtps", 1): (300, 600), ("dynamicvit", 1): (300, 600), ("diffrate", 1): (500, 1000),
+    ("none", 1): (230, 390),
+    ("tome", 1): (450, 800),
+    ("tome", None): (562, 1000),
+    ("evit", 1): (260, 440),
+    ("etps", 1): (300, 600),
+    ("dtps", 1): (300, 600),
+    ("dynamicvit", 1): (300, 600),
+    ("diffrate", 1): (500, 1000),
 }
 ADDED = 0.03  # of the weights: what the constants of a reduction may take
 
@@ -35,14 +41,18 @@ def _topk(k, where):
     tensor, node = helper.make_tensor("k", TensorProto.INT64, [1], [k]), _node("TopK", ("x", "k"), ("y", "i"), axis=0)
     if where == "initializer":
         return _graph(node, initializers=[tensor])
-    constant = helper.make_node("Constant", [], ["k"], **({"value_ints": [k]} if where == "value_ints" else {"value": tensor}))
+    constant = helper.make_node(
+        "Constant", [], ["k"], **({"value_ints": [k]} if where == "value_ints" else {"value": tensor})
+    )
     return _graph(constant, node)
 
 
 BODY = _graph(_node("Relu"))
 CLEAN = {
-    "Relu": _graph(_node("Relu")), "ScatterElements": _graph(_node("ScatterElements", "xxx")),
-    "ScatterND": _graph(_node("ScatterND", "xxx", reduction="none")), "TopK at the limit": _topk(3840, "initializer"),
+    "Relu": _graph(_node("Relu")),
+    "ScatterElements": _graph(_node("ScatterElements", "xxx")),
+    "ScatterND": _graph(_node("ScatterND", "xxx", reduction="none")),
+    "TopK at the limit": _topk(3840, "initializer"),
     "ai.onnx": _graph(_node("Relu", domain="ai.onnx")),
 }
 REFUSED = {
@@ -90,7 +100,9 @@ def test_every_banned_node_has_a_test():
 
 def _assert_static_and_valid(path, schedule, batch):
     model = onnx.load(path)
-    assert checks.refusals(model.graph) == [] and checks.attention_tokens(model) == [n for n, _ in schedule.tokens_per_block()]
+    assert checks.refusals(model.graph) == [] and checks.attention_tokens(model) == [
+        n for n, _ in schedule.tokens_per_block()
+    ]
     onnx.checker.check_model(model, full_check=True)
     first = [v.type.tensor_type.shape.dim[0] for v in (*model.graph.input, *model.graph.output)]
     assert all(d.dim_value == batch if batch else d.dim_param for d in first)
@@ -105,7 +117,9 @@ def test_an_exported_graph_is_static_and_valid(kind, batch, exported, tiny, sche
 
 @pytest.mark.parametrize("batch", [1, 3, None])
 def test_the_graph_of_every_method_is_static_and_valid(options, batch, exported, tiny, schedule_of):
-    _assert_static_and_valid(exported("tiny_vit", batch=batch, **options), schedule_of(tiny("tiny_vit").module, **options), batch)
+    _assert_static_and_valid(
+        exported("tiny_vit", batch=batch, **options), schedule_of(tiny("tiny_vit").module, **options), batch
+    )
 
 
 def test_every_method_is_exported_here(method_cases):
@@ -115,8 +129,15 @@ def test_every_method_is_exported_here(method_cases):
 def _batches(model):
     """Wrong things about the batch of a graph for any: reshapes that hold a number of images, values that do not say "batch" first."""
     graph = model.graph
-    constants = {i.name: numpy_helper.to_array(i).tolist() for i in graph.initializer if i.data_type == TensorProto.INT64}
-    constants |= {n.output[0]: list(a.ints) or numpy_helper.to_array(a.t).tolist() for n in graph.node if n.op_type == "Constant" for a in n.attribute}
+    constants = {
+        i.name: numpy_helper.to_array(i).tolist() for i in graph.initializer if i.data_type == TensorProto.INT64
+    }
+    constants |= {
+        n.output[0]: list(a.ints) or numpy_helper.to_array(a.t).tolist()
+        for n in graph.node
+        if n.op_type == "Constant"
+        for a in n.attribute
+    }
     wrong = []
     for node in graph.node:
         if node.op_type == "Reshape" and constants.get(node.input[1], [0])[0] != -1:
@@ -139,7 +160,9 @@ def test_a_graph_for_any_batch_holds_no_number_of_images(options, exported, run_
 
 
 def test_a_number_of_images_in_a_graph_is_seen(exported):
-    assert "image is for 1" in _batches(onnx.load(exported("tiny_vit", batch=1))) and _batches(onnx.load(exported("tiny_vit", batch=3)))
+    assert "image is for 1" in _batches(onnx.load(exported("tiny_vit", batch=1))) and _batches(
+        onnx.load(exported("tiny_vit", batch=3))
+    )
     model = onnx.load(exported("tiny_vit"))
     model.graph.initializer.append(numpy_helper.from_array(np.array([2, 65, 64]), "traced"))
     model.graph.node.append(_node("Reshape", ("rows", "traced")))
@@ -161,7 +184,9 @@ def test_a_banned_node_and_wrong_counts_are_told_together(exported, tiny, schedu
         checks.check_graph(model, schedule_of(tiny("tiny_vit").module, 7))
 
 
-@pytest.mark.parametrize("other", [{"depth": 5}, {"depth": 7}, {"n_tokens": 66}, {"n_tokens": 64}, {"n_prefix": 0}, {"n_prefix": 2}], ids=str)
+@pytest.mark.parametrize(
+    "other", [{"depth": 5}, {"depth": 7}, {"n_tokens": 66}, {"n_tokens": 64}, {"n_prefix": 0}, {"n_prefix": 2}], ids=str
+)
 def test_a_schedule_of_another_model_is_wrong_use(other, tiny, tmp_path):
     schedule = Schedule.parse(8, **{"depth": 6, "n_tokens": 65, "n_prefix": 1, **other})
     with pytest.raises(UsageError, match="schedule"):
@@ -171,7 +196,7 @@ def test_a_schedule_of_another_model_is_wrong_use(other, tiny, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-ENGINES = pytest.mark.parametrize("engine", ["ort", "openvino"])
+ENGINES = pytest.mark.parametrize("runtime", ["ort", "openvino"])
 
 
 @pytest.fixture
@@ -218,7 +243,10 @@ def test_deit_small_keeps_its_budget_of_tensorrt_layers(method, batch, deit):
 def _constant_bytes(path):
     """Bytes of all initializers and Constant nodes."""
     graph = onnx.load(path).graph
-    tensors = [*graph.initializer, *(a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.HasField("t"))]
+    tensors = [
+        *graph.initializer,
+        *(a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.HasField("t")),
+    ]
     return sum(len(t.raw_data) or onnx.numpy_helper.to_array(t).nbytes for t in tensors)
 
 
@@ -228,7 +256,9 @@ def _added(reduced, dense):
 
 
 @pytest.mark.parametrize("batch", [1, None])
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("none", "dtps", "dynamicvit")])  # score heads are weights themselves
+@pytest.mark.parametrize(
+    "method", [m for m in METHODS if m not in ("none", "dtps", "dynamicvit")]
+)  # score heads are weights themselves
 def test_a_reduction_adds_few_constants_to_deit_small(method, batch, deit):
     assert 0 < _added(deit(method, batch), deit("none", 1)) < ADDED
 
@@ -243,8 +273,14 @@ def test_a_reduction_adds_few_constants_at_1370_tokens(exported_large):
 def test_many_constants_are_counted(tmp_path):
     sizes = {}
     for n in (1000, 1040):
-        tensors = [helper.make_tensor(name, TensorProto.FLOAT, [k], [0.0] * k) for name, k in (("a", 900), ("b", n - 900))]
-        graph = _graph(helper.make_node("Constant", [], ["b"], value=tensors[1]), _node("Add", ("x", "b")), initializers=tensors[:1])
+        tensors = [
+            helper.make_tensor(name, TensorProto.FLOAT, [k], [0.0] * k) for name, k in (("a", 900), ("b", n - 900))
+        ]
+        graph = _graph(
+            helper.make_node("Constant", [], ["b"], value=tensors[1]),
+            _node("Add", ("x", "b")),
+            initializers=tensors[:1],
+        )
         onnx.save(helper.make_model(graph), tmp_path / f"{n}.onnx")
         sizes[n] = tmp_path / f"{n}.onnx"
     assert _added(sizes[1040], sizes[1000]) == 0.04 > ADDED
@@ -287,7 +323,12 @@ def test_tensorrt_refuses_what_the_checks_refuse(tmp_path):
     trt = pytest.importorskip("tensorrt_rtx", reason=WHY_TENSORRT)
     value = lambda name, shape, kind=TensorProto.FLOAT: helper.make_tensor_value_info(name, kind, shape)
     node = helper.make_node("ScatterElements", ["x", "i", "u"], ["y"], axis=0, reduction="add")
-    graph = helper.make_graph([node], "g", [value("x", [4, 2]), value("i", [3, 2], TensorProto.INT64), value("u", [3, 2])], [value("y", [4, 2])])
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [value("x", [4, 2]), value("i", [3, 2], TensorProto.INT64), value("u", [3, 2])],
+        [value("y", [4, 2])],
+    )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), tmp_path / "scatter.onnx")
     builder = trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR))
     network = builder.create_network(0)

@@ -29,18 +29,25 @@ class Opens:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("name, kwargs, said", [
-    ("deit_smal_patch16_224", {}, "unknown model 'deit_smal_patch16_224'.*deit_small_patch16_224"),
-    ("qqqqqq", {}, "unknown model 'qqqqqq': wanted a timm model name$"),
-    (NAME, {"depht": 3}, "does not take these --model-kwargs.*depht"),
-    (NAME, {"img_size": "big"}, "cannot be made|does not take"),
-    (NAME, {"embed_dim": 65}, "cannot be made with"),
-    ("swin_tiny_patch4_window7_224", {"embed_dim": 24, "depths": (1, 1, 1, 1)}, "SwinTransformer is no plain Vision Transformer"),
-    ("resnet18", {}, "ResNet is no plain Vision Transformer"),
-    (NAME, {**KWARGS, "patch_drop_rate": 0.5}, "patch_drop is PatchDropout"),
-    (NAME, {**KWARGS, "global_pool": ""}, "global_pool is ''"),
-    (NAME, {**KWARGS, "dynamic_img_pad": True}, "fixed img_size"),
-])
+@pytest.mark.parametrize(
+    "name, kwargs, said",
+    [
+        ("deit_smal_patch16_224", {}, "unknown model 'deit_smal_patch16_224'.*deit_small_patch16_224"),
+        ("qqqqqq", {}, "unknown model 'qqqqqq': wanted a timm model name$"),
+        (NAME, {"depht": 3}, "does not take these --model-kwargs.*depht"),
+        (NAME, {"img_size": "big"}, "cannot be made|does not take"),
+        (NAME, {"embed_dim": 65}, "cannot be made with"),
+        (
+            "swin_tiny_patch4_window7_224",
+            {"embed_dim": 24, "depths": (1, 1, 1, 1)},
+            "SwinTransformer is no plain Vision Transformer",
+        ),
+        ("resnet18", {}, "ResNet is no plain Vision Transformer"),
+        (NAME, {**KWARGS, "patch_drop_rate": 0.5}, "patch_drop is PatchDropout"),
+        (NAME, {**KWARGS, "global_pool": ""}, "global_pool is ''"),
+        (NAME, {**KWARGS, "dynamic_img_pad": True}, "fixed img_size"),
+    ],
+)
 def test_a_model_that_cannot_be_exported_is_refused_by_name(name, kwargs, said):
     with pytest.raises(UsageError, match=said):
         load_model(name, kwargs)
@@ -52,15 +59,27 @@ def test_all_parts_that_are_not_plain_are_listed():
     assert "patch_drop" in str(e.value) and "global_pool" in str(e.value)
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": {"state_dict": s}},
-    lambda s: {f"module.{k}": v for k, v in s.items()}, lambda s: {"model": {f"module.{k}": v for k, v in s.items()}, "optimizer": {}},
-], ids=["plain", "model", "state_dict", "model in state_dict", "module.", "model and module."])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"model": s},
+        lambda s: {"state_dict": s, "epoch": 3},
+        lambda s: {"model": {"state_dict": s}},
+        lambda s: {f"module.{k}": v for k, v in s.items()},
+        lambda s: {"model": {f"module.{k}": v for k, v in s.items()}, "optimizer": {}},
+    ],
+    ids=["plain", "model", "state_dict", "model in state_dict", "module.", "model and module."],
+)
 @pytest.mark.parametrize("suffix", [".pth", ".pt"])
 def test_a_checkpoint_is_unwrapped(wrap, suffix, state, tmp_path, tiny):
     torch.save(wrap(state), tmp_path / f"vit{suffix}")
     loaded = load_model(NAME, KWARGS, tmp_path / f"vit{suffix}")
-    assert loaded.weights == {"source": "checkpoint", "file": str(tmp_path / f"vit{suffix}"), "sha256": hash_weights(tiny("tiny_vit").module.state_dict())}
+    assert loaded.weights == {
+        "source": "checkpoint",
+        "file": str(tmp_path / f"vit{suffix}"),
+        "sha256": hash_weights(tiny("tiny_vit").module.state_dict()),
+    }
     assert loaded.notes == [] and not loaded.module.training
 
 
@@ -70,7 +89,10 @@ def test_safetensors_fill_every_tensor(tiny, state):
 
 
 def test_missing_and_unexpected_keys_and_shapes_are_all_listed(state, tmp_path):
-    wrong = {k: v for k, v in state.items() if not k.startswith("blocks.5.")} | {"extra.one": torch.zeros(1), "extra.two": torch.zeros(1)}
+    wrong = {k: v for k, v in state.items() if not k.startswith("blocks.5.")} | {
+        "extra.one": torch.zeros(1),
+        "extra.two": torch.zeros(1),
+    }
     wrong["head.weight"], wrong["blocks.0.norm1.bias"] = torch.zeros(7, 64), torch.zeros(3)
     save_file(wrong, tmp_path / "vit.safetensors")
     with pytest.raises(UsageError) as e:
@@ -78,8 +100,13 @@ def test_missing_and_unexpected_keys_and_shapes_are_all_listed(state, tmp_path):
     said = str(e.value)
     for key in (k for k in state if k.startswith("blocks.5.")):
         assert key in said
-    for words in ("missing keys (12)", "unexpected keys (2): extra.one, extra.two", "other shapes (2)", "head.weight is (7, 64), wanted (10, 64)",
-                  "blocks.0.norm1.bias is (3,), wanted (64,)"):
+    for words in (
+        "missing keys (12)",
+        "unexpected keys (2): extra.one, extra.two",
+        "other shapes (2)",
+        "head.weight is (7, 64), wanted (10, 64)",
+        "blocks.0.norm1.bias is (3,), wanted (64,)",
+    ):
         assert words in said
 
 
@@ -98,22 +125,25 @@ def _truncated(path, state):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("name, write, said", [
-    ("no.pth", None, "no such file"),
-    ("vit.bin", lambda p, s: torch.save(s, p), "ends in .bin, wanted .safetensors, .pth or .pt"),
-    ("vit", lambda p, s: torch.save(s, p), "ends in nothing"),
-    ("folder.pth", lambda p, s: p.mkdir(), "is a directory"),
-    ("empty.pth", lambda p, s: p.touch(), "cannot be read|damaged"),
-    ("empty.safetensors", lambda p, s: p.touch(), "cannot be read as .safetensors"),
-    ("half.pth", _truncated, "cannot be read|damaged"),
-    ("half.safetensors", _truncated, "cannot be read as .safetensors"),
-    ("text.pth", lambda p, s: p.write_text("not a checkpoint"), "cannot be read|damaged"),
-    ("wrong.safetensors", lambda p, s: torch.save(s, p), "cannot be read as .safetensors"),
-    ("list.pth", lambda p, s: torch.save([1, 2], p), "holds no state dict"),
-    ("nothing.pth", lambda p, s: torch.save({}, p), "holds no state dict"),
-    ("numbers.pth", lambda p, s: torch.save({"epoch": 3}, p), "holds no state dict"),
-    ("tensor.pth", lambda p, s: torch.save(torch.zeros(3), p), "holds no state dict"),
-])
+@pytest.mark.parametrize(
+    "name, write, said",
+    [
+        ("no.pth", None, "no such file"),
+        ("vit.bin", lambda p, s: torch.save(s, p), "ends in .bin, wanted .safetensors, .pth or .pt"),
+        ("vit", lambda p, s: torch.save(s, p), "ends in nothing"),
+        ("folder.pth", lambda p, s: p.mkdir(), "is a directory"),
+        ("empty.pth", lambda p, s: p.touch(), "cannot be read|damaged"),
+        ("empty.safetensors", lambda p, s: p.touch(), "cannot be read as .safetensors"),
+        ("half.pth", _truncated, "cannot be read|damaged"),
+        ("half.safetensors", _truncated, "cannot be read as .safetensors"),
+        ("text.pth", lambda p, s: p.write_text("not a checkpoint"), "cannot be read|damaged"),
+        ("wrong.safetensors", lambda p, s: torch.save(s, p), "cannot be read as .safetensors"),
+        ("list.pth", lambda p, s: torch.save([1, 2], p), "holds no state dict"),
+        ("nothing.pth", lambda p, s: torch.save({}, p), "holds no state dict"),
+        ("numbers.pth", lambda p, s: torch.save({"epoch": 3}, p), "holds no state dict"),
+        ("tensor.pth", lambda p, s: torch.save(torch.zeros(3), p), "holds no state dict"),
+    ],
+)
 def test_a_file_that_is_no_checkpoint_is_refused_and_named(name, write, said, state, tmp_path):
     path = tmp_path / name
     if write:
@@ -128,16 +158,23 @@ def test_checkpoint_and_pretrained_exclude_each_other(golden):
         load_model(NAME, KWARGS, golden.folder / "tiny_vit.safetensors", pretrained=True)
 
 
-@pytest.mark.parametrize("kind, img_size, grid", [
-    ("tiny_vit", 96, (12, 12)), ("tiny_vit_nocls", 48, (6, 6)), ("tiny_vit_distilled", (64, 96), (8, 12)),
-])
+@pytest.mark.parametrize(
+    "kind, img_size, grid",
+    [
+        ("tiny_vit", 96, (12, 12)),
+        ("tiny_vit_nocls", 48, (6, 6)),
+        ("tiny_vit_distilled", (64, 96), (8, 12)),
+    ],
+)
 def test_position_embeddings_of_another_grid_are_resized_as_timm_does(kind, img_size, grid, tiny, golden):
     from timm.models.vision_transformer import checkpoint_filter_fn
 
     like, file = tiny(kind), golden.folder / f"{kind}.safetensors"
     loaded = load_model(like.name, {**like.kwargs, "img_size": img_size}, file)
     wanted = checkpoint_filter_fn(load_file(file), loaded.module)["pos_embed"]
-    assert torch.equal(loaded.module.pos_embed, wanted) and not torch.equal(loaded.module.pos_embed.mean(1), like.module.pos_embed.mean(1))
+    assert torch.equal(loaded.module.pos_embed, wanted) and not torch.equal(
+        loaded.module.pos_embed.mean(1), like.module.pos_embed.mean(1)
+    )
     assert loaded.notes == [f"position embedding resized from 8x8 to {grid[0]}x{grid[1]} patches, as timm does"]
 
 
@@ -167,11 +204,21 @@ def test_the_hash_changes_with_every_kind_of_change():
     assert len(seen) == 5
 
 
-@pytest.mark.parametrize("pair, value", [
-    ("img_size=384", {"img_size": 384}), ("global_pool=avg", {"global_pool": "avg"}), ("init_values=1e-5", {"init_values": 1e-5}),
-    ("class_token=False", {"class_token": False}), ("class_token=false", {"class_token": False}), ("qkv_bias=TRUE", {"qkv_bias": True}),
-    ("pos_embed=none", {"pos_embed": "none"}), ("norm_layer=None", {"norm_layer": None}), ("img_size=(64,96)", {"img_size": (64, 96)}), ("a=b=c", {"a": "b=c"}),
-])
+@pytest.mark.parametrize(
+    "pair, value",
+    [
+        ("img_size=384", {"img_size": 384}),
+        ("global_pool=avg", {"global_pool": "avg"}),
+        ("init_values=1e-5", {"init_values": 1e-5}),
+        ("class_token=False", {"class_token": False}),
+        ("class_token=false", {"class_token": False}),
+        ("qkv_bias=TRUE", {"qkv_bias": True}),
+        ("pos_embed=none", {"pos_embed": "none"}),
+        ("norm_layer=None", {"norm_layer": None}),
+        ("img_size=(64,96)", {"img_size": (64, 96)}),
+        ("a=b=c", {"a": "b=c"}),
+    ],
+)
 def test_options_are_python_values_else_text(pair, value):
     assert parse_kwargs([pair]) == value
 

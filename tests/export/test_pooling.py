@@ -15,7 +15,9 @@ def model(**kwargs):
 
 
 def schedule(method, n_prefix=1, **options):
-    return Schedule.parse(method=method, depth=4, n_tokens=64 + n_prefix, n_prefix=n_prefix, **OPTIONS[method], **options)
+    return Schedule.parse(
+        method=method, depth=4, n_tokens=64 + n_prefix, n_prefix=n_prefix, **OPTIONS[method], **options
+    )
 
 
 def by_hand(loaded, s, image):
@@ -53,10 +55,16 @@ def test_the_sum_of_tomes_sizes_is_the_number_of_patches():
     assert torch.equal(found.size[:, 1:].sum(1), torch.full((2,), 64.0))
 
 
-@pytest.mark.parametrize("kwargs, prefix, pools", [
-    ({}, 1, True), ({"class_token": False}, 0, False), ({"global_pool": "token"}, 1, False), ({"global_pool": "map"}, 1, False),
-    ({"fc_norm": False}, 1, False),
-])
+@pytest.mark.parametrize(
+    "kwargs, prefix, pools",
+    [
+        ({}, 1, True),
+        ({"class_token": False}, 0, False),
+        ({"global_pool": "token"}, 1, False),
+        ({"global_pool": "map"}, 1, False),
+        ({"fc_norm": False}, 1, False),
+    ],
+)
 def test_who_is_like_mae(kwargs, prefix, pools):
     loaded = model(**kwargs)
     assert vit.pools_by_size(loaded.module, schedule("tome", prefix)) == pools
@@ -68,7 +76,9 @@ def test_who_is_like_mae(kwargs, prefix, pools):
         assert vit.pools_by_size(loaded.module, schedule("tome", prefix, pool="size"))
     with pytest.raises(UsageError, match="wanted size or mean"):
         reduce_model(loaded.module, schedule("tome", prefix, pool="max"))
-    assert not vit.pools_by_size(loaded.module, Schedule.parse(method="none", depth=4, n_tokens=64 + prefix, n_prefix=prefix))
+    assert not vit.pools_by_size(
+        loaded.module, Schedule.parse(method="none", depth=4, n_tokens=64 + prefix, n_prefix=prefix)
+    )
 
 
 def test_size_by_wish_is_reproduced_without_a_class_token(tmp_path):

@@ -17,7 +17,9 @@ CASTS = 6  # most casts in a block with a reduction: metric or score, size, toke
 
 
 def types_of(model):
-    found = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.input, *model.graph.output)}
+    found = {
+        v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.input, *model.graph.output)
+    }
     return {**found, **{i.name: i.data_type for i in model.graph.initializer}}
 
 
@@ -36,8 +38,13 @@ def wrong_types(model, low):
 @pytest.mark.parametrize("dtype", LOW)
 def test_every_stage_has_its_type(dtype, batch, options, typed):
     model = onnx.load(typed(dtype, batch, **options))
-    assert wrong_types(model, LOW[dtype]) == [] and inspect(typed(dtype, batch, **options)).provenance.precision == dtype
-    assert all(v.type.tensor_type.elem_type in (TensorProto.FLOAT, TensorProto.INT64) for v in (*model.graph.input, *model.graph.output))
+    assert (
+        wrong_types(model, LOW[dtype]) == [] and inspect(typed(dtype, batch, **options)).provenance.precision == dtype
+    )
+    assert all(
+        v.type.tensor_type.elem_type in (TensorProto.FLOAT, TensorProto.INT64)
+        for v in (*model.graph.input, *model.graph.output)
+    )
     parts = {stages.of_node(n.name).rpartition(".")[2] for n in model.graph.node}
     assert {"embed", "attn", "mlp", "head"} <= parts and ("match" in parts) == (options["method"] != "none")
     if dtype == "fp16":
@@ -62,19 +69,19 @@ def test_casts_are_few_and_none_is_undone(options, typed):
     assert len(model.graph.node) - len(plain.graph.node) <= 2 + CASTS * steps
 
 
-@pytest.mark.parametrize("engine", ["ort", "openvino"])
-def test_fp16_passes_its_own_tolerance_and_not_that_of_float32(engine, options, typed, run_onnx, golden, relative):
+@pytest.mark.parametrize("runtime", ["ort", "openvino"])
+def test_fp16_passes_its_own_tolerance_and_not_that_of_float32(runtime, options, typed, run_onnx, golden, relative):
     path = typed("fp16", **options)
-    report = verify(path, engine=engine)
+    report = verify(path, runtime=runtime)
     assert report.passed and report.precision == "fp16", report.summary()
     assert report.outputs[0].max_rel > 1e-5, "rounding is to be seen"
 
 
 def test_bf16_runs_in_openvino_and_is_refused_by_onnxruntime(options, typed):
-    report = verify(typed("bf16", **options), engine="openvino")
+    report = verify(typed("bf16", **options), runtime="openvino")
     assert report.passed and report.outputs[0].max_rel > 1e-4, report.summary()
     with pytest.raises(UsageError, match="no bf16 operators"):
-        verify(typed("bf16", **options), engine="ort")
+        verify(typed("bf16", **options), runtime="ort")
 
 
 def _planted(path, tmp_path, change):
@@ -94,12 +101,18 @@ def test_a_fault_in_fp16_is_still_found(typed, tmp_path):
     def unbarred(graph):
         """The bar that keeps B rows from merging, lifted."""
         for i in graph.initializer:
-            if i.data_type == TensorProto.FLOAT and i.name.startswith("floats") and (onnx.numpy_helper.to_array(i) == -8).any():
+            if (
+                i.data_type == TensorProto.FLOAT
+                and i.name.startswith("floats")
+                and (onnx.numpy_helper.to_array(i) == -8).any()
+            ):
                 i.CopyFrom(onnx.numpy_helper.from_array(np.zeros_like(onnx.numpy_helper.to_array(i)), i.name))
 
     assert verify(path).passed
     assert not _planted(path, tmp_path, transposed).passed
-    with pytest.raises(UsageError, match="ONNX Runtime failed.*block[0-5].m"):  # rows that are not there, and the node that asks for them
+    with pytest.raises(
+        UsageError, match="ONNX Runtime failed.*block[0-5].m"
+    ):  # rows that are not there, and the node that asks for them
         _planted(path, tmp_path, unbarred)
 
 
@@ -108,7 +121,9 @@ def test_an_overflow_is_found(typed, tmp_path):
     path = tmp_path / "big.onnx"
     model = onnx.load(typed("fp16", method="tome", r=8))
     weight = next(i for i in model.graph.initializer if i.name.startswith("blocks.3.mlp.fc1.weight"))
-    weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * np.float16(60000 / 8), weight.name))
+    weight.CopyFrom(
+        onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight) * np.float16(60000 / 8), weight.name)
+    )
     onnx.save(model, path)
     assert not verify(path).passed
 
@@ -130,7 +145,9 @@ def test_what_cannot_be_converted_is_said(typed):
     with pytest.raises(UsageError, match="already"):
         precision.convert(*again, "bf16")
     with pytest.raises(UsageError, match="more than fp16 can hold"):
-        precision.convert(model, {**weights, "patch.weight": onnx_ir.tensor(weights["patch.weight"].numpy() * 1e7)}, "fp16")
+        precision.convert(
+            model, {**weights, "patch.weight": onnx_ir.tensor(weights["patch.weight"].numpy() * 1e7)}, "fp16"
+        )
     model.graph.node[0].name = "Conv_0"
     with pytest.raises(UsageError, match="make the file again"):
         precision.convert(model, weights, "fp16")
@@ -161,7 +178,10 @@ def test_the_command_writes_what_the_function_writes(tmp_path, typed):
 
 def matmul_flops(model, low):
     """Multiply-accumulates of matrix products: in the low type, in all."""
-    shapes = {v.name: [d.dim_value or 1 for d in v.type.tensor_type.shape.dim] for v in (*model.graph.value_info, *model.graph.input, *model.graph.output)}
+    shapes = {
+        v.name: [d.dim_value or 1 for d in v.type.tensor_type.shape.dim]
+        for v in (*model.graph.value_info, *model.graph.input, *model.graph.output)
+    }
     shapes |= {i.name: list(i.dims) for i in model.graph.initializer}
     types, total = types_of(model), {True: 0, False: 0}
     for node in model.graph.node:
@@ -181,7 +201,9 @@ def test_deit_small_in_fp16_is_mostly_fp16_and_hardly_larger(method, deit, tmp_p
 
 
 def parsed_layers(path):
-    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: layers of the parsed network need it (no GPU)")
+    trt = pytest.importorskip(
+        "tensorrt_rtx", reason="tensorrt_rtx is not installed: layers of the parsed network need it (no GPU)"
+    )
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, builder.logger)

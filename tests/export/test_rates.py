@@ -17,12 +17,20 @@ OFF = {"deit_tiny@0.6": 0.655}  # GFLOPs whose published name is more than 5% fr
 
 def schedule(prune, merge, n_tokens, n_prefix, depth):
     steps, notes = counts.diffrate(prune, merge, n_tokens, n_prefix, depth)
-    return Schedule("diffrate", n_tokens, n_prefix, depth, {"prune_kept": prune, "merge_kept": merge}, steps, tuple(notes))
+    return Schedule(
+        "diffrate", n_tokens, n_prefix, depth, {"prune_kept": prune, "merge_kept": merge}, steps, tuple(notes)
+    )
 
 
 def test_the_published_lists_are_those_of_plain_vits():
     assert {m: len(lists) for m, lists in rates.published().items()} == {
-        "deit_tiny": 5, "deit_small": 5, "deit_base": 5, "mae_base": 4, "mae_large": 5, "mae_huge": 4}
+        "deit_tiny": 5,
+        "deit_small": 5,
+        "deit_base": 5,
+        "mae_base": 4,
+        "mae_large": 5,
+        "mae_huge": 4,
+    }
     prune, merge = rates.published()["deit_small"]["2.9"]
     assert prune == [197, 196, 190, 168, 150, 139, 129, 117, 99, 78, 58, 3]
     assert merge == [197, 194, 176, 156, 141, 133, 121, 107, 88, 64, 56, 3]
@@ -48,7 +56,9 @@ def test_every_published_list_fits_another_model(name, n_to, n_prefix):
 def test_scaling_is_exact_and_keeps_the_order():
     assert rates.scale([197, 99, 3, 2, 1], 197, 197, 1) == [197, 99, 3, 2, 1]
     assert rates.scale([197, 99, 3, 2, 1], 197, 198, 2) == [198, 100, 4, 3, 2]
-    assert rates.scale([197, 99, 3, 2, 1], 197, 50, 1) == [50, 26, 2, 2, 1], "98 of 196 patches are 24.5 of 49: halves go up; one is kept"
+    assert rates.scale([197, 99, 3, 2, 1], 197, 50, 1) == [50, 26, 2, 2, 1], (
+        "98 of 196 patches are 24.5 of 49: halves go up; one is kept"
+    )
     assert rates.scale([197, 99, 3], 197, 785, 1) == [785, 393, 9]
     assert (s := rates.scale(list(range(1, 198)), 197, 60, 1)) == sorted(s)
 
@@ -60,22 +70,37 @@ def test_nothing_is_scaled_without_patches(n_from, n_to, n_prefix):
 
 
 def test_a_cost_may_be_written_either_way():
-    assert rates.find("deit_small@2.90") == rates.find("deit_small@2.9") and rates.find("deit_base@10") == rates.find("deit_base@10.0")
+    assert rates.find("deit_small@2.90") == rates.find("deit_small@2.9") and rates.find("deit_base@10") == rates.find(
+        "deit_base@10.0"
+    )
 
 
-@pytest.mark.parametrize("said, words", [
-    ("deit_small@2.8", "deit_small@2.7, deit_small@2.9"), ("deit_small@", "at no GFLOPs"), ("deit_small@2_9", "at 2_9 GFLOPs"),
-    ("deit_small@nan", "at nan"), ("deit_small@２.9", "deit_small@2.9"), ("deit_small@2.9@3", "deit_small@2.9"), ("@2.9", "MODEL@GFLOPS"),
-    ("vit_small@2.9", "deit_tiny, deit_small, deit_base, mae_base"), ("caformer_s36@5.2", "no published list"),
-    ("x" * 500 + "@1", "or a file"), ("a\0@1", "or a file"),
-], ids=range(11))
+@pytest.mark.parametrize(
+    "said, words",
+    [
+        ("deit_small@2.8", "deit_small@2.7, deit_small@2.9"),
+        ("deit_small@", "at no GFLOPs"),
+        ("deit_small@2_9", "at 2_9 GFLOPs"),
+        ("deit_small@nan", "at nan"),
+        ("deit_small@２.9", "deit_small@2.9"),
+        ("deit_small@2.9@3", "deit_small@2.9"),
+        ("@2.9", "MODEL@GFLOPS"),
+        ("vit_small@2.9", "deit_tiny, deit_small, deit_base, mae_base"),
+        ("caformer_s36@5.2", "no published list"),
+        ("x" * 500 + "@1", "or a file"),
+        ("a\0@1", "or a file"),
+    ],
+    ids=range(11),
+)
 def test_what_was_not_published_is_refused_with_what_was(said, words):
     with pytest.raises(UsageError, match="--rates") as e:
         rates.resolve(said)
     assert words in str(e.value) and len(str(e.value)) < 350
 
 
-@pytest.mark.parametrize("keys, n_tokens", [(("prune_kept", "merge_kept"), 9), (("prune_kept_num", "merge_kept_num"), None)])
+@pytest.mark.parametrize(
+    "keys, n_tokens", [(("prune_kept", "merge_kept"), 9), (("prune_kept_num", "merge_kept_num"), None)]
+)
 def test_a_file_is_read(tmp_path, keys, n_tokens):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({keys[0]: [9, 5], keys[1]: [9, 3], **({"n_tokens": n_tokens} if n_tokens else {})}))
@@ -89,11 +114,17 @@ def test_a_file_comes_before_a_published_name(tmp_path, monkeypatch):
 
 
 DAMAGED = {
-    "empty": (b"", "not JSON"), "text": (b"hello", "not JSON"), "cut": (b'{"prune_kept": [9', "not JSON"),
-    "binary": (b"\xff\xfe\0\x81", "not JSON"), "deep": (b"[" * 200000, "not JSON"),
+    "empty": (b"", "not JSON"),
+    "text": (b"hello", "not JSON"),
+    "cut": (b'{"prune_kept": [9', "not JSON"),
+    "binary": (b"\xff\xfe\0\x81", "not JSON"),
+    "deep": (b"[" * 200000, "not JSON"),
     "long number": (b'{"prune_kept": [' + b"9" * 5000 + b'], "merge_kept": [9]}', "not JSON"),
-    "list": (b"[[9], [9]]", "no JSON object"), "number": (b"9", "no JSON object"), "null": (b"null", "no JSON object"),
-    "nothing in it": (b"{}", "no prune_kept and no merge_kept"), "half": (b'{"prune_kept": [9]}', "has no merge_kept"),
+    "list": (b"[[9], [9]]", "no JSON object"),
+    "number": (b"9", "no JSON object"),
+    "null": (b"null", "no JSON object"),
+    "nothing in it": (b"{}", "no prune_kept and no merge_kept"),
+    "half": (b'{"prune_kept": [9]}', "has no merge_kept"),
     "unknown key": (b'{"prune_kept": [9], "merge_kept": [9], "n_token": 9}', "unknown key 'n_token'"),
     "twice": (b'{"prune_kept": [9], "merge_kept": [9], "prune_kept_num": [9]}', "a second 'prune_kept_num'"),
     "same twice": (b'{"prune_kept": [9], "merge_kept": [9], "merge_kept": [8]}', "a second 'merge_kept'"),
@@ -141,15 +172,19 @@ def listed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("no_torch")
     (folder / "torch.py").write_text("raise ImportError('torch was imported')")
     env = {**os.environ, "PYTHONPATH": str(folder)}
-    return lambda *options: subprocess.run([sys.executable, "-m", "tokexport", "rates", *options], capture_output=True, text=True,
-                                           timeout=60, env=env)
+    return lambda *options: subprocess.run(
+        [sys.executable, "-m", "tokexport", "rates", *options], capture_output=True, text=True, timeout=60, env=env
+    )
 
 
 def test_the_command_lists_them_without_torch(listed):
     out = listed("--list")
     assert out.returncode == 0 and out.stdout == "" and out.stderr == listed().stderr
     assert all(name in out.stderr for name in NAMES)
-    assert "deit_small@2.9   2.90 G per image (dense 4.60 G, ratio 1.583)\n  197 in, then 197 194 176 156 141" in out.stderr
+    assert (
+        "deit_small@2.9   2.90 G per image (dense 4.60 G, ratio 1.583)\n  197 in, then 197 194 176 156 141"
+        in out.stderr
+    )
 
 
 def test_the_json_says_what_each_costs(listed):

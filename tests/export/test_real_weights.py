@@ -14,8 +14,8 @@ def checkpoint(tmp_path_factory):
 
 
 def passes(path):
-    for engine in ("ort", "openvino"):
-        report = tokexport.verify(path, samples.sample_photos(), engine=engine)
+    for runtime in ("ort", "openvino"):
+        report = tokexport.verify(path, samples.sample_photos(), runtime=runtime)
         assert report.passed, report.summary()
         assert report.outputs[0].cosine > 0.99999
 
@@ -30,9 +30,13 @@ def test_every_method_passes_on_real_photos(dinov2, dinov2_how, method):
     passes(dinov2(method, **dinov2_how[method]))
 
 
-@pytest.mark.parametrize("method, how, batch", [
-    ("evit", {"fuse": False, "keep_rate": "0.8,0.6,0.5"}, None), ("dynamicvit", {"keep_rate": 0.8}, None),
-])
+@pytest.mark.parametrize(
+    "method, how, batch",
+    [
+        ("evit", {"fuse": False, "keep_rate": "0.8,0.6,0.5"}, None),
+        ("dynamicvit", {"keep_rate": 0.8}, None),
+    ],
+)
 def test_so_it_does_with_options(dinov2, method, how, batch):
     passes(dinov2(method, batch, **how))
 

@@ -19,7 +19,11 @@ from tokexport.export.models.score_head import make_heads
 from tokexport.export.graph.static_vit import StaticViT
 from tokexport.kernels import ops
 
-NAMES = sorted(n for module in ("vision_transformer", "vision_transformer_hybrid", "deit", "eva") for n in timm.list_models(module=module))
+NAMES = sorted(
+    n
+    for module in ("vision_transformer", "vision_transformer_hybrid", "deit", "eva")
+    for n in timm.list_models(module=module)
+)
 # What is left out, by the word in its refusal, and why.
 EXCLUDED = {
     "ParallelThingsBlock": "two attentions add to one residual: no one place between attention and MLP",
@@ -30,11 +34,29 @@ EXCLUDED = {
     "DiffAttention": "the difference of two attentions",
     "HybridEmbed": "the patches come out of a convolutional network",
 }
-OTHERS = ("swin_tiny_patch4_window7_224", "hiera_tiny_224", "pit_s_224", "xcit_nano_12_p8_224", "vit_relpos_small_patch16_224",
-          "samvit_base_patch16", "beit_base_patch16_224", "naflexvit_base_patch16_gap", "cait_xxs24_224", "resnet18")
+OTHERS = (
+    "swin_tiny_patch4_window7_224",
+    "hiera_tiny_224",
+    "pit_s_224",
+    "xcit_nano_12_p8_224",
+    "vit_relpos_small_patch16_224",
+    "samvit_base_patch16",
+    "beit_base_patch16_224",
+    "naflexvit_base_patch16_gap",
+    "cait_xxs24_224",
+    "resnet18",
+)
 WIDTH, DEPTH, HEADS, GRID = 32, 3, 2, (5, 4)
 STAGES = {"keep_rate": 0.6, "at": (0, 2)}
-OPTIONS = {"none": {}, "tome": {"r": [5, 0, 3]}, "evit": STAGES, "etps": STAGES, "dtps": STAGES, "dynamicvit": STAGES, "diffrate": {}}
+OPTIONS = {
+    "none": {},
+    "tome": {"r": [5, 0, 3]},
+    "evit": STAGES,
+    "etps": STAGES,
+    "dtps": STAGES,
+    "dynamicvit": STAGES,
+    "diffrate": {},
+}
 
 
 @functools.cache
@@ -52,7 +74,13 @@ def small(name):
     if isinstance(model.patch_embed, timm.layers.HybridEmbed):
         vit.check_plain_vit(model)
     size = model.patch_embed.patch_size
-    kwargs = {"depth": DEPTH, "num_classes": 7, "img_size": (size[0] * GRID[0], size[1] * GRID[1]), "embed_dim": WIDTH, "num_heads": HEADS}
+    kwargs = {
+        "depth": DEPTH,
+        "num_classes": 7,
+        "img_size": (size[0] * GRID[0], size[1] * GRID[1]),
+        "embed_dim": WIDTH,
+        "num_heads": HEADS,
+    }
     if "sapiens2" in name:
         kwargs["num_kv_heads"] = 1
     model, random = timm.create_model(name, **kwargs).eval(), torch.Generator().manual_seed(7)
@@ -91,8 +119,17 @@ def structure(name):
     model = full(name)
     kinds = [f"{k.replace('blocks.0.', '')} {type(m).__name__}" for k, m in model.named_modules() if k.count(".") < 4]
     own = [getattr(model, k, None) is not None for k in ("cls_token", "reg_token", "pos_embed")]
-    return (type(model).__name__, *kinds, *own, model.global_pool, getattr(model, "no_embed_class", None), model.dynamic_img_size,
-            getattr(model, "rope_mixed", None), getattr(model.blocks[0].attn, "qkv", 0) is None, getattr(model.blocks[0].attn, "rotate_half", 0))
+    return (
+        type(model).__name__,
+        *kinds,
+        *own,
+        model.global_pool,
+        getattr(model, "no_embed_class", None),
+        model.dynamic_img_size,
+        getattr(model, "rope_mixed", None),
+        getattr(model.blocks[0].attn, "qkv", 0) is None,
+        getattr(model.blocks[0].attn, "rotate_half", 0),
+    )
 
 
 @functools.cache
@@ -121,7 +158,9 @@ def test_every_method_is_walked():
 def test_what_is_left_out_is_left_out_for_a_named_reason():
     reasons = {name: refusal(name) for name in NAMES if refusal(name)}
     assert {name: why for name, why in reasons.items() if not any(word in why for word in EXCLUDED)} == {}
-    assert {word for word in EXCLUDED if not any(word in why for why in reasons.values())} == set(), "an exclusion that excludes nothing"
+    assert {word for word in EXCLUDED if not any(word in why for why in reasons.values())} == set(), (
+        "an exclusion that excludes nothing"
+    )
     assert len(reasons) <= 30 and len(NAMES) - len(reasons) >= 200
 
 

@@ -23,9 +23,18 @@ def test_r_runs_over_the_blocks_as_in_the_authors_code(case):
         assert parse_r(r, case["num_layers"]) == case["out"]
 
 
-@pytest.mark.parametrize("text, same", [
-    ("13", 13), ("0", 0), ("8:-1", (8, -1.0)), ("8:0.5", (8, 0.5)), ("8,8,4", [8, 8, 4]), (" 13 ", 13), ("5, 0, 3", [5, 0, 3]),
-])
+@pytest.mark.parametrize(
+    "text, same",
+    [
+        ("13", 13),
+        ("0", 0),
+        ("8:-1", (8, -1.0)),
+        ("8:0.5", (8, 0.5)),
+        ("8,8,4", [8, 8, 4]),
+        (" 13 ", 13),
+        ("5, 0, 3", [5, 0, 3]),
+    ],
+)
 def test_a_text_means_what_its_python_form_means(text, same):
     assert parse_r(text, 6) == parse_r(same, 6)
 
@@ -53,9 +62,20 @@ def test_nothing_is_cut_without_a_note():
     assert schedule.notes == () and schedule.n_final == 197 - 12 * 13
 
 
-@pytest.mark.parametrize("n_tokens, n_prefix, kept", [
-    (9, 0, 5), (9, 1, 5), (9, 2, 6), (10, 5, 8), (10, 1, 6), (3, 1, 2), (2, 1, 2), (1, 1, 1), (1, 0, 1),
-])
+@pytest.mark.parametrize(
+    "n_tokens, n_prefix, kept",
+    [
+        (9, 0, 5),
+        (9, 1, 5),
+        (9, 2, 6),
+        (10, 5, 8),
+        (10, 1, 6),
+        (3, 1, 2),
+        (2, 1, 2),
+        (1, 1, 1),
+        (1, 0, 1),
+    ],
+)
 def test_at_most_half_of_the_tokens_after_the_prefix_merge(n_tokens, n_prefix, kept):
     assert Schedule.parse(n_tokens, depth=1, n_tokens=n_tokens, n_prefix=n_prefix).n_final == kept
 
@@ -73,14 +93,34 @@ def test_without_a_method_nothing_is_reduced():
         Schedule.parse(0, method="none", **DEIT)
 
 
-@pytest.mark.parametrize("r, said", [
-    (-1, "negative"), ("-3", "negative"), ([8, -1], "negative"), ((-2, 1.0), "negative"), ("-2:-1", "negative"),
-    ("", "not a token count"), ("many", "not a token count"), ("8,,4", "not a token count"), ("8:", "not a token count"),
-    ("8:1:2", "not a token count"), ("1.5", "not a token count"), ("8,4.5", "not a token count"), ("1e1", "not a token count"),
-    ("8:1.5", "outside"), ((8, -1.01), "outside"), ("8:nan", "outside"), ("8:inf", "outside"),
-    ([8.0], "whole numbers"), ([True], "whole numbers"), ([1] * 13, "at most one a block"), (198, "the model has 197"), ("198,0", "block 0"),
-    ([0, 500], "block 1"),
-])
+@pytest.mark.parametrize(
+    "r, said",
+    [
+        (-1, "negative"),
+        ("-3", "negative"),
+        ([8, -1], "negative"),
+        ((-2, 1.0), "negative"),
+        ("-2:-1", "negative"),
+        ("", "not a token count"),
+        ("many", "not a token count"),
+        ("8,,4", "not a token count"),
+        ("8:", "not a token count"),
+        ("8:1:2", "not a token count"),
+        ("1.5", "not a token count"),
+        ("8,4.5", "not a token count"),
+        ("1e1", "not a token count"),
+        ("8:1.5", "outside"),
+        ((8, -1.01), "outside"),
+        ("8:nan", "outside"),
+        ("8:inf", "outside"),
+        ([8.0], "whole numbers"),
+        ([True], "whole numbers"),
+        ([1] * 13, "at most one a block"),
+        (198, "the model has 197"),
+        ("198,0", "block 0"),
+        ([0, 500], "block 1"),
+    ],
+)
 def test_what_is_no_r_is_refused_in_words(r, said):
     with pytest.raises(UsageError, match=said):
         Schedule.parse(r, **DEIT)
@@ -97,9 +137,15 @@ def test_an_unknown_method_is_refused():
         Schedule.parse(8, method="merge", **DEIT)
 
 
-@pytest.mark.parametrize("schedule", [
-    Schedule.parse(25, **DEIT), Schedule.parse("8:-1", prop_attn=False, **DEIT), Schedule.parse(method="none", **DEIT),
-], ids=["cut", "inflection", "none"])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Schedule.parse(25, **DEIT),
+        Schedule.parse("8:-1", prop_attn=False, **DEIT),
+        Schedule.parse(method="none", **DEIT),
+    ],
+    ids=["cut", "inflection", "none"],
+)
 def test_a_schedule_survives_json(schedule):
     assert Schedule.from_json(json.loads(json.dumps(schedule.to_json()))) == schedule
 
@@ -110,7 +156,9 @@ def test_json_that_was_changed_gives_another_schedule():
     assert Schedule.from_json(data) != Schedule.parse(8, **DEIT)
 
 
-@pytest.mark.parametrize("change", [{"steps": None}, {"extra": 1}, {"steps": [{"block": 0}]}, {"notes": None}, {"steps": "x"}], ids=repr)
+@pytest.mark.parametrize(
+    "change", [{"steps": None}, {"extra": 1}, {"steps": [{"block": 0}]}, {"notes": None}, {"steps": "x"}], ids=repr
+)
 def test_json_that_is_no_schedule_is_refused(change):
     with pytest.raises(UsageError, match="not a schedule"):
         Schedule.from_json({**Schedule.parse(8, **DEIT).to_json(), **change})
@@ -124,19 +172,32 @@ def test_json_without_a_field_is_refused(field):
         Schedule.from_json(data)
 
 
-@pytest.mark.parametrize("values, said", [
-    (("inside", 9, 8, 8), "wanted post_attn or pre_block"), (("post_attn", 9, 0, 0), "cannot go"), (("post_attn", 9, 10, 10), "cannot go"),
-    (("post_attn", 9, 8, 7), "cannot go"), (("post_attn", 9, 8, 10), "cannot go"),
-])
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        (("inside", 9, 8, 8), "wanted post_attn or pre_block"),
+        (("post_attn", 9, 0, 0), "cannot go"),
+        (("post_attn", 9, 10, 10), "cannot go"),
+        (("post_attn", 9, 8, 7), "cannot go"),
+        (("post_attn", 9, 8, 10), "cannot go"),
+    ],
+)
 def test_a_step_that_cannot_be_is_refused(values, said):
     with pytest.raises(UsageError, match=said):
         Step(0, *values)
 
 
-@pytest.mark.parametrize("steps, said", [
-    ([(2, 9, 8)], "model with 2 blocks"), ([(-1, 9, 8)], "block -1"), ([(0, 8, 7)], "expects 8 tokens and gets 9"),
-    ([(0, 9, 8), (1, 9, 8)], "expects 9 tokens and gets 8"), ([(1, 9, 8), (0, 8, 7)], "out of order"), ([(0, 9, 8), (0, 8, 7)], "out of order"),
-])
+@pytest.mark.parametrize(
+    "steps, said",
+    [
+        ([(2, 9, 8)], "model with 2 blocks"),
+        ([(-1, 9, 8)], "block -1"),
+        ([(0, 8, 7)], "expects 8 tokens and gets 9"),
+        ([(0, 9, 8), (1, 9, 8)], "expects 9 tokens and gets 8"),
+        ([(1, 9, 8), (0, 8, 7)], "out of order"),
+        ([(0, 9, 8), (0, 8, 7)], "out of order"),
+    ],
+)
 def test_steps_that_do_not_follow_each_other_are_refused(steps, said):
     with pytest.raises(UsageError, match=said):
         Schedule("tome", 9, 1, 2, steps=tuple(Step(b, "post_attn", n, k, k) for b, n, k in steps))

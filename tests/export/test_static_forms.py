@@ -18,7 +18,10 @@ from tokexport.export.reducers import tome
 from tokexport.export.schedule import Step
 from tokexport.kernels import ops
 
-VIT, SMALL = "vit_tiny_patch16_224", {"img_size": 40, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
+VIT, SMALL = (
+    "vit_tiny_patch16_224",
+    {"img_size": 40, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5},
+)
 VARIANTS = {
     "class token": (VIT, {}),
     "even token count": (VIT, {"img_size": (40, 56)}),
@@ -87,7 +90,9 @@ def _rows(plan):
     hit = plan.dst == labels
     assert hit.any(-1).all(), "a host without an output row"
     if plan.target is not None:
-        assert (plan.target.gather(-2, plan.keep)[..., 0] == labels).all() and (plan.target.gather(-2, plan.src) == plan.dst).all()
+        assert (plan.target.gather(-2, plan.keep)[..., 0] == labels).all() and (
+            plan.target.gather(-2, plan.src) == plan.dst
+        ).all()
     columns = plan.keep, plan.src, hit.to(torch.int8).argmax(-1, keepdim=True)
     return MergePlan(*(c if c.ndim == 3 else c[None] for c in columns))
 
@@ -118,7 +123,11 @@ def _compare(model, schedule, kind, relative):
             wanted, got = reduce_model(model, schedule).run(part), static(part)
             worst = max(worst, relative(got[0], wanted.output))
             equal &= torch.equal(got[1], wanted.sources)
-            wrong += [s.block for s, mine, plan in zip(schedule.steps, seen, wanted.plans, strict=True) if not _same(_rows(mine), plan)]
+            wrong += [
+                s.block
+                for s, mine, plan in zip(schedule.steps, seen, wanted.plans, strict=True)
+                if not _same(_rows(mine), plan)
+            ]
     return worst, equal, wrong
 
 
@@ -166,12 +175,24 @@ def test_without_a_reduction_the_static_graph_is_timm_itself(double, schedule_of
             assert relative(got, model(_image(model))) <= 1e-9, variant
 
 
-@pytest.mark.parametrize("variant, batch, opset, form", [
-    ("no class token", None, 20, "gather"), ("registers", None, 21, "matmul"), ("registers, no class token", 1, 20, "matmul"),
-    ("one register, no class token", None, 20, "gather"), ("DINOv2 with registers", 1, 21, "gather"), ("qk_norm", None, 20, "gather"),
-    ("CLIP", None, 20, "matmul"), ("SigLIP", 2, 20, "gather"), ("norm in attention and MLP", 1, 20, "gather"), ("no classifier", 1, 21, "matmul"),
-])
-def test_the_graph_computes_what_the_reference_computes(variant, batch, opset, form, schedule_of, relative, run_onnx, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "variant, batch, opset, form",
+    [
+        ("no class token", None, 20, "gather"),
+        ("registers", None, 21, "matmul"),
+        ("registers, no class token", 1, 20, "matmul"),
+        ("one register, no class token", None, 20, "gather"),
+        ("DINOv2 with registers", 1, 21, "gather"),
+        ("qk_norm", None, 20, "gather"),
+        ("CLIP", None, 20, "matmul"),
+        ("SigLIP", 2, 20, "gather"),
+        ("norm in attention and MLP", 1, 20, "gather"),
+        ("no classifier", 1, 21, "matmul"),
+    ],
+)
+def test_the_graph_computes_what_the_reference_computes(
+    variant, batch, opset, form, schedule_of, relative, run_onnx, tmp_path, monkeypatch
+):
     _take_form(monkeypatch, {1: "single", None: "dynamic"}.get(batch, "fixed"), form)
     loaded = _make(variant)
     schedule = schedule_of(loaded.module, R)
@@ -199,7 +220,9 @@ def test_exact_ties_are_decided_alike(n, prefix, has_class, kind):
         for by_target in (False, True):
             if kind == "single":
                 alone = [Signals(signals.x[i], prefix, has_class, metric=signals.metric[i]) for i in range(3)]
-                same = all([_same(_rows(tome.static(s, step, by_target)), _image_of(wanted, i)) for i, s in enumerate(alone)])
+                same = all(
+                    [_same(_rows(tome.static(s, step, by_target)), _image_of(wanted, i)) for i, s in enumerate(alone)]
+                )
             else:
                 same = _same(_rows(tome.static(signals, step, by_target)), wanted)
             other += [] if same else [(r, by_target)]
@@ -214,7 +237,9 @@ class Decide(torch.nn.Module):
         self.step, self.prefix, self.has_class = step, prefix, has_class
 
     def forward(self, metric):
-        plan = tome.static(Signals(metric, self.prefix, self.has_class, metric=metric, any_batch=metric.ndim == 3), self.step, True)
+        plan = tome.static(
+            Signals(metric, self.prefix, self.has_class, metric=metric, any_batch=metric.ndim == 3), self.step, True
+        )
         return plan.keep, plan.src, plan.dst, plan.target
 
 
@@ -223,10 +248,19 @@ class Decide(torch.nn.Module):
 def test_exact_ties_are_decided_alike_in_a_graph(prefix, has_class, dynamic):
     n, r = 64, 20
     signals, step = _tied_signals(n, prefix, has_class), Step(0, "post_attn", n, n - r, n - r)
-    traced, shapes = (signals.metric, ({0: torch.export.Dim("batch", min=1)},)) if dynamic else (signals.metric[0], None)
+    traced, shapes = (
+        (signals.metric, ({0: torch.export.Dim("batch", min=1)},)) if dynamic else (signals.metric[0], None)
+    )
     with quiet():
-        program = torch.onnx.export(Decide(step, prefix, has_class), (traced,), dynamo=True, opset_version=20, dynamic_shapes=shapes,
-                                    verbose=False, custom_translation_table=ops.translations())
+        program = torch.onnx.export(
+            Decide(step, prefix, has_class),
+            (traced,),
+            dynamo=True,
+            opset_version=20,
+            dynamic_shapes=shapes,
+            verbose=False,
+            custom_translation_table=ops.translations(),
+        )
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
     (feed,) = session.get_inputs()
     wanted = tome.reference(signals, step)
@@ -241,7 +275,9 @@ def test_exact_ties_are_decided_alike_in_a_graph(prefix, has_class, dynamic):
 def test_other_decisions_and_other_arithmetic_are_seen(double, schedule_of, relative, monkeypatch):
     signals, step = _tied_signals(18, 1, True), Step(0, "post_attn", 18, 14, 14)
     plan = tome.reference(signals, step)
-    assert not _same(plan, MergePlan(plan.keep, plan.src, plan.dst.roll(1, 1))) and not _same(plan, MergePlan(plan.keep.flip(1), plan.src, plan.dst))
+    assert not _same(plan, MergePlan(plan.keep, plan.src, plan.dst.roll(1, 1))) and not _same(
+        plan, MergePlan(plan.keep.flip(1), plan.src, plan.dst)
+    )
     model, static, merge = _model("LayerScale"), tome.static, static_vit.apply_static
     flipped = lambda plan: MergePlan(plan.keep, plan.src, plan.dst.flip(-2), by_size=True, labels=plan.labels)
     monkeypatch.setattr(tome, "static", lambda s, step, _: flipped(static(s, step, False)))

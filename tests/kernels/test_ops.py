@@ -19,7 +19,9 @@ def _tied(*shape):
 
 def _rows(n, k, batch):
     """Unique row numbers [batch, k, 1], in no order."""
-    return torch.stack([torch.randperm(n, generator=torch.Generator().manual_seed(i))[:k] for i in range(batch)])[..., None]
+    return torch.stack([torch.randperm(n, generator=torch.Generator().manual_seed(i))[:k] for i in range(batch)])[
+        ..., None
+    ]
 
 
 X, Y = _numbers(4, 9, 5), _numbers(4, 5, 6, seed=1)
@@ -31,20 +33,37 @@ CASES = {
     "take_rows": [((X, _rows(9, 4, 4)), (), ())],
     "look_up": [((_numbers(9, 5), _rows(9, 4, 4)), (), (0,))],
     "one_hot": [((_rows(5, 3, 4),), ([1, 4, 2, 0, 6], 7), ()), ((_rows(200, 3, 4),), ([*range(1, 201)], 300), ())],
-    "reshape": [((X,), ([-1, 5],), ()), ((X,), ([-1, 3, 15],), ()), ((X.mT.contiguous(),), ([-1, 1, 1, 45],), ()), ((X.mT,), ([-1, 15],), ())],
+    "reshape": [
+        ((X,), ([-1, 5],), ()),
+        ((X,), ([-1, 3, 15],), ()),
+        ((X.mT.contiguous(),), ([-1, 1, 1, 45],), ()),
+        ((X.mT,), ([-1, 15],), ()),
+    ],
     "fixed_rows": [((X,), ([0, 3, 8],), ()), ((X,), ([5],), ())],
-    "top_rows": [((_numbers(4, 9, 1),), (3, True), ()), ((_tied(4, 30, 1),), (20, True), ()), ((_tied(4, 30, 1),), (12, False), ()),
-                 ((_tied(4, 9, 1),), (9, True), ())],
+    "top_rows": [
+        ((_numbers(4, 9, 1),), (3, True), ()),
+        ((_tied(4, 30, 1),), (20, True), ()),
+        ((_tied(4, 30, 1),), (12, False), ()),
+        ((_tied(4, 9, 1),), (9, True), ()),
+    ],
     "best_column": [((X,), (), ()), ((_tied(4, 30, 20),), (), ()), ((torch.zeros(4, 3, 7),), (), ())],
     "put_rows": [((X[..., :1], _rows(9, 4, 4), _numbers(4, 4, 1, seed=2)), (), ())],
-    "matmul": [((X, Y), (False, False), ()), ((X.mT.contiguous(), Y), (True, False), ()), ((X, Y.mT.contiguous()), (False, True), ()),
-               ((X.mT.contiguous(), Y.mT.contiguous()), (True, True), ()), ((X.mT.contiguous(), torch.ones(5, 1)), (True, False), (1,)),
-               ((torch.ones(1, 1, 9), X), (False, False), (0,))],
-    "addmm": [((X, Y, _numbers(4, 9, 6, seed=4)), (False, False), ()), ((X.mT.contiguous(), Y, _numbers(4, 9, 1, seed=4)), (True, False), ()),
-              ((X, Y.mT.contiguous(), _numbers(4, 9, 6, seed=4)), (False, True), ()),
-              ((X.mT.contiguous(), torch.ones(5, 1), torch.ones(1, 1, 1)), (True, False), (1, 2)),
-              ((_numbers(1, 1, 9, seed=5), X, _numbers(1, 1, 5, seed=6)), (False, False), (0, 2)),
-              ((_numbers(1, 9, 2, seed=7), X, _numbers(4, 2, 1, seed=8)), (True, False), (0,))],
+    "matmul": [
+        ((X, Y), (False, False), ()),
+        ((X.mT.contiguous(), Y), (True, False), ()),
+        ((X, Y.mT.contiguous()), (False, True), ()),
+        ((X.mT.contiguous(), Y.mT.contiguous()), (True, True), ()),
+        ((X.mT.contiguous(), torch.ones(5, 1)), (True, False), (1,)),
+        ((torch.ones(1, 1, 9), X), (False, False), (0,)),
+    ],
+    "addmm": [
+        ((X, Y, _numbers(4, 9, 6, seed=4)), (False, False), ()),
+        ((X.mT.contiguous(), Y, _numbers(4, 9, 1, seed=4)), (True, False), ()),
+        ((X, Y.mT.contiguous(), _numbers(4, 9, 6, seed=4)), (False, True), ()),
+        ((X.mT.contiguous(), torch.ones(5, 1), torch.ones(1, 1, 1)), (True, False), (1, 2)),
+        ((_numbers(1, 1, 9, seed=5), X, _numbers(1, 1, 5, seed=6)), (False, False), (0, 2)),
+        ((_numbers(1, 9, 2, seed=7), X, _numbers(4, 2, 1, seed=8)), (True, False), (0,)),
+    ],
 }
 TABLE = [pytest.param(name, case, id=f"{name}-{i}") for name, cases in CASES.items() for i, case in enumerate(cases)]
 BATCHED = [p for p in TABLE if p.values[1][0]]  # a constant has no batch
@@ -64,7 +83,9 @@ class Call(torch.nn.Module):
 def _first(case):
     """The case without its batch axis."""
     tensors, further, unbatched = case
-    return tuple(t.reshape(t.shape[-2:]) if i in unbatched else t[0].contiguous() for i, t in enumerate(tensors)), further
+    return tuple(
+        t.reshape(t.shape[-2:]) if i in unbatched else t[0].contiguous() for i, t in enumerate(tensors)
+    ), further
 
 
 def _run_onnx(name, tensors, further, feeds, dynamic):
@@ -111,11 +132,17 @@ def test_an_operator_is_its_onnx_form_for_any_batch(name, case):
 @pytest.mark.parametrize("name, case", TABLE)
 def test_an_operator_tells_its_shapes_without_computing(name, case):
     for tensors, further in (_first(case), case[:2]):
-        torch.library.opcheck(getattr(torch.ops.tokexport, name).default, (*tensors, *further), test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            getattr(torch.ops.tokexport, name).default,
+            (*tensors, *further),
+            test_utils=("test_schema", "test_faketensor"),
+        )
 
 
 def test_a_large_one_hot_is_compared_and_a_small_one_looked_up():
-    kinds = lambda n, width: _run_onnx("one_hot", (_rows(n, 3, 1)[0],), ([*range(n)], width), (_rows(n, 3, 1)[0],), None)[1]
+    kinds = lambda n, width: _run_onnx(
+        "one_hot", (_rows(n, 3, 1)[0],), ([*range(n)], width), (_rows(n, 3, 1)[0],), None
+    )[1]
     assert kinds(128, 256) == {"GatherND"} and kinds(128, 257) == {"Equal", "Cast"} and ops.LARGEST_TABLE == 128 * 256
 
 
@@ -132,7 +159,10 @@ class Reshapes(torch.nn.Module):
         return x + 1
 
 
-@pytest.mark.parametrize("shapes, nodes", [([[-1, 5]], 0), ([[5, 9]], 1), ([[3, 15], [5, 9]], 1), ([[3, 15], [9, 5]], 0), ([[5, 9], [-1, 5]], 0)])
+@pytest.mark.parametrize(
+    "shapes, nodes",
+    [([[-1, 5]], 0), ([[5, 9]], 1), ([[3, 15], [5, 9]], 1), ([[3, 15], [9, 5]], 0), ([[5, 9], [-1, 5]], 0)],
+)
 def test_a_reshape_that_changes_nothing_leaves_the_graph(shapes, nodes):
     from tokexport.export.graph.export import translate
 
@@ -160,6 +190,10 @@ def test_operators_leave_their_inputs_alone():
 
 def test_the_comparison_sees_a_wrong_index_and_a_wrong_number():
     value, index = ops.top_rows(_tied(9, 1), 4, True)
-    for wrong in ((value.numpy(), index.numpy()[::-1]), (value.numpy() + 1e-3, index.numpy()), (value.numpy(), index.numpy().astype(np.int32))):
+    for wrong in (
+        (value.numpy(), index.numpy()[::-1]),
+        (value.numpy() + 1e-3, index.numpy()),
+        (value.numpy(), index.numpy().astype(np.int32)),
+    ):
         with pytest.raises(AssertionError):
             _assert_equal(wrong, (value, index))

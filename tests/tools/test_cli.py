@@ -17,14 +17,35 @@ from tokexport.export import reducers
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
-TINY = ["--model", "vit_tiny_patch16_224", "--model-kwargs", "img_size=64", "--model-kwargs", "patch_size=8",
-        "--model-kwargs", "embed_dim=64", "--model-kwargs", "depth=6", "--model-kwargs", "num_heads=4", "--model-kwargs", "num_classes=10"]
+TINY = [
+    "--model",
+    "vit_tiny_patch16_224",
+    "--model-kwargs",
+    "img_size=64",
+    "--model-kwargs",
+    "patch_size=8",
+    "--model-kwargs",
+    "embed_dim=64",
+    "--model-kwargs",
+    "depth=6",
+    "--model-kwargs",
+    "num_heads=4",
+    "--model-kwargs",
+    "num_classes=10",
+]
 
 
 def cli(*args, env=None, cwd=None):
     """Run the command in a process of its own."""
     full = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **(env or {})}
-    return subprocess.run([sys.executable, "-m", "tokexport", *map(str, args)], capture_output=True, text=True, env=full, cwd=cwd, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-m", "tokexport", *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=full,
+        cwd=cwd,
+        timeout=300,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +126,11 @@ def test_verify_passes_a_good_file(call, vit):
     assert {o["name"] for o in report["outputs"]} == {"logits", "sources"}
 
 
-@pytest.mark.parametrize("engine", ["ort", "openvino"])
-def test_verify_runs_on_each_engine_with_a_fixed_batch(call, tmp_path, engine):
+@pytest.mark.parametrize("runtime", ["ort", "openvino"])
+def test_verify_runs_on_each_engine_with_a_fixed_batch(call, tmp_path, runtime):
     path = tmp_path / "b3.onnx"
     assert call("onnx", *TINY, "--r", "8:-1", "--batch", 3, "-o", path)[0] == 0
-    assert call("verify", path, "--engine", engine)[0] == 0
+    assert call("verify", path, "--runtime", runtime)[0] == 0
 
 
 def _changed(path, out, change):
@@ -137,7 +158,9 @@ def _other_host(weights, graph):
     next(a for a in node.attribute if a.name == "largest").i = 0
 
 
-@pytest.mark.parametrize("fault", [_scale("blocks.2.qkv.weight"), _scale("blocks.4.proj.weight"), _drop_log_size, _other_host])
+@pytest.mark.parametrize(
+    "fault", [_scale("blocks.2.qkv.weight"), _scale("blocks.4.proj.weight"), _drop_log_size, _other_host]
+)
 def test_verify_fails_a_wrong_file(call, vit, tmp_path, fault):
     code, out, _ = call("verify", _changed(vit, tmp_path / "wrong.onnx", fault), "--json")
     assert code == 1 and not json.loads(out)["passed"]
@@ -199,8 +222,20 @@ BAD_OPTIONS = {
     "keep rate with tome": ([*TINY, "--r", 8, "--keep-rate", "0.7"], "--keep-rate"),
     "predictor with evit": ([*TINY, "--method", "evit", "--predictor", "x.pth"], "--predictor"),
     "no such predictor": ([*TINY, "--method", "dtps", "--at", "1", "--predictor", "x.pth"], "no such file"),
-    "no class token": ([*TINY, "--model-kwargs", "class_token=False", "--model-kwargs", "global_pool=avg", "--method", "evit", "--at", "1"],
-                       "--score mean"),
+    "no class token": (
+        [
+            *TINY,
+            "--model-kwargs",
+            "class_token=False",
+            "--model-kwargs",
+            "global_pool=avg",
+            "--method",
+            "evit",
+            "--at",
+            "1",
+        ],
+        "--score mean",
+    ),
     "parallel blocks": (["--model", "vit_small_patch16_18x2_224", "--r", 8], "ParallelThingsBlock"),
     "empty output": ([*TINY, "--r", 8, "-o", ""], "file name"),
     "other digits": ([*TINY, "--r", "１３"], "--r"),
@@ -217,8 +252,12 @@ def test_bad_options_are_refused_in_words(call, tmp_path, case):
 
 
 METHODS = {
-    "evit": ["--at", "1,3,4"], "etps": ["--at", "1,3", "--keep-rate", "0.8,0.6"], "dynamicvit": ["--at", "1,3,4", "--predictor", GOLDEN / "tps_predictors_tiny.safetensors"],
-    "dtps": ["--at", "1,3,4", "--predictor", GOLDEN / "tps_predictors_tiny.safetensors"], "tome": ["--r", "8:-1", "--no-prop-attn"], "none": [],
+    "evit": ["--at", "1,3,4"],
+    "etps": ["--at", "1,3", "--keep-rate", "0.8,0.6"],
+    "dynamicvit": ["--at", "1,3,4", "--predictor", GOLDEN / "tps_predictors_tiny.safetensors"],
+    "dtps": ["--at", "1,3,4", "--predictor", GOLDEN / "tps_predictors_tiny.safetensors"],
+    "tome": ["--r", "8:-1", "--no-prop-attn"],
+    "none": [],
     "diffrate": ["--rates", "rates.json"],
 }
 
@@ -227,13 +266,27 @@ METHODS = {
 @pytest.mark.parametrize("method", reducers.METHODS)
 def test_every_method_is_exported_inspected_and_verified(call, tmp_path, monkeypatch, method, batch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "rates.json").write_text(json.dumps({"prune_kept": [65, 60, 50, 42, 34, 20], "merge_kept": [65, 55, 46, 38, 30, 12]}))
-    code, _, err = call("onnx", *TINY, "--checkpoint", GOLDEN / "tiny_vit.safetensors", "--method", method, *METHODS[method],
-                        "--batch", batch, "--sources", "-o", "m.onnx")
+    (tmp_path / "rates.json").write_text(
+        json.dumps({"prune_kept": [65, 60, 50, 42, 34, 20], "merge_kept": [65, 55, 46, 38, 30, 12]})
+    )
+    code, _, err = call(
+        "onnx",
+        *TINY,
+        "--checkpoint",
+        GOLDEN / "tiny_vit.safetensors",
+        "--method",
+        method,
+        *METHODS[method],
+        "--batch",
+        batch,
+        "--sources",
+        "-o",
+        "m.onnx",
+    )
     assert code == 0, err
     assert json.loads(call("inspect", "m.onnx", "--json")[1])["provenance"]["schedule"]["method"] == method
-    for engine in ("ort", "openvino"):
-        report = json.loads(call("verify", "m.onnx", "--engine", engine, "--json")[1])
+    for runtime in ("ort", "openvino"):
+        report = json.loads(call("verify", "m.onnx", "--runtime", runtime, "--json")[1])
         assert report["passed"] and report["decisions"] in (1.0, None), report
 
 
@@ -246,10 +299,15 @@ def _wrong_head(weights, graph):
     weights[name].CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(weights[name]), name))
 
 
-@pytest.mark.parametrize("method, fault", [("evit", _wrong_order), ("diffrate", _wrong_order), ("dtps", _wrong_head), ("dynamicvit", _wrong_head)])
+@pytest.mark.parametrize(
+    "method, fault",
+    [("evit", _wrong_order), ("diffrate", _wrong_order), ("dtps", _wrong_head), ("dynamicvit", _wrong_head)],
+)
 def test_verify_fails_wrong_decisions_of_every_kind(call, tmp_path, monkeypatch, method, fault):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "rates.json").write_text(json.dumps({"prune_kept": [65, 60, 50, 42, 34, 20], "merge_kept": [65, 55, 46, 38, 30, 12]}))
+    (tmp_path / "rates.json").write_text(
+        json.dumps({"prune_kept": [65, 60, 50, 42, 34, 20], "merge_kept": [65, 55, 46, 38, 30, 12]})
+    )
     assert call("onnx", *TINY, "--method", method, *METHODS[method], "-o", "m.onnx")[0] == 0
     code, out, _ = call("verify", _changed("m.onnx", "wrong.onnx", fault), "--json")
     report = json.loads(out)
@@ -262,20 +320,36 @@ def test_score_heads_must_fit(call, tmp_path):
     for name, heads in {"wide": random_heads(128, 3, 0), "few": random_heads(64, 2, 0)}.items():
         save_file(heads, tmp_path / f"{name}.safetensors")
     before = sorted(tmp_path.iterdir())
-    for args, word in ((["--predictor", tmp_path / "wide.safetensors"], "width 128"), (["--predictor", tmp_path / "few.safetensors"], "2 stages"),
-                       (["--checkpoint", GOLDEN / "tiny_vit.safetensors"], "--predictor"),
-                       (["--predictor", GOLDEN / "tiny_vit.safetensors"], "no score heads")):
+    for args, word in (
+        (["--predictor", tmp_path / "wide.safetensors"], "width 128"),
+        (["--predictor", tmp_path / "few.safetensors"], "2 stages"),
+        (["--checkpoint", GOLDEN / "tiny_vit.safetensors"], "--predictor"),
+        (["--predictor", GOLDEN / "tiny_vit.safetensors"], "no score heads"),
+    ):
         code, _, err = call("onnx", *TINY, "--method", "dtps", "--at", "1,3,4", *args, "-o", tmp_path / "x.onnx")
         assert code == 2 and word in err and "Traceback" not in err, err
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_published_rates_are_scaled_to_other_images_and_said(call, tmp_path):
-    code, _, err = call("onnx", "--model", "deit_tiny_patch16_224", "--model-kwargs", "img_size=160", "--method", "diffrate",
-                        "--rates", "deit_tiny@0.7", "-o", tmp_path / "d.onnx")
+    code, _, err = call(
+        "onnx",
+        "--model",
+        "deit_tiny_patch16_224",
+        "--model-kwargs",
+        "img_size=160",
+        "--method",
+        "diffrate",
+        "--rates",
+        "deit_tiny@0.7",
+        "-o",
+        tmp_path / "d.onnx",
+    )
     assert code == 0 and "for 197 tokens, this model has 101" in err
     (tmp_path / "r.json").write_text(json.dumps({"prune_kept": [0] * 6, "merge_kept": [0] * 6}))
-    code, _, err = call("onnx", *TINY, "--method", "diffrate", "--rates", tmp_path / "r.json", "-o", tmp_path / "x.onnx")
+    code, _, err = call(
+        "onnx", *TINY, "--method", "diffrate", "--rates", tmp_path / "r.json", "-o", tmp_path / "x.onnx"
+    )
     assert code == 2 and "Traceback" not in err
 
 
@@ -289,9 +363,14 @@ def test_bad_checkpoints_are_refused_whole(call, tmp_path):
     torch.save({**state, "head.bias": torch.zeros(10).to_sparse()}, tmp_path / "sparse.pth")
     torch.save({1: torch.zeros(1)}, tmp_path / "numbers.pth")
     save_file({"head.weight": torch.zeros(2, 2), "extra": torch.zeros(1)}, tmp_path / "keys.safetensors")
-    for name, words in {"evil.pth": ["run code"], "cut.safetensors": ["cannot be read"],
-                        "nan.safetensors": ["not finite", "head.bias"], "sparse.pth": ["no state dict"], "numbers.pth": ["no state dict"],
-                        "keys.safetensors": ["missing keys", "blocks.5.mlp.fc2.bias", "unexpected keys", "extra"]}.items():
+    for name, words in {
+        "evil.pth": ["run code"],
+        "cut.safetensors": ["cannot be read"],
+        "nan.safetensors": ["not finite", "head.bias"],
+        "sparse.pth": ["no state dict"],
+        "numbers.pth": ["no state dict"],
+        "keys.safetensors": ["missing keys", "blocks.5.mlp.fc2.bias", "unexpected keys", "extra"],
+    }.items():
         code, _, err = call("onnx", *TINY, "--r", 8, "--checkpoint", tmp_path / name, "-o", tmp_path / "x.onnx")
         assert code == 2 and all(w in err for w in words), err
     assert not os.path.exists("/tmp/tokexport_was_here") and not (tmp_path / "x.onnx").exists()
@@ -321,7 +400,13 @@ def test_files_that_are_not_ours_are_refused(call, tmp_path, vit):
     model = onnx.load(vit)
     del model.metadata_props[:]
     onnx.save(model, tmp_path / "bare.onnx")
-    words = {"text": "not an ONNX", "empty": "not an ONNX", "cut": "not an ONNX", "bare": "no provenance", "missing": "no such file"}
+    words = {
+        "text": "not an ONNX",
+        "empty": "not an ONNX",
+        "cut": "not an ONNX",
+        "bare": "no provenance",
+        "missing": "no such file",
+    }
     for name, word in words.items():
         for command in ("inspect", "verify"):
             code, _, err = call(command, tmp_path / f"{name}.onnx")
@@ -329,11 +414,17 @@ def test_files_that_are_not_ours_are_refused(call, tmp_path, vit):
 
 
 TAMPERED = {
-    "weights": lambda d: d.update(weights={}), "options": lambda d: d["schedule"].update(options=[]),
-    "depth": lambda d: d["schedule"].update(depth=10**9), "dims": lambda d: d.update(dims={}), "model": lambda d: d.update(model=5),
-    "kwargs": lambda d: d.update(model_kwargs=[]), "size": lambda d: d["preprocess"].update(size=[64]),
-    "crop": lambda d: d["preprocess"].update(crop="x"), "outputs": lambda d: d.update(outputs=["other"]),
-    "fewer steps": lambda d: d["schedule"]["steps"].pop(), "method": lambda d: d["schedule"].update(method="none"),
+    "weights": lambda d: d.update(weights={}),
+    "options": lambda d: d["schedule"].update(options=[]),
+    "depth": lambda d: d["schedule"].update(depth=10**9),
+    "dims": lambda d: d.update(dims={}),
+    "model": lambda d: d.update(model=5),
+    "kwargs": lambda d: d.update(model_kwargs=[]),
+    "size": lambda d: d["preprocess"].update(size=[64]),
+    "crop": lambda d: d["preprocess"].update(crop="x"),
+    "outputs": lambda d: d.update(outputs=["other"]),
+    "fewer steps": lambda d: d["schedule"]["steps"].pop(),
+    "method": lambda d: d["schedule"].update(method="none"),
     "decisions": lambda d: d.update(decisions=[]),
 }
 
@@ -353,15 +444,20 @@ def test_a_provenance_that_does_not_fit_is_refused(call, vit, tmp_path, what):
 def test_images_must_be_images(call, vit, tmp_path):
     (tmp_path / "a.jpg").write_text("no image")
     (tmp_path / "empty").mkdir()
-    for said, word in ((tmp_path / "a.jpg", "cannot be read"), (tmp_path / "empty", "no image"), (tmp_path / "none", "no such")):
+    for said, word in (
+        (tmp_path / "a.jpg", "cannot be read"),
+        (tmp_path / "empty", "no image"),
+        (tmp_path / "none", "no such"),
+    ):
         code, _, err = call("verify", vit, "--images", said)
         assert code == 2 and word in err
 
 
 def test_a_missing_package_names_its_extra(vit, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
-        "import importlib.util as u\nf = u.find_spec\nu.find_spec = lambda n, *a: None if n == 'openvino' else f(n, *a)\n")
-    out = cli("verify", vit, "--engine", "openvino", env={"PYTHONPATH": str(tmp_path)})
+        "import importlib.util as u\nf = u.find_spec\nu.find_spec = lambda n, *a: None if n == 'openvino' else f(n, *a)\n"
+    )
+    out = cli("verify", vit, "--runtime", "openvino", env={"PYTHONPATH": str(tmp_path)})
     assert out.returncode == 2 and "tokexport[cpu]" in out.stderr
 
 
@@ -369,9 +465,14 @@ def test_bench_compares_like_with_like(call, vit, tmp_path):
     other, fixed = tmp_path / "other.onnx", tmp_path / "b3.onnx"
     assert call("onnx", *TINY, "--model-kwargs", "mlp_ratio=2", "--method", "none", "-o", other)[0] == 0
     assert call("onnx", *TINY, "--r", 8, "--batch", 3, "-o", fixed)[0] == 0
-    for args, word in (([vit, "--dense", other], "one model"), ([vit, "--dense", vit], "among the files"),
-                       ([fixed, "--dense", vit, "--batch", "3"], "reduced"), ([fixed, "--batch", "1"], "--batch 3"),
-                       ([vit, "--seconds", "nan"], "--seconds"), ([vit, "--threads", "99999"], "--threads")):
+    for args, word in (
+        ([vit, "--dense", other], "one model"),
+        ([vit, "--dense", vit], "among the files"),
+        ([fixed, "--dense", vit, "--batch", "3"], "reduced"),
+        ([fixed, "--batch", "1"], "--batch 3"),
+        ([vit, "--seconds", "nan"], "--seconds"),
+        ([vit, "--threads", "99999"], "--threads"),
+    ):
         code, _, err = call("bench", *args)
         assert code == 2 and word in err, err
 
@@ -379,9 +480,14 @@ def test_bench_compares_like_with_like(call, vit, tmp_path):
 def test_bench_compares_every_file_with_a_dense_one_of_its_batch(call, vit, tmp_path):
     single = tmp_path / "single.onnx"
     assert call("onnx", *TINY, "--r", 8, "--batch", 1, "-o", single)[0] == 0
-    code, out, err = call("bench", vit, single, "--engines", "ort", "--batch", "1", "--seconds", "0.2", "--json")
+    code, out, err = call("bench", vit, single, "--runtime", "ort", "--batch", "1", "--seconds", "0.2", "--json")
     rows = json.loads(out)["rows"]
-    assert code == 0 and [r["file"] for r in rows] == ["dense, batch dynamic, fp32", "dense, batch 1, fp32", str(vit), str(single)]
+    assert code == 0 and [r["file"] for r in rows] == [
+        "dense, batch dynamic, fp32",
+        "dense, batch 1, fp32",
+        str(vit),
+        str(single),
+    ]
     assert [r["speedup"] for r in rows[:2]] == [1.0, 1.0]
     for dense, row in zip(rows[:2], rows[2:]):
         assert row["quotient"] == pytest.approx(row["speedup"] / row["macs_ratio"])

@@ -11,7 +11,7 @@ from tokexport import UsageError, export_onnx, load_model
 from tokexport.export.inspection import inspect
 from tokexport.tools.demo import digits, samples
 from tokexport.tools.show import draw
-from tokexport.tools.commands import eval as eval_command
+from tokexport.engines.measure import evaluate
 from tokexport.tools.cli import group
 
 
@@ -39,48 +39,58 @@ def data(tmp_path_factory):
 
 def test_the_weights_are_small_and_good(model, data):
     assert digits.WEIGHTS.stat().st_size + digits.HEADS.stat().st_size < 2e6
-    rows = json.loads(run("eval", model, "--data", data, "--json").stdout)["rows"]
+    rows = json.loads(run("eval", model, "--images", data, "--json").stdout)["rows"]
     assert [r["what"] for r in rows] == [str(model), "reference, tome", "reference, dense"]
-    assert rows[2]["top1"] >= 0.97 and rows[0]["top1"] == rows[1]["top1"] >= 0.95 and all(r["top1"] <= r["top5"] <= 1 for r in rows)
+    assert (
+        rows[2]["top1"] >= 0.97
+        and rows[0]["top1"] == rows[1]["top1"] >= 0.95
+        and all(r["top1"] <= r["top5"] <= 1 for r in rows)
+    )
 
 
 def test_accuracy_can_be_low(model, data, tmp_path):
     """Labels that are wrong by one."""
     for folder in data.iterdir():
         (tmp_path / str((int(folder.name) + 1) % 10)).symlink_to(folder)
-    rows = json.loads(run("eval", model, "--data", tmp_path, "--limit", 50, "--no-reference", "--json").stdout)["rows"]
+    rows = json.loads(run("eval", model, "--images", tmp_path, "--limit", 50, "--no-reference", "--json").stdout)[
+        "rows"
+    ]
     assert len(rows) == 1 and rows[0]["top1"] < 0.1
 
 
 def test_folders_name_classes_by_number_label_or_order(model, tmp_path):
     p = inspect(model).provenance
     names = [f"class_{c}" for c in "abcdefghij"]
-    assert eval_command._classes(["3", "7"], p, tmp_path) == {"3": 3, "7": 7}
-    assert eval_command._classes(names, p, tmp_path) == {n: i for i, n in enumerate(names)}
+    assert evaluate._classes(["3", "7"], p, tmp_path) == {"3": 3, "7": 7}
+    assert evaluate._classes(names, p, tmp_path) == {n: i for i, n in enumerate(names)}
     from dataclasses import replace
 
-    assert eval_command._classes(["two"], replace(p, labels=("zero", "one", "two")), tmp_path) == {"two": 2}
+    assert evaluate._classes(["two"], replace(p, labels=("zero", "one", "two")), tmp_path) == {"two": 2}
     with pytest.raises(UsageError, match="has 2 folders .*the model 10 classes"):
-        eval_command._classes(["a", "b"], p, tmp_path)
+        evaluate._classes(["a", "b"], p, tmp_path)
 
 
 def test_a_limit_is_spread_over_the_classes(model, data):
-    images = eval_command.labelled(data, inspect(model).provenance, 20)
+    images = evaluate.labelled(data, inspect(model).provenance, 20)
     assert len(images) == 20 and len({label for _, label in images}) == 10
 
 
-@pytest.mark.parametrize("engine", ["ort", "openvino"])
-def test_every_engine_has_the_same_accuracy(engine, model, data):
-    out = run("eval", model, "--data", data, "--limit", 37, "--engine", engine, "--json")
+@pytest.mark.parametrize("runtime", ["ort", "openvino"])
+def test_every_engine_has_the_same_accuracy(runtime, model, data):
+    out = run("eval", model, "--images", data, "--limit", 37, "--runtime", runtime, "--json")
     rows = json.loads(out.stdout)["rows"]
     assert rows[0]["top1"] == rows[1]["top1"]
 
 
 def test_bad_data_is_one_error(model, exported, dinov2, tmp_path):
     (tmp_path / "empty").mkdir()
-    for args, words in (([model, "--data", tmp_path / "none"], "wanted a folder with"), ([model, "--data", tmp_path / "empty"], "has no folders"),
-                        ([model, "--data", tmp_path], "has 1 folders"), ([model, "--data", tmp_path, "--limit", 0], "--limit 0"),
-                        ([dinov2("evit"), "--data", tmp_path], "needs a classifier")):
+    for args, words in (
+        ([model, "--images", tmp_path / "none"], "wanted a folder with"),
+        ([model, "--images", tmp_path / "empty"], "has no folders"),
+        ([model, "--images", tmp_path], "has 1 folders"),
+        ([model, "--images", tmp_path, "--limit", 0], "--limit 0"),
+        ([dinov2("evit"), "--images", tmp_path], "needs a classifier"),
+    ):
         assert words in str(run("eval", *args).exception)
 
 
@@ -91,7 +101,9 @@ def test_a_picture_shows_what_goes(method, exported, method_cases, tmp_path):
     steps = inspect(path).provenance.schedule.steps
     with Image.open(tmp_path / "v.png") as image:
         assert out.exit_code == 0 and image.width > 448 * (min(len(steps), 4) + 1) and image.height > 2 * 448
-    assert isinstance(run("viz", path, *samples.sample_photos(), "-o", tmp_path / "v.png").exception, UsageError), "never replaced unasked"
+    assert isinstance(run("viz", path, *samples.sample_photos(), "-o", tmp_path / "v.png").exception, UsageError), (
+        "never replaced unasked"
+    )
 
 
 def test_patches_of_a_token_share_a_colour_and_those_that_are_gone_are_dark():
@@ -100,46 +112,55 @@ def test_patches_of_a_token_share_a_colour_and_those_that_are_gone_are_dark():
     out = np.asarray(draw.draw_sources(Image.fromarray(pixels), (2, 2), sources))
     inner = lambda r, c: out[r * 224 + 4 : r * 224 + 220, c * 224 + 4 : c * 224 + 220].astype(float)
     assert inner(0, 0).std(axis=(0, 1)).max() == 0 and (inner(0, 0)[0, 0] == inner(0, 1)[0, 0]).all(), "one colour"
-    assert inner(1, 0).mean() < 90 < inner(1, 1).mean() and inner(1, 1).std() > 20, "gone is dark, alone keeps its texture"
+    assert inner(1, 0).mean() < 90 < inner(1, 1).mean() and inner(1, 1).std() > 20, (
+        "gone is dark, alone keeps its texture"
+    )
 
 
 def test_bad_use_of_viz_is_one_error(exported, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photo, path = samples.sample_photos()[0], exported("tiny_vit", method="evit", at=(1, 3, 4))
-    for args, words in (([exported("tiny_vit", method="none"), photo], "is dense"), ([path, photo, "--blocks", "2"], "these have one: 1, 3, 4"),
-                        ([path, photo, "-o", "v.jpg"], "ends in .png"), ([path, *[photo] * 33], "at most 32"), ([path, "none.png"], "no such file")):
+    for args, words in (
+        ([exported("tiny_vit", method="none"), photo], "is dense"),
+        ([path, photo, "--at", "2"], "these have one: 1, 3, 4"),
+        ([path, photo, "-o", "v.jpg"], "ends in .png"),
+        ([path, *[photo] * 33], "at most 32"),
+        ([path, "none.png"], "no such file"),
+    ):
         assert words in str(run("viz", *args).exception) and list(tmp_path.iterdir()) == []
 
 
 def test_the_demo_replaces_no_files_but_its_own(tmp_path):
     (tmp_path / "digits_tome.onnx").write_text("precious")
     for out, words in ((tmp_path, "that no demo made"), ("", "is empty")):
-        assert words in str(run("demo", "--offline", "--out", out).exception)
+        assert words in str(run("demo", "--offline", "-o", out).exception)
     assert (tmp_path / "digits_tome.onnx").read_text() == "precious" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_models_with_other_classes_are_not_evaluated_together(model, exported, data):
     other = exported("tiny_vit", method="tome", r=8)
-    assert run("eval", model, other, "--data", data, "--limit", 5, "--no-reference").exit_code == 0, "ten classes both"
+    assert run("eval", model, other, "--images", data, "--limit", 5, "--no-reference").exit_code == 0, (
+        "ten classes both"
+    )
     loaded = load_model(digits.MODEL, {**digits.KWARGS, "num_classes": 5})
     from tokexport import Schedule
 
     five = data.parent / "five.onnx"
     export_onnx(loaded, Schedule.parse(4, depth=12, n_tokens=65), five, force=True)
-    assert "other classes" in str(run("eval", model, five, "--data", data).exception)
+    assert "other classes" in str(run("eval", model, five, "--images", data).exception)
 
 
 def test_the_folder_of_images_may_be_this_one_but_has_a_name(model, data, monkeypatch):
     monkeypatch.chdir(data)
-    assert run("eval", model, "--data", ".", "--limit", 3, "--no-reference").exit_code == 0
-    assert "--data is empty" in str(run("eval", model, "--data", "").exception)
+    assert run("eval", model, "--images", ".", "--limit", 3, "--no-reference").exit_code == 0
+    assert "--images is empty" in str(run("eval", model, "--images", "").exception)
 
 
 def test_names_with_markup_are_printed_as_they_are(model, data, tmp_path):
     path = tmp_path / "[red]d[/b].onnx"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(model.read_bytes())
-    out = run("eval", path, "--data", data, "--limit", 3, "--no-reference")
+    out = run("eval", path, "--images", data, "--limit", 3, "--no-reference")
     assert out.exit_code == 0 and "[red]d[/b].onnx" in out.stderr
 
 

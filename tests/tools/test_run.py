@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokexport import Schedule, UsageError, export_onnx, load_model, open_engine
+from tokexport import Schedule, UsageError, export_onnx, load_model, open_runner
 from tokexport.engines.images import load_images
 from tokexport.export.inspection import inspect
 from tokexport.tools.cli import group
@@ -45,15 +45,15 @@ def run(*args):
     return CliRunner().invoke(group, ["run", *map(str, args)])
 
 
-@pytest.mark.parametrize("engine", ["ort", "openvino"])
+@pytest.mark.parametrize("runtime", ["ort", "openvino"])
 @pytest.mark.parametrize("batch", [None, 1, 2])
-def test_the_five_likeliest_classes(batch, engine, files, photos):
+def test_the_five_likeliest_classes(batch, runtime, files, photos):
     path = files(10, batch)
-    rows = json.loads(run(path, photos, "--engine", engine, "--json").stdout)["images"]
+    rows = json.loads(run(path, photos, "--runtime", runtime, "--json").stdout)["images"]
     assert [r["image"] for r in rows] == [str(photos / f"{n}.png") for n in "abcde"]
     pixels = load_images(sorted(photos.iterdir()), inspect(path).provenance.preprocess)
-    with open_engine(files(10)) as engine:
-        logits = engine.run({"image": pixels})["logits"].astype(np.float64)
+    with open_runner(files(10)) as runtime:
+        logits = runtime.run({"image": pixels})["logits"].astype(np.float64)
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     for row, likely in zip(rows, p):
         assert [t["class"] for t in row["top"]] == list(np.argsort(-likely)[:5])
@@ -62,7 +62,9 @@ def test_the_five_likeliest_classes(batch, engine, files, photos):
 
 def test_few_classes_are_all_listed(files, photos):
     (row,) = json.loads(run(files(3), photos / "a.png", "--json").stdout)["images"]
-    assert sorted(t["class"] for t in row["top"]) == [0, 1, 2] and sum(t["probability"] for t in row["top"]) == pytest.approx(1)
+    assert sorted(t["class"] for t in row["top"]) == [0, 1, 2] and sum(
+        t["probability"] for t in row["top"]
+    ) == pytest.approx(1)
 
 
 def test_features_find_the_image_most_alike(files, photos):
@@ -76,9 +78,13 @@ def test_features_find_the_image_most_alike(files, photos):
 
 def test_what_is_refused(files, photos, tmp_path):
     (tmp_path / "v.plan").write_bytes(b"x")
-    for args, word in (([files(10), tmp_path / "none.png"], "no such file"), ([files(10), tmp_path], "no image"),
-                       ([tmp_path / "v.plan", photos], "no v.plan.json"), ([tmp_path / "v.onnx", photos], "no such file"),
-                       ([files(10), photos, "--engine", "abacus"], "unknown engine")):
+    for args, word in (
+        ([files(10), tmp_path / "none.png"], "no such file"),
+        ([files(10), tmp_path], "no image"),
+        ([tmp_path / "v.plan", photos], "no v.plan.json"),
+        ([tmp_path / "v.onnx", photos], "no such file"),
+        ([files(10), photos, "--runtime", "abacus"], "unknown runtime"),
+    ):
         error = run(*args).exception
         assert isinstance(error, UsageError) and word in str(error)
     assert run(files(10)).exit_code == 2
@@ -86,11 +92,11 @@ def test_what_is_refused(files, photos, tmp_path):
 
 def test_any_number_of_images_goes_through_any_batch(exported, run_onnx):
     """More than fit into one run, of a free batch and of a fixed one: as many outputs, in order."""
-    from tokexport import open_engine
+    from tokexport import open_runner
     from tokexport.engines.runners import AT_ONCE, in_batches
 
     image = np.random.default_rng(0).standard_normal((AT_ONCE + 5, 3, 64, 64)).astype(np.float32)
     wanted = run_onnx(exported("tiny_vit", method="tome", r=8, batch=1), image)["logits"]
     for batch in (None, 3, 1):
-        with open_engine(exported("tiny_vit", method="tome", r=8, batch=batch)) as runner:
+        with open_runner(exported("tiny_vit", method="tome", r=8, batch=batch)) as runner:
             assert np.abs(in_batches(runner, image)["logits"] - wanted).max() < 1e-4

@@ -15,41 +15,72 @@ SWEPT = {"r": ("tome",), "keep_rate": ("evit", "etps", "dtps", "dynamicvit")}
 
 @click.command("bench")
 @click.argument("files", nargs=-1)
-@click.option("--dense", metavar="FILE", help="What to compare with; default: the model without reduction, exported here as each file was "
-              "(batch, opset, dtype).")
-@click.option("--sweep", metavar="r=0,8,13", help="Export FILE's model anew for each value of r or keep_rate; speed and agreement with the "
-              "dense model.")
-@click.option("--images", multiple=True, metavar="DIR_OR_FILES", help="For --sweep: images to agree on; default: seeded noise.")
-@click.option("--engines", default="ort,openvino", show_default=True, help="Comma-separated: ort, openvino, torch (eager).")
-@click.option("--batch", "batches", default="1,8", show_default=True,
-              help="Comma-separated batch sizes; a file of another fixed batch is left out.")
+@click.option(
+    "--dense",
+    metavar="FILE",
+    help="What to compare with; default: the model without reduction, exported here as each file was "
+    "(batch, opset, dtype).",
+)
+@click.option(
+    "--sweep",
+    metavar="r=0,8,13",
+    help="Export FILE's model anew for each value of r or keep_rate; speed and agreement with the dense model.",
+)
+@click.option(
+    "--images", multiple=True, metavar="DIR_OR_FILES", help="For --sweep: images to agree on; default: seeded noise."
+)
+@click.option(
+    "--runtime",
+    "runtimes",
+    default="ort,openvino",
+    show_default=True,
+    help="Comma-separated: ort, openvino, torch (eager).",
+)
+@click.option(
+    "--batch",
+    "batches",
+    default="1,8",
+    show_default=True,
+    help="Comma-separated batch sizes; a file of another fixed batch is left out.",
+)
 @click.option("--threads", default=1, show_default=True, help="Threads of the engine.")
-@click.option("--seconds", default=20.0, show_default=True, help="Most time for each engine and batch; less when the ratios are sure before.")
-@click.option("--profile", is_flag=True, help="Also the time in each part of the model, from the engine's profiler (ort, openvino).")
+@click.option(
+    "--seconds",
+    default=20.0,
+    show_default=True,
+    help="Most time for each engine and batch; less when the ratios are sure before.",
+)
+@click.option(
+    "--profile",
+    is_flag=True,
+    help="Also the time in each part of the model, from the engine's profiler (ort, openvino).",
+)
 @click.option("--gate", is_flag=True, help="Exit 1 when a reduced file is slower than its dense one, or fails.")
 @click.option("--plot", metavar="PNG", help="Draw the figures too.")
 @click.option("--force", is_flag=True, help="Replace the picture.")
 @click.option("--json", "as_json", is_flag=True, help="The figures as JSON on stdout.")
-def command(files, dense, sweep, images, engines, batches, threads, seconds, profile, gate, plot, force, as_json):
+def command(files, dense, sweep, images, runtimes, batches, threads, seconds, profile, gate, plot, force, as_json):
     """Time FILES against the dense model, all in one run, interleaved: medians, speedup, and speedup over the MACs ratio.
 
     Without FILES: DeiT-S with ToMe r=13, random weights. Engines (.plan) are compared with an engine, given with --dense.
     """
     from ...engines.files import inspect_file as inspect
-    from ...engines.files import is_plan
+    from ...engines.files import is_engine
     from ...engines.runners import require
     from ...engines.measure import bench
     from ..show import plot as plots
     from ..show.terminal import console, print_json, stages
 
-    plans = [f for f in [*files, *([dense] if dense else [])] if is_plan(f)]
+    plans = [f for f in [*files, *([dense] if dense else [])] if is_engine(f)]
     if plans and (len(plans) <= len(files) or sweep):
         raise UsageError(f"{plans[0]} is an engine: engines are compared with each other, all FILES and --dense")
-    engines, sizes = ["trt"] if plans else list(dict.fromkeys(engines.split(","))), _sizes(batches)
-    for engine in engines if not plans else ():
-        require(engine)
+    runtimes, sizes = ["trt"] if plans else list(dict.fromkeys(runtimes.split(","))), _sizes(batches)
+    for runtime in runtimes if not plans else ():
+        require(runtime)
     if not 1 <= threads <= 1024 or not 0 < seconds < 86400:
-        raise UsageError(f"--threads {threads}, --seconds {seconds:g}: wanted 1 to 1024 threads and more than 0 seconds, at most a day")
+        raise UsageError(
+            f"--threads {threads}, --seconds {seconds:g}: wanted 1 to 1024 threads and more than 0 seconds, at most a day"
+        )
     found, (name, values) = [inspect(f) for f in files], _swept(sweep)
     for f in found:
         if f.batch not in (None, *sizes):
@@ -70,20 +101,27 @@ def command(files, dense, sweep, images, engines, batches, threads, seconds, pro
         ways = list(dict.fromkeys(map(bench.way, found)))
         denses = {w: inspect(dense or make("none", {}, *w)) for w in ways}
         rows = []
-        for engine in engines:
+        for runtime in runtimes:
             for size in sizes:
-                progress(f"timing {engine}, batch {size}")
-                rows += bench.rows(found, denses, engine, size, threads, seconds)
+                progress(f"timing {runtime}, batch {size}")
+                rows += bench.rows(found, denses, runtime, size, threads, seconds)
         if sweep:
             progress("comparing with the dense model")
-            agree = _agreement(found, denses, engines[0], images)
+            agree = _agreement(found, denses, runtimes[0], images)
             rows = [{**r, "value": said.get(r["file"]), **agree.get(r["file"], {})} for r in rows]
         every = {str(f.path): f for f in [*denses.values(), *found]}
-        profiles = _profiles(list(every.values()), engines, sizes, threads, progress) if profile else []
+        profiles = _profiles(list(every.values()), runtimes, sizes, threads, progress) if profile else []
         if picture:
             plots.save(rows, picture, name)
     if as_json:
-        print_json({"machine": bench.machine(), "threads": threads, "rows": rows, **({"profiles": profiles} if profile else {})})
+        print_json(
+            {
+                "machine": bench.machine(),
+                "threads": threads,
+                "rows": rows,
+                **({"profiles": profiles} if profile else {}),
+            }
+        )
     else:
         _print(out, rows, threads, bench, name)
         _print_profiles(out, profiles)
@@ -91,18 +129,23 @@ def command(files, dense, sweep, images, engines, batches, threads, seconds, pro
             out.print(f"picture: {picture}", markup=False)
     bad = [r for r in rows if r["method"] != "none" and r.get("speedup", 0) <= 1]
     if gate and bad:
-        out.print(f"--gate: {len(bad)} of {sum(r['method'] != 'none' for r in rows)} are no faster than dense, or failed", style="bold red")
+        out.print(
+            f"--gate: {len(bad)} of {sum(r['method'] != 'none' for r in rows)} are no faster than dense, or failed",
+            style="bold red",
+        )
     sys.exit(1 if gate and bad else 0)
 
 
 def _swept(text: str | None) -> tuple[str | None, list[str]]:
-    """"r=0,8:-1,13" -> ("r", ["0", "8:-1", "13"])."""
+    """ "r=0,8:-1,13" -> ("r", ["0", "8:-1", "13"])."""
     if text is None:
         return None, []
     name, eq, values = text.replace("-", "_", 1).partition("=") if text.startswith("keep-") else text.partition("=")
     found = list(dict.fromkeys(v.strip() for v in values.split(",")))
     if name not in SWEPT or not all(found):
-        raise UsageError(f"--sweep {text[:60]!r}: wanted r=0,8,13 (ToMe) or keep_rate=0.9,0.7,0.5 (EViT, eTPS, dTPS, DynamicViT)")
+        raise UsageError(
+            f"--sweep {text[:60]!r}: wanted r=0,8,13 (ToMe) or keep_rate=0.9,0.7,0.5 (EViT, eTPS, dTPS, DynamicViT)"
+        )
     return name, found
 
 
@@ -153,35 +196,52 @@ def _sweep_files(make, found: list, name: str, values: list[str]) -> tuple[list,
     from ...engines.measure import bench
 
     base = found[0].provenance.schedule if found else None
-    method, options, how = (base.method, dict(base.options), bench.way(found[0])) if base else (SWEPT[name][0], {}, (None, 20, "fp32"))
+    method, options, how = (
+        (base.method, dict(base.options), bench.way(found[0])) if base else (SWEPT[name][0], {}, (None, 20, "fp32"))
+    )
     if method not in SWEPT[name]:
-        raise UsageError(f"--sweep {name}=...: {found[0].path} is {method}, which has no {name}; it goes with {', '.join(SWEPT[name])}")
+        raise UsageError(
+            f"--sweep {name}=...: {found[0].path} is {method}, which has no {name}; it goes with {', '.join(SWEPT[name])}"
+        )
     files = {v: inspect(make(method, {**options, name: v}, *how)) for v in values}
     return list(files.values()), {str(f.path): v for v, f in files.items()}
 
 
-def _agreement(found: list, denses: dict, engine: str, images) -> dict[str, dict]:
+def _agreement(found: list, denses: dict, runtime: str, images) -> dict[str, dict]:
     from ...engines.images import find_images, load_images
     from ...engines.measure import bench
 
     first = found[0]
     pixels = load_images(find_images(list(images)), first.provenance.preprocess) if images else bench.noise(first, 8)
-    return {str(f.path): bench.agreement(f.path, denses[bench.way(f)].path, engine if engine != "torch" else "ort", pixels) for f in found}
+    return {
+        str(f.path): bench.agreement(
+            f.path, denses[bench.way(f)].path, runtime if runtime != "torch" else "ort", pixels
+        )
+        for f in found
+    }
 
 
-def _profiles(found: list, engines: list[str], sizes: list[int], threads: int, progress) -> list[dict]:
+def _profiles(found: list, runtimes: list[str], sizes: list[int], threads: int, progress) -> list[dict]:
     from ...engines.measure import stage_profile as profile
     from ...engines.measure import bench
 
     out = []
     for f in found:
-        for engine in engines:
+        for runtime in runtimes:
             for size in sizes:
-                if engine in profile.ENGINES and f.batch in (None, size):
-                    progress(f"profiling {f.path.name} in {engine}, batch {size}")
-                    times = profile.stage_times(f.path, engine, bench.noise(f, size), threads=threads)
+                if runtime in profile.RUNTIMES and f.batch in (None, size):
+                    progress(f"profiling {f.path.name} in {runtime}, batch {size}")
+                    times = profile.stage_times(f.path, runtime, bench.noise(f, size), threads=threads)
                     name = str(f.path) if f.provenance.schedule.steps else bench.dense_label(f)
-                    out.append({"engine": engine, "batch": size, "file": name, "parts": profile.by_part(times), "stages": times})
+                    out.append(
+                        {
+                            "runtime": runtime,
+                            "batch": size,
+                            "file": name,
+                            "parts": profile.by_part(times),
+                            "stages": times,
+                        }
+                    )
     return out
 
 
@@ -189,11 +249,15 @@ def _check_dense(dense, found) -> None:
     """Raises: UsageError when the files are not of one model, or --dense is of another or is reduced itself."""
     models = {(f.provenance.model, str(f.provenance.model_kwargs)) for f in [*found, *([dense] if dense else [])]}
     if len(models) > 1:
-        raise UsageError(f"bench compares files of one model, these are of {', '.join(' '.join(m) for m in sorted(models))}")
+        raise UsageError(
+            f"bench compares files of one model, these are of {', '.join(' '.join(m) for m in sorted(models))}"
+        )
     if dense and dense.path in [f.path for f in found]:
         raise UsageError(f"--dense {dense.path} is among the files that are compared with it: leave it out there")
     if dense and dense.provenance.schedule.steps:
-        raise UsageError(f"--dense {dense.path} is reduced ({dense.provenance.schedule.method}): wanted one made with --method none")
+        raise UsageError(
+            f"--dense {dense.path} is reduced ({dense.provenance.schedule.method}): wanted one made with --method none"
+        )
 
 
 def _sizes(text: str) -> list[int]:
@@ -211,25 +275,57 @@ def _print(out, rows, threads, bench, sweep: str | None) -> None:
     from rich.table import Table
 
     said = ", ".join(f"{k} {v}" for k, v in bench.machine().items())
-    table = Table(title=f"{threads} thread{'s' * (threads > 1)}, interleaved in one run; {said}", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    titles = ["engine", "batch", sweep or "file", "median ms", "20-80 %", "images/s", "speedup", "20-80 %", "MACs ratio", "speedup / MACs ratio"]
+    table = Table(
+        title=f"{threads} thread{'s' * (threads > 1)}, interleaved in one run; {said}",
+        title_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
+    titles = [
+        "runtime",
+        "batch",
+        sweep or "file",
+        "median ms",
+        "20-80 %",
+        "images/s",
+        "speedup",
+        "20-80 %",
+        "MACs ratio",
+        "speedup / MACs ratio",
+    ]
     for title in [*titles, *(["cosine to dense", "top-1"] if sweep else [])]:
-        table.add_column(title, justify="left" if title in ("engine", "file") else "right")
+        table.add_column(title, justify="left" if title in ("runtime", "file") else "right")
     for r in rows:
-        name = str(r["value"]) if r.get("value") is not None else Path(r["file"]).name if r["method"] != "none" else r["file"]
+        name = (
+            str(r["value"])
+            if r.get("value") is not None
+            else Path(r["file"]).name
+            if r["method"] != "none"
+            else r["file"]
+        )
         if "error" in r:
-            table.add_row(r["engine"], str(r["batch"]), escape(name), f"[red]failed: {escape(r['error'])}[/red]")
+            table.add_row(r["runtime"], str(r["batch"]), escape(name), f"[red]failed: {escape(r['error'])}[/red]")
             continue
         colour = "[red]" if r["method"] != "none" and r["speedup"] <= 1 else ""
         more = [f"{r['cosine']:.4f}", "" if r["top1"] is None else f"{r['top1']:.1%}"] if "cosine" in r else []
-        table.add_row(r["engine"], str(r["batch"]), escape(name), f"{r['ms']:.1f}", f"{r['ms_20']:.1f}-{r['ms_80']:.1f}",
-                      f"{r['images_per_second']:.1f}", f"{colour}{r['speedup']:.3f}", f"{r['speedup_20']:.3f}-{r['speedup_80']:.3f}",
-                      f"{r['macs_ratio']:.3f}", f"{r['quotient']:.3f}", *more)
+        table.add_row(
+            r["runtime"],
+            str(r["batch"]),
+            escape(name),
+            f"{r['ms']:.1f}",
+            f"{r['ms_20']:.1f}-{r['ms_80']:.1f}",
+            f"{r['images_per_second']:.1f}",
+            f"{colour}{r['speedup']:.3f}",
+            f"{r['speedup_20']:.3f}-{r['speedup_80']:.3f}",
+            f"{r['macs_ratio']:.3f}",
+            f"{r['quotient']:.3f}",
+            *more,
+        )
     out.print(table)
     slow = {key: at for key, at in bench.break_even(rows).items() if at != min(r["batch"] for r in rows)}
-    for (engine, file), at in slow.items():
+    for (runtime, file), at in slow.items():
         words = f"faster than dense from batch {at} on" if at else "no faster than dense at any batch measured"
-        out.print(f"{Path(file).name} in {engine}: {words}", style=None if at else "red", markup=False)
+        out.print(f"{Path(file).name} in {runtime}: {words}", style=None if at else "red", markup=False)
 
 
 def _print_profiles(out, profiles: list[dict]) -> None:
@@ -239,9 +335,19 @@ def _print_profiles(out, profiles: list[dict]) -> None:
     if not profiles:
         return
     parts = list(dict.fromkeys(k for p in profiles for k in p["parts"]))
-    table = Table(title="milliseconds by part, from the engine's profiler, which takes time itself", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for title in ("engine", "batch", "file", *parts):
-        table.add_column(title, justify="left" if title in ("engine", "file") else "right")
+    table = Table(
+        title="milliseconds by part, from the engine's profiler, which takes time itself",
+        title_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
+    for title in ("runtime", "batch", "file", *parts):
+        table.add_column(title, justify="left" if title in ("runtime", "file") else "right")
     for p in profiles:
-        table.add_row(p["engine"], str(p["batch"]), escape(Path(p["file"]).name), *(f"{p['parts'].get(k, 0.0):.2f}" for k in parts))
+        table.add_row(
+            p["runtime"],
+            str(p["batch"]),
+            escape(Path(p["file"]).name),
+            *(f"{p['parts'].get(k, 0.0):.2f}" for k in parts),
+        )
     out.print(table)

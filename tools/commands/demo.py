@@ -13,8 +13,12 @@ MARK = ".tokexport-demo"  # in folders whose files a demo may replace
 
 
 @click.command("demo")
-@click.option("--out", "folder", default="demo-out", show_default=True, metavar="DIR", help="Where the files go.")
-@click.option("--offline", is_flag=True, help="Every method on this project's own small model and scikit-learn's digits instead.")
+@click.option(
+    "-o", "--output", "folder", default="demo-out", show_default=True, metavar="DIR", help="Where the files go."
+)
+@click.option(
+    "--offline", is_flag=True, help="Every method on this project's own small model and scikit-learn's digits instead."
+)
 @click.option("--json", "as_json", is_flag=True, help="The figures as JSON on stdout.")
 def command(folder, offline, as_json):
     """Export, verify, time and draw ToMe on real DINOv2 weights and photos, from packages already installed (see `make demo`)."""
@@ -22,13 +26,13 @@ def command(folder, offline, as_json):
     from ..show.terminal import console
 
     if not folder.strip():
-        raise UsageError("--out is empty: wanted a folder, e.g. demo-out")
+        raise UsageError("--output is empty: wanted a folder, e.g. demo-out")
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()) and not (folder / MARK).exists():
-            raise UsageError(f"--out {folder} has files that no demo made: wanted a new or empty folder")
+            raise UsageError(f"--output {folder} has files that no demo made: wanted a new or empty folder")
         (folder / MARK).touch()
     except OSError as e:
-        raise UsageError(f"--out {folder}: cannot be made ({e.strerror})") from None
+        raise UsageError(f"--output {folder}: cannot be made ({e.strerror})") from None
     (demo_offline if offline else demo).run(folder, as_json, console())

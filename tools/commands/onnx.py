@@ -10,36 +10,89 @@ from ...export.reducers import METHODS
 
 @click.command("onnx")
 @click.option("--model", "name", default="deit_small_patch16_224", show_default=True, help="Any plain ViT of timm.")
-@click.option("--model-kwargs", multiple=True, metavar="KEY=VALUE", help="For timm's create_model, e.g. img_size=384. Repeatable.")
-@click.option("--checkpoint", metavar="FILE", help="Weights: .safetensors, .pth or .pt, loaded strictly; no code in it is run.")
+@click.option(
+    "--model-kwargs", multiple=True, metavar="KEY=VALUE", help="For timm's create_model, e.g. img_size=384. Repeatable."
+)
+@click.option(
+    "--checkpoint", metavar="FILE", help="Weights: .safetensors, .pth or .pt, loaded strictly; no code in it is run."
+)
 @click.option("--pretrained", is_flag=True, help="Weights from timm's hub.")
 @click.option("--seed", default=0, show_default=True, help="Of random weights, when there is neither of the two.")
 @click.option("--predictor", metavar="FILE", help="dTPS, DynamicViT: the score heads, when the checkpoint has none.")
 @click.option("--method", type=click.Choice(METHODS), default="tome", show_default=True, help="How tokens are reduced.")
-@click.option("--r", metavar="R", help="ToMe: tokens merged per block: 13, 13:-1 (r:inflection) or 8,8,4,... (one a block).")
-@click.option("--keep-rate", metavar="RATE", help="EViT, eTPS, dTPS, DynamicViT: share of tokens kept, or a list, one a stage; default 0.7. "
-              "A list for dTPS and DynamicViT holds shares of all patches.")
+@click.option(
+    "--r", metavar="R", help="ToMe: tokens merged per block: 13, 13:-1 (r:inflection) or 8,8,4,... (one a block)."
+)
+@click.option(
+    "--keep-rate",
+    metavar="RATE",
+    help="EViT, eTPS, dTPS, DynamicViT: share of tokens kept, or a list, one a stage; default 0.7. "
+    "A list for dTPS and DynamicViT holds shares of all patches.",
+)
 @click.option("--at", metavar="BLOCKS", help="The same: blocks with a reduction, from 0; default 3,6,9.")
 @click.option("--fuse/--no-fuse", default=None, help="EViT: the tokens left out become one; default on.")
-@click.option("--rates", metavar="NAME|FILE", help="DiffRate: a published list (tokexport rates), e.g. deit_small@2.9, or a JSON file.")
-@click.option("--prop-attn/--no-prop-attn", default=None,
-              help="ToMe, DiffRate: proportional attention, default on; off for ToMe on MAE-trained models and on models trained with ToMe.")
-@click.option("--pool", type=click.Choice(["size", "mean"]), help="ToMe, DiffRate: weigh an average pool by token size, or not; "
-              "default by size for models that pool like MAE's, as the authors do.")
-@click.option("--score", type=click.Choice(["class", "mean"]), help="EViT, eTPS, DiffRate: sort by the attention the class token pays "
-              "(default), or by the mean attention received (a substitute, for models without a class token).")
+@click.option(
+    "--rates",
+    metavar="NAME|FILE",
+    help="DiffRate: a published list (tokexport rates), e.g. deit_small@2.9, or a JSON file.",
+)
+@click.option(
+    "--prop-attn/--no-prop-attn",
+    default=None,
+    help="ToMe, DiffRate: proportional attention, default on; off for ToMe on MAE-trained models and on models trained with ToMe.",
+)
+@click.option(
+    "--pool",
+    type=click.Choice(["size", "mean"]),
+    help="ToMe, DiffRate: weigh an average pool by token size, or not; "
+    "default by size for models that pool like MAE's, as the authors do.",
+)
+@click.option(
+    "--score",
+    type=click.Choice(["class", "mean"]),
+    help="EViT, eTPS, DiffRate: sort by the attention the class token pays "
+    "(default), or by the mean attention received (a substitute, for models without a class token).",
+)
 @click.option("--batch", default="dynamic", show_default=True, metavar="N|dynamic", help="Images per run.")
-@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16", "int8"]), default="fp32", show_default=True,
-              help="Of the trunk; decisions, sizes and merging, input and outputs stay fp32. int8: linear layers, the rest fp16.")
-@click.option("--calib", multiple=True, metavar="IMAGES", help="Files or folders that int8 is calibrated on; repeatable.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
+    default="fp32",
+    show_default=True,
+    help="Of the trunk; decisions, sizes and merging, input and outputs stay fp32. int8: linear layers, the rest fp16.",
+)
+@click.option(
+    "--calib", multiple=True, metavar="IMAGES", help="Files or folders that int8 is calibrated on; repeatable."
+)
 @click.option("--opset", default=20, show_default=True, help="ONNX opset, 20 to 23.")
 @click.option("--simplify/--no-simplify", default=True, show_default=True, help="Let onnxsim look at the graph too.")
-@click.option("--sources", is_flag=True, help="Add output sources [B, N0]: the final row of every input token, -1 when it is gone.")
+@click.option(
+    "--sources",
+    is_flag=True,
+    help="Add output sources [B, N0]: the final row of every input token, -1 when it is gone.",
+)
 @click.option("-o", "--output", metavar="FILE", help="Default: MODEL.METHOD.onnx in this directory.")
 @click.option("--force", is_flag=True, help="Replace the output file.")
 @click.option("--json", "as_json", is_flag=True, help="The summary as JSON on stdout.")
-def command(name, model_kwargs, checkpoint, pretrained, seed, predictor, method, batch, dtype, calib, opset, simplify, sources, output, force,
-            as_json, **options):
+def command(
+    name,
+    model_kwargs,
+    checkpoint,
+    pretrained,
+    seed,
+    predictor,
+    method,
+    batch,
+    dtype,
+    calib,
+    opset,
+    simplify,
+    sources,
+    output,
+    force,
+    as_json,
+    **options,
+):
     """Export a ViT, reduced or not, to a static ONNX file.
 
     tokexport onnx --method tome --r 13 -o vit.onnx
@@ -49,8 +102,14 @@ def command(name, model_kwargs, checkpoint, pretrained, seed, predictor, method,
 
     images = _batch(batch)
     if bool(calib) != (dtype == "int8"):
-        raise UsageError(f"--dtype {dtype}: " + ("--calib goes with --dtype int8: leave it out" if calib else
-                         "wanted --calib IMAGES too, a folder of some tens of images like those the model will see"))
+        raise UsageError(
+            f"--dtype {dtype}: "
+            + (
+                "--calib goes with --dtype int8: leave it out"
+                if calib
+                else "wanted --calib IMAGES too, a folder of some tens of images like those the model will see"
+            )
+        )
     path = check_output(f"{name}.{method}.onnx" if output is None else output, force, [checkpoint, predictor, *calib])
     out = console()
     with stages(out) as progress:
@@ -66,9 +125,16 @@ def command(name, model_kwargs, checkpoint, pretrained, seed, predictor, method,
         progress(f"making {name}")
         loaded = load.load_model(name, load.parse_kwargs(model_kwargs), checkpoint, pretrained, seed, predictor)
         model = loaded.module
-        schedule = Schedule.parse(method=method, depth=len(model.blocks), n_tokens=vit.n_tokens(model),
-                                  n_prefix=model.num_prefix_tokens, **options)
-        export = lambda to, dtype: onnx_export.export_onnx(loaded, schedule, to, images, opset, simplify, sources, force, dtype, progress)
+        schedule = Schedule.parse(
+            method=method,
+            depth=len(model.blocks),
+            n_tokens=vit.n_tokens(model),
+            n_prefix=model.num_prefix_tokens,
+            **options,
+        )
+        export = lambda to, dtype: onnx_export.export_onnx(
+            loaded, schedule, to, images, opset, simplify, sources, force, dtype, progress
+        )
         result = _int8(export, calib, path, force, progress) if dtype == "int8" else export(path, dtype)
     notes = [*loaded.notes, *schedule.notes]
     if "head" in getattr(reducers.get(method), "NEEDS", ()) and not loaded.heads:
@@ -109,9 +175,19 @@ def _batch(text: str) -> int | None:
 
 def _data(result, notes) -> dict:
     p = result.provenance
-    return {"path": str(result.path), "method": p.schedule.method, "model": p.model, "tokens": result.tokens, "macs": result.macs,
-            "macs_dense": result.macs_dense, "nodes": result.nodes, "size": result.size, "outputs": list(p.outputs),
-            "weights": p.weights, "notes": notes}
+    return {
+        "path": str(result.path),
+        "method": p.schedule.method,
+        "model": p.model,
+        "tokens": result.tokens,
+        "macs": result.macs,
+        "macs_dense": result.macs_dense,
+        "nodes": result.nodes,
+        "size": result.size,
+        "outputs": list(p.outputs),
+        "weights": p.weights,
+        "notes": notes,
+    }
 
 
 def _print(out, result, notes, batch) -> None:
@@ -123,8 +199,11 @@ def _print(out, result, notes, batch) -> None:
     out.print(f"  {p.model}, {p.schedule.method}, batch {batch}, {p.precision}, opset {p.opset}", markup=False)
     out.print(f"  tokens   {tokens_words(p.schedule.n_tokens, result.tokens)}")
     out.print(f"  MACs     {macs_words(result.macs, result.macs_dense)}")
-    out.print(f"  graph    {result.nodes} nodes, {size_words(result.size)}; input image [{batch}, {p.dims['channels']}, {h}, {w}], "
-              f"output {', '.join(p.outputs)}", markup=False)
+    out.print(
+        f"  graph    {result.nodes} nodes, {size_words(result.size)}; input image [{batch}, {p.dims['channels']}, {h}, {w}], "
+        f"output {', '.join(p.outputs)}",
+        markup=False,
+    )
     for note in notes:
         out.print("  note     ", style="yellow", end="", markup=False)
         out.print(note, markup=False)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import click
 
 MODELS = {  # width, patch size; the images are 224 x 224 and the MLP is four times as wide in all
-    "deit_tiny": (192, 16), "deit_small": (384, 16), "deit_base": (768, 16),
-    "mae_base": (768, 16), "mae_large": (1024, 16), "mae_huge": (1280, 14),
+    "deit_tiny": (192, 16),
+    "deit_small": (384, 16),
+    "deit_base": (768, 16),
+    "mae_base": (768, 16),
+    "mae_large": (1024, 16),
+    "mae_huge": (1280, 14),
 }
 
 
@@ -40,16 +44,39 @@ def _rows() -> list[dict]:
         for cost in lists:
             prune, merge, n_tokens = rates.find(f"{model}@{cost}")
             steps, notes = counts.diffrate(prune, merge, n_tokens, 1)
-            schedule = Schedule("diffrate", n_tokens, 1, len(prune), {"prune_kept": prune, "merge_kept": merge}, steps, tuple(notes))
+            schedule = Schedule(
+                "diffrate", n_tokens, 1, len(prune), {"prune_kept": prune, "merge_kept": merge}, steps, tuple(notes)
+            )
             dims = _dims(*MODELS[model])
             total, dense = macs.count(dims, schedule), macs.count(dims, macs.dense(schedule))
-            rows.append({"name": f"{model}@{cost}", "published_gflops": float(cost), "n_tokens": n_tokens, "depth": len(prune),
-                         "tokens": schedule.tokens_per_block(), "prune_kept": prune, "merge_kept": merge, "macs": total,
-                         "macs_dense": dense, "ratio": dense / total, "notes": notes})
+            rows.append(
+                {
+                    "name": f"{model}@{cost}",
+                    "published_gflops": float(cost),
+                    "n_tokens": n_tokens,
+                    "depth": len(prune),
+                    "tokens": schedule.tokens_per_block(),
+                    "prune_kept": prune,
+                    "merge_kept": merge,
+                    "macs": total,
+                    "macs_dense": dense,
+                    "ratio": dense / total,
+                    "notes": notes,
+                }
+            )
     return rows
 
 
 def _dims(width: int, patch: int) -> dict:
     """What `vit.dims` says of a classifier for ImageNet-1k at 224 x 224."""
-    return {"width": width, "attn_width": width, "mlp": [(width, 4 * width), (4 * width, width)], "classes": 1000, "channels": 3,
-            "heads": 1, "patches": (224 // patch) ** 2, "patch_values": 3 * patch * patch, "pool": "token"}
+    return {
+        "width": width,
+        "attn_width": width,
+        "mlp": [(width, 4 * width), (4 * width, width)],
+        "classes": 1000,
+        "channels": 3,
+        "heads": 1,
+        "patches": (224 // patch) ** 2,
+        "patch_values": 3 * patch * patch,
+        "pool": "token",
+    }

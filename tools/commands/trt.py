@@ -18,23 +18,57 @@ UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10*
 @click.option("--tf32", is_flag=True, help="float32, matrix products with TF32's ten bits.")
 @click.option("--fp16", is_flag=True, help="The trunk in fp16; decisions, sizes and merging in float32.")
 @click.option("--bf16", is_flag=True, help="The trunk in bf16.")
-@click.option("--int8", is_flag=True, help="Linear layers in int8, the rest of the trunk in fp16; needs --calib. "
-              "Default of these five: the file's own precision.")
-@click.option("--calib", multiple=True, metavar="IMAGES", help="Files or folders that --int8 is calibrated on; repeatable.")
-@click.option("--runtime", default="auto", show_default=True, metavar="auto|tensorrt|rtx",
-              help="auto: TensorRT where it and a GPU are there, else TensorRT-RTX.")
-@click.option("--compute-capability", metavar="86,89,120", help="TensorRT-RTX: GPUs the engine is for; needs none of them here.")
+@click.option(
+    "--int8",
+    is_flag=True,
+    help="Linear layers in int8, the rest of the trunk in fp16; needs --calib. "
+    "Default of these five: the file's own precision.",
+)
+@click.option(
+    "--calib", multiple=True, metavar="IMAGES", help="Files or folders that --int8 is calibrated on; repeatable."
+)
+@click.option(
+    "--builder",
+    default="auto",
+    show_default=True,
+    metavar="auto|rtx|tensorrt",
+    help="auto: TensorRT where it and a GPU are there, else TensorRT-RTX.",
+)
+@click.option(
+    "--compute-capability", metavar="86,89,120", help="TensorRT-RTX: GPUs the engine is for; needs none of them here."
+)
 @click.option("--batch", metavar="MIN:BEST:MAX", help="Batch sizes of a file with a dynamic batch.  [default: 1:8:32]")
-@click.option("--timing-cache", metavar="FILE", help="TensorRT: what was measured in builds before.  [default: beside the engine]")
-@click.option("--opt-level", type=int, metavar="0-5", help="How long the builder may search; default the builder's own.")
+@click.option(
+    "--timing-cache", metavar="FILE", help="TensorRT: what was measured in builds before.  [default: beside the engine]"
+)
+@click.option(
+    "--opt-level", type=int, metavar="0-5", help="How long the builder may search; default the builder's own."
+)
 @click.option("--workspace", metavar="4GiB", help="Most GPU memory for scratch; default the builder's own choice.")
 @click.option("--version-compatible", is_flag=True, help="TensorRT: an engine for later versions too.")
-@click.option("--decisions", is_flag=True, help="The engine gives the merge decisions too, so that verify can judge them.")
+@click.option(
+    "--decisions", is_flag=True, help="The engine gives the merge decisions too, so that verify can judge them."
+)
 @click.option("--dry-run", is_flag=True, help="Parse and report only; needs no GPU.")
 @click.option("--force", is_flag=True, help="Replace the engine.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
-def command(file, output, calib, runtime, compute_capability, batch, timing_cache, opt_level, workspace, version_compatible, decisions,
-            dry_run, force, as_json, **precisions):
+def command(
+    file,
+    output,
+    calib,
+    builder,
+    compute_capability,
+    batch,
+    timing_cache,
+    opt_level,
+    workspace,
+    version_compatible,
+    decisions,
+    dry_run,
+    force,
+    as_json,
+    **precisions,
+):
     """Build a TensorRT engine from FILE, made by `tokexport onnx`; PLAN.json beside it says what it is.
 
     tokexport trt vit.onnx --fp16 --compute-capability 86,89
@@ -46,8 +80,23 @@ def command(file, output, calib, runtime, compute_capability, batch, timing_cach
     capabilities = () if compute_capability is None else tuple(map(plain, compute_capability.split(",")))
     out = console()
     with bar(out) as progress:
-        result = build_engine(file, output, _one(precisions), runtime, capabilities, _sizes(batch), timing_cache, opt_level, _bytes(workspace),
-                              version_compatible, dry_run, force, progress, list(calib), decisions)
+        result = build_engine(
+            file,
+            output,
+            _one(precisions),
+            builder,
+            capabilities,
+            _sizes(batch),
+            timing_cache,
+            opt_level,
+            _bytes(workspace),
+            version_compatible,
+            dry_run,
+            force,
+            progress,
+            list(calib),
+            decisions,
+        )
     if as_json:
         print_json(_data(result))
     else:
@@ -57,7 +106,9 @@ def command(file, output, calib, runtime, compute_capability, batch, timing_cach
 def _one(precisions: dict[str, bool]) -> str | None:
     asked = [name for name, given in precisions.items() if given]
     if len(asked) > 1:
-        raise UsageError(f"{' '.join(f'--{name}' for name in sorted(asked))}: an engine has one precision, give one of them")
+        raise UsageError(
+            f"{' '.join(f'--{name}' for name in sorted(asked))}: an engine has one precision, give one of them"
+        )
     return asked[0] if asked else None
 
 
@@ -82,8 +133,15 @@ def _bytes(text: str | None) -> int:
 def _data(result) -> dict:
     from dataclasses import asdict
 
-    return {"path": str(result.path), "cached": result.cached, "seconds": result.seconds, "runtime": result.runtime,
-            "layers": result.layers, "warnings": result.warnings, "engine": asdict(result.engine) if result.engine else None}
+    return {
+        "path": str(result.path),
+        "cached": result.cached,
+        "seconds": result.seconds,
+        "runtime": result.runtime,
+        "layers": result.layers,
+        "warnings": result.warnings,
+        "engine": asdict(result.engine) if result.engine else None,
+    }
 
 
 def _print(out, result) -> None:

@@ -8,7 +8,15 @@ from . import digits
 from ..show import draw
 from ..show.terminal import print_json, stages
 
-METHODS = {"none": {}, "tome": {"r": 4}, "evit": {}, "etps": {}, "dtps": {}, "dynamicvit": {}, "diffrate": {"rates": "deit_small@2.9"}}
+METHODS = {
+    "none": {},
+    "tome": {"r": 4},
+    "evit": {},
+    "etps": {},
+    "dtps": {},
+    "dynamicvit": {},
+    "diffrate": {"rates": "deit_small@2.9"},
+}
 BATCH = 32
 SHOWN = (0, 3, 8)  # held-out digits in the pictures
 
@@ -25,7 +33,9 @@ def run(folder: Path, as_json: bool, out) -> None:
     n, rows = len(images), []
     with stages(out) as progress:
         progress("loading torch")
-        out.print(f"A ViT of 12 blocks, 65 tokens, trained by this project on handwritten digits; {n} held-out images of other writers")
+        out.print(
+            f"A ViT of 12 blocks, 65 tokens, trained by this project on handwritten digits; {n} held-out images of other writers"
+        )
         files = {m: _export(folder, m, how, progress) for m, how in METHODS.items()}
         times = _time(files, images, progress)
         for method, result in files.items():
@@ -54,13 +64,13 @@ def _time(files: dict, images, progress) -> dict[str, list[float]]:
     import contextlib
 
     from ...engines.images import load_images
-    from ...engines.runners import open_engine
+    from ...engines.runners import open_runner
     from ...engines.measure.timing import interleaved
 
     progress("timing")
     feeds = {"image": load_images(images[:BATCH], files["none"].provenance.preprocess)}
     with contextlib.ExitStack() as stack:
-        runners = {m: stack.enter_context(open_engine(r.path, threads=1)) for m, r in files.items()}
+        runners = {m: stack.enter_context(open_runner(r.path, threads=1)) for m, r in files.items()}
         return interleaved({m: (lambda r=r: r.run(feeds)) for m, r in runners.items()}, 20)
 
 
@@ -74,9 +84,18 @@ def _row(folder: Path, method: str, result, images, times, progress) -> dict:
     report = verify(result.path, images[:16])
     labels = [(p, int(p.parent.name)) for p in images]
     (figures,) = evaluate(inspect(result.path), labels, "ort", False, None, None, progress)
-    row = {"method": method, "file": str(result.path), "tokens": result.provenance.schedule.n_final, "macs_ratio": result.macs_dense / result.macs,
-           "speedup": ratio(times["none"], times[method])[0], "top1": figures["top1"], "passed": report.passed, "verify": report.summary(),
-           "max_rel": report.outputs[0].max_rel, "decisions": report.decisions}
+    row = {
+        "method": method,
+        "file": str(result.path),
+        "tokens": result.provenance.schedule.n_final,
+        "macs_ratio": result.macs_dense / result.macs,
+        "speedup": ratio(times["none"], times[method])[0],
+        "top1": figures["top1"],
+        "passed": report.passed,
+        "verify": report.summary(),
+        "max_rel": report.outputs[0].max_rel,
+        "decisions": report.decisions,
+    }
     if result.provenance.schedule.steps:
         progress(f"drawing {method}")
         row["picture"] = str(_draw(folder, method, result, images))
@@ -107,11 +126,28 @@ def _print(out, rows, n: int) -> None:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("method", "tokens left", "MACs ratio", f"speedup, batch {BATCH}", f"accuracy on {n}", "decisions equal", "max rel", "picture"):
+    for title in (
+        "method",
+        "tokens left",
+        "MACs ratio",
+        f"speedup, batch {BATCH}",
+        f"accuracy on {n}",
+        "decisions equal",
+        "max rel",
+        "picture",
+    ):
         table.add_column(title, justify="left" if title in ("method", "picture") else "right")
     for r in rows:
         decisions = "" if r["decisions"] is None else f"{r['decisions']:.1%}"
-        table.add_row(r["method"], str(r["tokens"]), f"{r['macs_ratio']:.2f}", f"{r['speedup']:.2f}", f"{r['top1']:.2%}", decisions,
-                      f"{r['max_rel']:.1e}" + ("" if r["passed"] else " [red]FAILED[/red]"), Path(r.get("picture", "")).name)
+        table.add_row(
+            r["method"],
+            str(r["tokens"]),
+            f"{r['macs_ratio']:.2f}",
+            f"{r['speedup']:.2f}",
+            f"{r['top1']:.2%}",
+            decisions,
+            f"{r['max_rel']:.1e}" + ("" if r["passed"] else " [red]FAILED[/red]"),
+            Path(r.get("picture", "")).name,
+        )
     out.print(table)
     out.print("All files agree with PyTorch." if all(r["passed"] for r in rows) else "Some files FAILED.", style="bold")

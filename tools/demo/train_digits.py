@@ -1,4 +1,4 @@
-"""Train the digits model and its score heads: python -m tokexport.tools.train_digits --out FOLDER (half an hour on one core).
+"""Train the digits model and its score heads: python -m tokexport.tools.demo.train_digits -o FOLDER (half an hour on one core).
 
 The model is trained on labels with small rotations, shifts and scalings. The heads are trained as DynamicViT trains them (Rao et al.
 2021): tokens are kept by a Gumbel softmax over the heads' log-probabilities and masked out of the attention; the loss is the label's,
@@ -121,7 +121,9 @@ def train_heads(model: nn.Module, x, y, epochs: int, g: torch.Generator) -> nn.M
             loss.backward()
             optimiser.step()
             schedule.step()
-        print(f"heads, epoch {epoch + 1} of {epochs}: loss {loss.item():.3f}, kept {shares.mean(1).tolist()}", flush=True)
+        print(
+            f"heads, epoch {epoch + 1} of {epochs}: loss {loss.item():.3f}, kept {shares.mean(1).tolist()}", flush=True
+        )
     return heads.eval().requires_grad_(False)
 
 
@@ -129,7 +131,7 @@ def main() -> None:
     from safetensors.torch import save_file
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("-o", "--output", dest="out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=120)
     parser.add_argument("--head-epochs", type=int, default=30)
     args = parser.parse_args()

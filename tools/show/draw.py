@@ -39,7 +39,9 @@ def draw_sources(image, grid: tuple[int, int], sources: np.ndarray):
     down, right = token[1:] != token[:-1], token[:, 1:] != token[:, :-1]
     edge[1:] |= down
     edge[:, 1:] |= right
-    dark = out.reshape(grid[0], cell[0], grid[1], cell[1], 3).mean((1, 3, 4)) < 128  # by patch: a line shows on both halves of a photo
+    dark = (
+        out.reshape(grid[0], cell[0], grid[1], cell[1], 3).mean((1, 3, 4)) < 128
+    )  # by patch: a line shows on both halves of a photo
     out[edge] = np.where(dark, 255, 0).repeat(cell[0], 0).repeat(cell[1], 1)[edge][:, None]
     return Image.fromarray(out.clip(0, 255).astype(np.uint8))
 
@@ -51,7 +53,9 @@ def side_by_side(images: list, captions: list[str]):
     gap, top = 12, 36
     font = ImageFont.load_default(18)
     widths = [max(i.width, int(font.getlength(c)) + 1) for i, c in zip(images, captions, strict=True)]
-    canvas = Image.new("RGB", (sum(widths) + gap * (len(widths) + 1), max(i.height for i in images) + top + gap), "white")
+    canvas = Image.new(
+        "RGB", (sum(widths) + gap * (len(widths) + 1), max(i.height for i in images) + top + gap), "white"
+    )
     pen, x = ImageDraw.Draw(canvas), gap
     for image, caption, width in zip(images, captions, widths):
         pen.text((x, 8), caption, fill="black", font=font)

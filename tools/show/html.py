@@ -41,21 +41,46 @@ def page(report, provenance) -> str:
     side = f"file {report.against}" if report.against else "PyTorch reference"
     s = provenance.schedule
     parts = [
-        f"<h1>{_t(report.path)}</h1><p class=note>{_t(provenance.model)}, {_t(s.method)}, {_t(provenance.precision)}, run by {_t(report.engine)}, "
+        f"<h1>{_t(report.path)}</h1><p class=note>{_t(provenance.model)}, {_t(s.method)}, {_t(provenance.precision)}, run by {_t(report.runtime)}, "
         f"against the {_t(side)}</p><p class='verdict {word}'>{_t(report.summary())}</p>",
         *_faults(report),
-        "<h2>Outputs, on equal decisions</h2>", _table(
+        "<h2>Outputs, on equal decisions</h2>",
+        _table(
             ["output", "max abs", "max rel", "allowed", "lowest cosine", "KL", "top-1", "top-5", ""],
-            [[o.name, f"{o.max_abs:.2e}", f"{o.max_rel:.2e}", f"{report.tolerance:.0e}" if o.name != "sources" else "0", f"{o.cosine:.7f}",
-              *(["", "", ""] if o.top1 is None else [f"{o.kl:.1e}", f"{o.top1:.1%}", f"{o.top5:.1%}"]), _word(o.passed)] for o in report.outputs]),
-        "<h2>What it costs</h2>", _table(
+            [
+                [
+                    o.name,
+                    f"{o.max_abs:.2e}",
+                    f"{o.max_rel:.2e}",
+                    f"{report.tolerance:.0e}" if o.name != "sources" else "0",
+                    f"{o.cosine:.7f}",
+                    *(["", "", ""] if o.top1 is None else [f"{o.kl:.1e}", f"{o.top1:.1%}", f"{o.top5:.1%}"]),
+                    _word(o.passed),
+                ]
+                for o in report.outputs
+            ],
+        ),
+        "<h2>What it costs</h2>",
+        _table(
             ["compared with", "mean cosine", "lowest", "top-1 agreement"],
-            [["the reference deciding itself" if n == "reference" else "the dense model", f"{c.cosine:.5f}", f"{c.worst:.5f}",
-              "" if c.top1 is None else f"{c.top1:.1%}"] for n, c in report.cost.items()]),
-        "<h2>Tokens and decisions by block</h2>", _blocks(report, s),
-        "<h2>Error of every stage, computed from the file's own tokens before it</h2>", _stages(report),
-        "<h2>Images</h2>", _images(report, provenance),
-        "<h2>Tolerances</h2>", _tolerances(report.precision),
+            [
+                [
+                    "the reference deciding itself" if n == "reference" else "the dense model",
+                    f"{c.cosine:.5f}",
+                    f"{c.worst:.5f}",
+                    "" if c.top1 is None else f"{c.top1:.1%}",
+                ]
+                for n, c in report.cost.items()
+            ],
+        ),
+        "<h2>Tokens and decisions by block</h2>",
+        _blocks(report, s),
+        "<h2>Error of every stage, computed from the file's own tokens before it</h2>",
+        _stages(report),
+        "<h2>Images</h2>",
+        _images(report, provenance),
+        "<h2>Tolerances</h2>",
+        _tolerances(report.precision),
     ]
     return f"<!doctype html><html lang=en><meta charset=utf-8><title>{_t(report.path)}: {word}</title><style>{STYLE}</style>{''.join(parts)}</html>\n"
 
@@ -91,7 +116,9 @@ def _blocks(report, schedule) -> str:
         more = ["", ""] if b is None else [f"{b.equal:.1%}", f"{b.margin:.1e}" if b.margin else "0"]
         rows.append([str(i), str(attention), str(mlp), *more])
     note = f"<p class=note>A difference that gives away at most {report.near_tie:.0e} is a flipped near-tie in {_t(report.precision)}.</p>"
-    return _table(["block", "tokens in attention", "in MLP", "decided alike", "most given away"], rows) + (note if found else "")
+    return _table(["block", "tokens in attention", "in MLP", "decided alike", "most given away"], rows) + (
+        note if found else ""
+    )
 
 
 def _stages(report) -> str:
@@ -104,8 +131,10 @@ def _stages(report) -> str:
     for i, s in enumerate(report.stages):
         x, top = i * step + 34, y(s.error)
         title = f"<title>{_t(s.words)}: {s.error:.1e}, at most {s.limit:.0e}</title>"
-        bars.append(f"<rect class='bar{'' if s.passed else ' failed'}' x={x} y={top:.1f} width={step - 3} height={height - top:.1f}>{title}</rect>"
-                    f"<line x1={x - 1} x2={x + step - 2} y1={y(s.limit):.1f} y2={y(s.limit):.1f} stroke=#333 stroke-width=1 />")
+        bars.append(
+            f"<rect class='bar{'' if s.passed else ' failed'}' x={x} y={top:.1f} width={step - 3} height={height - top:.1f}>{title}</rect>"
+            f"<line x1={x - 1} x2={x + step - 2} y1={y(s.limit):.1f} y2={y(s.limit):.1f} stroke=#333 stroke-width=1 />"
+        )
         block = s.stage.rpartition(".")[0].removeprefix("block")
         if block != last:
             labels.append(f"<text x={x} y={height + 14}>{_t(block or 'in')}</text>")
@@ -120,10 +149,23 @@ def _stages(report) -> str:
 
 def _images(report, provenance) -> str:
     worst = sorted(report.by_image, key=lambda r: (r.verdict != "failed", r.verdict == "equal", -r.max_rel))
-    rows = [[r.image, _word(False) if r.verdict == "failed" else r.verdict, f"{r.max_rel:.1e}", f"{r.cosine:.7f}", str(r.flips)] for r in worst[:40]]
+    rows = [
+        [
+            r.image,
+            _word(False) if r.verdict == "failed" else r.verdict,
+            f"{r.max_rel:.1e}",
+            f"{r.cosine:.7f}",
+            str(r.flips),
+        ]
+        for r in worst[:40]
+    ]
     more = f"<p class=note>... and {len(worst) - 40} more</p>" if len(worst) > 40 else ""
     table = _table(["image", "verdict", "max rel", "cosine", "reductions decided otherwise"], rows)
-    figures = [_figure(r.image, report, provenance) for r in worst[:WORST] if Path(r.image).is_file() and r.image in report.maps]
+    figures = [
+        _figure(r.image, report, provenance)
+        for r in worst[:WORST]
+        if Path(r.image).is_file() and r.image in report.maps
+    ]
     return table + more + "".join(figures)
 
 
@@ -133,7 +175,7 @@ def _figure(image: str, report, provenance) -> str:
     from .draw import draw_sources, grid_of, side_by_side
 
     photo = crop(Path(image), provenance.preprocess)
-    maps = [draw_sources(photo, grid_of(provenance), m[provenance.schedule.n_prefix:]) for m in report.maps[image]]
+    maps = [draw_sources(photo, grid_of(provenance), m[provenance.schedule.n_prefix :]) for m in report.maps[image]]
     captions = ["input", "this file", "the other file" if report.against else "reference"]
     picture = side_by_side([photo.resize(maps[0].size), *maps], captions)
     data = io.BytesIO()
@@ -143,6 +185,23 @@ def _figure(image: str, report, provenance) -> str:
 
 
 def _tolerances(precision: str) -> str:
-    rows = [[_Markup(f"<b>{p}</b>") if p == precision else p, f"{TOLERANCE[p]:.0e}", *(f"{NEAR_TIE[p][s]:.0e}" for s in ("metric", "attention", "head")),
-             f"{STAGE[p]:.0e}"] for p in TOLERANCE]
-    return _table(["precision", "output, of the largest value", "near-tie: cosine of keys", "log attention", "head's log-odds", "one stage"], rows)
+    rows = [
+        [
+            _Markup(f"<b>{p}</b>") if p == precision else p,
+            f"{TOLERANCE[p]:.0e}",
+            *(f"{NEAR_TIE[p][s]:.0e}" for s in ("metric", "attention", "head")),
+            f"{STAGE[p]:.0e}",
+        ]
+        for p in TOLERANCE
+    ]
+    return _table(
+        [
+            "precision",
+            "output, of the largest value",
+            "near-tie: cosine of keys",
+            "log attention",
+            "head's log-odds",
+            "one stage",
+        ],
+        rows,
+    )

@@ -44,24 +44,45 @@ def tokens_words(n_tokens: int, tokens: list) -> str:
 
 
 def macs_words(macs: int, dense: int) -> str:
-    """"2.69 G per image (dense 4.58 G, ratio 1.702)"."""
+    """ "2.69 G per image (dense 4.58 G, ratio 1.702)"."""
     unit, scale = ("G", 1e9) if dense >= 1e9 else ("M", 1e6)
-    return f"{macs / scale:.2f} {unit} per image" + (f" (dense {dense / scale:.2f} {unit}, ratio {dense / macs:.3f})" if macs != dense else "")
+    return f"{macs / scale:.2f} {unit} per image" + (
+        f" (dense {dense / scale:.2f} {unit}, ratio {dense / macs:.3f})" if macs != dense else ""
+    )
 
 
 def layers_words(layers: dict) -> str:
     """{"MATRIX_MULTIPLY": {"HALF": 48}} -> "480 in the network; matrix products 48 HALF; ..."."""
     total = sum(n for types in layers.values() for n in types.values())
-    words = {"CONVOLUTION": "convolutions", "MATRIX_MULTIPLY": "matrix products", "SOFTMAX": "softmax", "TOPK": "top-k", "CAST": "casts"}
-    parts = [f"{said} " + " + ".join(f"{n} {t}" for t, n in sorted(layers[kind].items())) for kind, said in words.items() if kind in layers]
+    words = {
+        "CONVOLUTION": "convolutions",
+        "MATRIX_MULTIPLY": "matrix products",
+        "SOFTMAX": "softmax",
+        "TOPK": "top-k",
+        "CAST": "casts",
+    }
+    parts = [
+        f"{said} " + " + ".join(f"{n} {t}" for t, n in sorted(layers[kind].items()))
+        for kind, said in words.items()
+        if kind in layers
+    ]
     return "; ".join([f"{total} in the network", *parts])
 
 
 def engine_lines(e) -> list[tuple[str, str]]:
     """What an `EngineFile` is for, (title, text) each."""
     batch = str(e.batch) if e.batch else "{} to {}, best at {}".format(e.profile[0], e.profile[2], e.profile[1])
-    return [("for", f"compute capability {', '.join(e.compute_capability)}" if e.compute_capability else "the GPU it was built on"),
-            ("batch", batch), ("layers", layers_words(e.layers)), *(("warning", w) for w in e.warnings)]
+    return [
+        (
+            "for",
+            f"compute capability {', '.join(e.compute_capability)}"
+            if e.compute_capability
+            else "the GPU it was built on",
+        ),
+        ("batch", batch),
+        ("layers", layers_words(e.layers)),
+        *(("warning", w) for w in e.warnings),
+    ]
 
 
 @contextmanager
@@ -70,7 +91,13 @@ def bar(out):
     from rich.markup import escape
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=out, transient=True,
-                  disable=not out.is_terminal) as progress:
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=out,
+        transient=True,
+        disable=not out.is_terminal,
+    ) as progress:
         task = progress.add_task("starting", total=1.0)
         yield lambda stage, share: progress.update(task, description=escape(stage), completed=share)

@@ -1,0 +1,114 @@
+"""The precisions a file or an engine can be in: one row each, with all that other code needs to know of one. Imports no torch.
+
+To add a precision, add a row. Limits are judged by `engines/parity`; how a graph gets its types is `graph/precision`.
+
+TF32 has the mantissa of fp16. For fp16 and bf16 the limits are 16, 32 and 128 times their rounding (2^-11, 2^-8); the most seen on
+DINOv2 with real photos is 9, 18 and 75 times. For int8 they are three times the most seen: its scales, not its arithmetic, decide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Mapping
+
+from .errors import UsageError
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One precision.
+
+    Attributes:
+        name: as typed by a user: "fp32", "tf32", "fp16", "bf16" or "int8".
+        onnx_type: name of the `onnx.TensorProto` type that the trunk's tensors have ("FLOAT", "FLOAT16", "BFLOAT16").
+        tensorrt_type: name of the `tensorrt.DataType` that the trunk's layers have in a strongly typed network.
+        product_type: the same for the products of linear layers ("INT8" in int8).
+        in_file: whether an ONNX file can be in it (TF32 is a way to multiply float32, chosen when an engine is built).
+        rounding: half a unit in the last place of the type that tokens are kept in between stages, relative.
+        output_limit: outputs on equal decisions: largest difference over the image's own largest value.
+        near_tie: what a flipped near-tie may give away, by signal: "keys" a cosine, "class_attention", "mean_attention" and
+            "score_head" a difference of logarithms.
+        stage_limit: one stage, computed by the reference from the file's own input of it: difference over what the stage adds to
+            the tokens; of merging and of the embedding over the tokens themselves, the worst row.
+        help: one line for people.
+    """
+
+    name: str
+    onnx_type: str
+    tensorrt_type: str
+    product_type: str
+    in_file: bool
+    rounding: float
+    output_limit: float
+    near_tie: Mapping[str, float]
+    stage_limit: float
+    help: str
+
+
+def _near_tie(keys: float, score: float) -> dict[str, float]:
+    return {"keys": keys, "class_attention": score, "mean_attention": score, "score_head": score}
+
+
+TABLE = {
+    row.name: row
+    for row in (
+        Precision(
+            "fp32", "FLOAT", "FLOAT", "FLOAT", True, 2.0**-24, 2e-4, _near_tie(1e-4, 1e-4), 1e-4, "float32 throughout"
+        ),
+        Precision(
+            "tf32",
+            "FLOAT",
+            "FLOAT",
+            "FLOAT",
+            False,
+            2.0**-24,
+            8e-3,
+            _near_tie(1.6e-2, 6e-2),
+            3e-2,
+            "float32, matrix products with TF32's ten bits",
+        ),
+        Precision(
+            "fp16",
+            "FLOAT16",
+            "HALF",
+            "HALF",
+            True,
+            2.0**-11,
+            8e-3,
+            _near_tie(1.6e-2, 6e-2),
+            3e-2,
+            "the trunk in fp16; decisions, sizes and merging in float32",
+        ),
+        Precision(
+            "bf16", "BFLOAT16", "BF16", "BF16", True, 2.0**-8, 6e-2, _near_tie(1.2e-1, 5e-1), 4e-1, "the trunk in bf16"
+        ),
+        Precision(
+            "int8",
+            "FLOAT16",
+            "HALF",
+            "INT8",
+            True,
+            2.0**-11,
+            4e-1,
+            _near_tie(1.2e-1, 2.5),
+            3e-1,
+            "linear layers in int8, the rest of the trunk in fp16",
+        ),
+    )
+}
+IN_FILES = tuple(name for name, row in TABLE.items() if row.in_file)
+
+
+def get(name: str) -> Precision:
+    """The row of a precision.
+
+    Args:
+        name: of the table.
+    Returns:
+        Its `Precision`.
+    Raises:
+        UsageError: there is no such precision.
+    """
+    if name not in TABLE:
+        raise UsageError(f"precision {name!r}: wanted one of {', '.join(TABLE)}")
+    return TABLE[name]
