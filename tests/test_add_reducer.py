@@ -45,4 +45,4 @@ def test_every_reducer_is_a_small_file_with_all_its_parts():
         assert all(hasattr(module, part) for part in ("NEEDS", "OPTIONS", "steps", "reference", "static", "regret")), (
             method
         )
-        assert len((folder / f"{method}.py").read_text().splitlines()) <= 85, method
+        assert len((folder / f"{method}.py").read_text().splitlines()) <= 120, method

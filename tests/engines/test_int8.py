@@ -91,7 +91,7 @@ def test_an_engine_is_built_of_it(method, quantised, method_cases, tmp_path):
         quantised(method=method, **method_cases[method]), tmp_path / "v.plan", builder="rtx", capabilities=("86",)
     )
     assert (
-        found.runtime.precision == "int8"
+        found.engine.precision == "int8"
         and found.layers["MATRIX_MULTIPLY"]["INT8"] == 24
         and found.layers["CONVOLUTION"] == {"HALF": 1}
     )
@@ -104,7 +104,7 @@ def test_other_images_are_another_engine(exported, tmp_path):
         build_engine(exported("tiny_vit", method="evit", at=(1, 3, 4)), **ask, calibration=samples.sample_photos())
         for _ in range(2)
     )
-    assert first.runtime.precision == "int8" and not first.cached and again.cached
+    assert first.engine.precision == "int8" and not first.cached and again.cached
     with pytest.raises(UsageError, match="exists"):
         build_engine(exported("tiny_vit", method="evit", at=(1, 3, 4)), **ask, calibration=samples.sample_photos()[:1])
 

@@ -201,15 +201,15 @@ ENGINES = pytest.mark.parametrize("runtime", ["ort", "openvino"])
 
 @pytest.fixture
 def check_engine(exported, run_onnx, tiny, schedule_of, golden, relative):
-    """check_engine(engine, kind, batch, **options): an engine's outputs are the reference's."""
+    """check_engine(runtime, kind, batch, **options): an runtime's outputs are the reference's."""
 
-    def check(engine, kind, batch, **options):
-        if engine == "openvino":
+    def check(runtime, kind, batch, **options):
+        if runtime == "openvino":
             pytest.importorskip("openvino", reason="openvino is not installed")
         loaded, image = tiny(kind), golden.image[1:]  # the first image of tiny_vit_nocls is a near-tie
         schedule = schedule_of(loaded.module, **options)
         wanted = reduce_model(loaded.module, schedule, score_heads(loaded, schedule)).run(image)
-        got = run_onnx(exported(kind, batch=batch, **options), image, engine)
+        got = run_onnx(exported(kind, batch=batch, **options), image, runtime)
         assert relative(got["logits"], wanted.output) <= 1e-4 and (got["sources"] == wanted.sources.numpy()).all()
         assert relative(got["logits"][::-1], wanted.output) > 1e-4, "images are told apart"
 
@@ -219,14 +219,14 @@ def check_engine(exported, run_onnx, tiny, schedule_of, golden, relative):
 @ENGINES
 @pytest.mark.parametrize("batch", [1, None])
 @pytest.mark.parametrize("kind", ["tiny_vit_nocls", "tiny_vit_distilled"])
-def test_every_engine_gives_the_references_numbers(engine, kind, batch, check_engine):
-    check_engine(engine, kind, batch, r=8)
+def test_every_engine_gives_the_references_numbers(runtime, kind, batch, check_engine):
+    check_engine(runtime, kind, batch, r=8)
 
 
 @ENGINES
 @pytest.mark.parametrize("batch", [1, None])
-def test_every_engine_runs_every_method(engine, options, batch, check_engine):
-    check_engine(engine, "tiny_vit", batch, **options)
+def test_every_engine_runs_every_method(runtime, options, batch, check_engine):
+    check_engine(runtime, "tiny_vit", batch, **options)
 
 
 @pytest.mark.parametrize("method, batch", BUDGETS)
