@@ -26,7 +26,12 @@ def __getattr__(name: str):
         return version("tokexport")
     if name not in _HOME:
         raise AttributeError(f"module 'tokexport' has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    try:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    except ModuleNotFoundError as e:
+        from .export.errors import missing_export_package
+
+        raise missing_export_package(e) or e from None
 
 
 def __dir__():

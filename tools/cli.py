@@ -9,7 +9,7 @@ from importlib import import_module
 
 import click
 
-from ..export.errors import FailureError, UsageError
+from ..export.errors import FailureError, UsageError, missing_export_package
 
 COMMANDS = {
     "onnx": "Export a ViT, reduced or not, to a static ONNX file.",
@@ -62,6 +62,12 @@ def main() -> None:
         sys.exit(e.exit_code)
     except UsageError as e:
         click.echo(f"Error: {e}", err=True)
+        sys.exit(2)
+    except ModuleNotFoundError as e:
+        missing = missing_export_package(e)
+        if missing is None:
+            raise
+        click.echo(f"Error: {missing}", err=True)
         sys.exit(2)
     except OSError as e:
         click.echo(f"Error: {str(e.filename)[:80] if e.filename else 'input or output'}: {e.strerror or e}", err=True)
