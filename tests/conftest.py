@@ -45,6 +45,7 @@ DEIT = {
 }
 DINOV2 = {**{m: {} for m in DEIT}, "tome": {"r": "13"}, "diffrate": {"rates": "deit_small@2.9"}}
 FAST_FIRST = (
+    "test_house",
     "test_schedule",
     "test_counts",
     "test_rates",

@@ -1,19 +1,19 @@
-"""The README's "Add a reducer", followed: the toy one there is exported and verified like any other."""
+"""CONTRIBUTING.md's "A whole reducer", followed: the toy one there is exported and verified like any other."""
 
 import re
 from pathlib import Path
 
 import pytest
-
-import tokexport
 from tokexport.export import reducers
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+import tokexport
+
+PAGE = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
 
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python reducer\n(.*?)```", README, re.S)
+    (code,) = re.findall(r"```python reducer\n(.*?)```", PAGE, re.S)
     (tmp_path / "toy.py").write_text(code)
     monkeypatch.setattr(reducers, "__path__", [*reducers.__path__, str(tmp_path)])
     monkeypatch.setattr(reducers, "METHODS", (*reducers.METHODS, "toy"))

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-
 from tokexport.tools.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
@@ -98,7 +97,12 @@ def commands(folders, *lines):
 def test_every_commands_help_and_inspect_need_the_base_alone(from_sources, exported):
     file = str(exported("tiny_vit"))
     results, heavy = commands(
-        from_sources, ["--version"], ["--help"], *([name, "--help"] for name in COMMANDS), ["inspect", file], ["inspect", file, "--json"]
+        from_sources,
+        ["--version"],
+        ["--help"],
+        *([name, "--help"] for name in COMMANDS),
+        ["inspect", file],
+        ["inspect", file, "--json"],
     )
     assert [code for code, _, _ in results] == [0] * len(results), results
     assert all("Usage: tokexport" in out for _, out, _ in results[1:-2])
@@ -136,15 +140,39 @@ def test_the_wheel_is_complete(bare, exported, tmp_path):
         shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     for name in ("pyproject.toml", "README.md", "LICENSE", "THIRD_PARTY.md"):
         shutil.copy(ROOT / name, source / name)
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), str(source)]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(tmp_path),
+        str(source),
+    ]
     subprocess.run(build, check=True, capture_output=True, timeout=300)
     (wheel,) = tmp_path.glob("*.whl")
-    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "-q", "--target", str(tmp_path / "site"), str(wheel)]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--no-deps",
+        "--no-index",
+        "-q",
+        "--target",
+        str(tmp_path / "site"),
+        str(wheel),
+    ]
     subprocess.run(install, check=True, capture_output=True, timeout=300)
     for room in ROOMS:
         for path in (ROOT / room).rglob("*"):
             if path.is_file() and path.suffix in (".py", ".json", ".safetensors", ".typed"):
                 assert (tmp_path / "site/tokexport" / path.relative_to(ROOT)).is_file(), path
     assert (tmp_path / "site/tokexport/py.typed").is_file()
-    results, heavy = commands([tmp_path / "site", bare], ["--version"], ["inspect", str(exported("tiny_vit"))], ["rates", "--list"])
+    results, heavy = commands(
+        [tmp_path / "site", bare], ["--version"], ["inspect", str(exported("tiny_vit"))], ["rates", "--list"]
+    )
     assert [code for code, _, _ in results] == [0, 0, 0] and heavy == [], results

@@ -11,10 +11,8 @@ from itertools import chain
 from pathlib import Path
 
 import click
-import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
 from tokexport.tools.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +50,9 @@ def imported(path: Path) -> set[str]:
     names = []
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
-            names += [alias.name.removeprefix("tokexport.") for alias in node.names if alias.name.startswith("tokexport.")]
+            names += [
+                alias.name.removeprefix("tokexport.") for alias in node.names if alias.name.startswith("tokexport.")
+            ]
         elif isinstance(node, ast.ImportFrom):
             base = (node.module or "").split(".") if node.module else []
             if node.level:
@@ -130,7 +130,9 @@ def test_setuptools_installs_every_folder_and_type_marker():
     folders = {path.parent for path in sources(*ROOMS)}
     assert not [folder for folder in folders if not (folder / "__init__.py").exists()]
     parts = (folder.relative_to(ROOT).parts for folder in folders)
-    assert sorted(settings["packages"]) == sorted(".".join(("tokexport", *p)).replace("tokexport.tokexport", "tokexport") for p in parts)
+    assert sorted(settings["packages"]) == sorted(
+        ".".join(("tokexport", *p)).replace("tokexport.tokexport", "tokexport") for p in parts
+    )
     assert (ROOT / "tokexport/py.typed").exists() and "py.typed" in settings["package-data"]["tokexport"]
 
 
@@ -163,7 +165,11 @@ def third_party(*folders: str) -> set[str]:
 def test_what_is_imported_is_declared_and_what_is_declared_is_used():
     assert third_party(*ROOMS, "tests") <= requirements()
     modules = {canonicalize_name(name) for name in NOT_IMPORTED}
-    by_name = {p for p in requirements() if any(f'"{m}"' in s.read_text() for m in (p, p.replace("-", "_")) for s in sources(*ROOMS))}
+    by_name = {
+        p
+        for p in requirements()
+        if any(f'"{m}"' in s.read_text() for m in (p, p.replace("-", "_")) for s in sources(*ROOMS))
+    }
     runtimes = {"tensorrt", "tensorrt-rtx-cu13"}  # imported by a name in a table
     assert requirements() - third_party(*ROOMS, "tests") - by_name - modules - runtimes == set()
 
