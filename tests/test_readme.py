@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import pytest
 from tokexport.export import errors, precisions
-from tokexport.export.reducers import METHODS
+from tokexport.export.reducers import TABLE as METHODS
 from tokexport.tools import cli
 
 ROOT = Path(__file__).parents[1]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..runners import open_runner
+from ...export import reducers
 from ...export.errors import UsageError
 from ...export.inspection import Inspection, inspect
 from .timing import ratio, until_sure
@@ -23,23 +24,14 @@ def export(
     folder: Path, loaded, method: str, options: dict, batch: int | None, opset: int = 20, dtype: str = "fp32"
 ) -> Path:
     """A file in folder of a loaded model under a method."""
-    from ...export.models import vit
     from ...export.graph.export import export_onnx
-    from ...export.schedule import Schedule
 
     if dtype == "int8":
         raise UsageError(
             "an int8 file is compared with a dense int8 file that was calibrated on the same images: give it with --dense"
         )
-    model = loaded.module
-    schedule = Schedule.parse(
-        method=method,
-        depth=len(model.blocks),
-        n_tokens=vit.n_tokens(model),
-        n_prefix=model.num_prefix_tokens,
-        **options,
-    )
-    said = ".".join(f"{k}={v}" for k, v in options.items() if k in ("r", "keep_rate")).replace("/", "_")
+    schedule = loaded.schedule(method, **options)
+    said = ".".join(f"{k}={v}" for k, v in options.items() if k in reducers.swept()).replace("/", "_")
     path = folder / ".".join(filter(None, [method, said, str(batch or "dynamic"), str(opset), dtype, "onnx"]))
     return path if path.exists() else export_onnx(loaded, schedule, path, batch=batch, opset=opset, dtype=dtype).path
 

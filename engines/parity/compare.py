@@ -223,7 +223,7 @@ def token_maps(side: Side, schedule) -> list[np.ndarray]:
 
     at, out = torch.arange(schedule.n_tokens).expand(len(side.output), -1), []
     for step, plan in zip(schedule.steps, side.plans):
-        at = follow(replace(plan, squeezed=schedule.method in reducers.SQUEEZE), at, step.n_in)
+        at = follow(plan, at, step.n_in, squeezes=reducers.get(schedule.method).squeezes)
         out.append(at.numpy())
     return out
 
@@ -248,11 +248,10 @@ def _plan(part: dict, step, schedule):
     if not step.n_folded:
         return MergePlan(keep)
     if step.n_out > step.n_kept:
-        return MergePlan(keep, src, torch.full_like(src, step.n_kept), n_extra=1)
+        return MergePlan(keep, src, torch.full_like(src, step.n_kept), combine="sum")
     label = part["dst"] if "dst" in part else part["target"].gather(1, src)
-    reducer = reducers.get(schedule.method)
-    names = reducer.labels(step, schedule.n_prefix) if hasattr(reducer, "labels") else range(step.n_kept)
-    hit = label == torch.tensor(list(names))
+    names = reducers.get(schedule.method).row_labels(step, schedule.n_prefix)
+    hit = label == torch.tensor(names)
     return MergePlan(keep, src, hit.to(torch.int8).argmax(-1, keepdim=True)) if hit.any(-1).all() else None
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from ..checkpoints import formats
-from . import vit
+from . import as_plain
 from ..errors import UsageError
+from ..schedule import Schedule
 
 
 @dataclass
@@ -34,6 +35,17 @@ class LoadedModel:
     weights: dict
     notes: list[str]
     heads: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def schedule(self, method: str, **options) -> Schedule:
+        """The schedule of a method for this model, e.g. `loaded.schedule("tome", r=13)`.
+
+        Args:
+            method: a name of the reducer table.
+            options: the method's own, see `Schedule.parse`.
+        Raises:
+            UsageError: see `Schedule.parse`.
+        """
+        return Schedule.parse(method, **as_plain(self.module).size._asdict(), **options)
 
 
 def parse_kwargs(pairs: list[str] | tuple[str, ...]) -> dict:
@@ -80,7 +92,7 @@ def load_model(
     )  # before the model is made: a wrong file is known at once
     heads = formats.read_heads(read_checkpoint(predictor, "predictor"), str(predictor)) if predictor else {}
     model = _create(name, kwargs, False, seed)
-    vit.check_plain_vit(model)
+    as_plain(model)  # refuses by name what cannot be reduced
     if pretrained:  # only now: nothing is downloaded for a model that cannot be used
         model = _create(name, kwargs, True, seed)
     if state is not None:

@@ -10,7 +10,7 @@ from tokexport.engines.tensorrt.build import build_engine
 from tokexport.engines.quantize import quantize
 from tokexport.export.graph import stages
 from tokexport.export.inspection import inspect
-from tokexport.export.reducers import METHODS
+from tokexport.export.reducers import TABLE as METHODS
 from tokexport.tools.demo import samples
 
 

@@ -15,7 +15,7 @@ from tokexport import UsageError, export_onnx, load_model
 from tokexport.engines.tensorrt import build, child as build_child, runtime as trt
 from tokexport.engines.tensorrt.build import build_engine
 from tokexport.engines.tensorrt.sidecar import read_sidecar, sidecar
-from tokexport.export.reducers import METHODS
+from tokexport.export.reducers import TABLE as METHODS
 from tokexport.tools.cli import group, main
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: engine builds need it (no GPU)")

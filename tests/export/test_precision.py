@@ -9,7 +9,7 @@ from onnx import TensorProto
 from tokexport import UsageError, export_onnx, verify
 from tokexport.export.graph import precision, stages
 from tokexport.export.inspection import inspect
-from tokexport.export.reducers import METHODS
+from tokexport.export.reducers import TABLE as METHODS
 from tokexport.tools.demo import samples
 
 LOW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}

@@ -51,11 +51,10 @@ def run(folder: Path, as_json: bool, out) -> None:
 def _export(folder: Path, method: str, how: dict, progress):
     from ...export.models.load import load_model
     from ...export.graph.export import export_onnx
-    from ...export.schedule import Schedule
 
     progress(f"exporting {method}")
     loaded = load_model(digits.MODEL, digits.KWARGS, digits.WEIGHTS, predictor=digits.HEADS)
-    schedule = Schedule.parse(method=method, depth=12, n_tokens=65, **how)
+    schedule = loaded.schedule(method, **how)
     return export_onnx(loaded, schedule, folder / f"digits_{method}.onnx", force=True)
 
 
