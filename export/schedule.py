@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from .errors import UsageError
+from .records import decode, encode
 
 
 @dataclass(frozen=True)
@@ -99,15 +100,12 @@ class Schedule:
 
     def to_json(self) -> dict:
         """Plain JSON values; `from_json` takes them back."""
-        return {**asdict(self), "steps": [asdict(s) for s in self.steps], "notes": list(self.notes)}
+        return encode(self)
 
     @classmethod
     def from_json(cls, data: dict) -> "Schedule":
         """Raises UsageError when a field is missing or does not fit."""
-        try:
-            return cls(**{**data, "steps": tuple(Step(**s) for s in data["steps"]), "notes": tuple(data["notes"])})
-        except (TypeError, KeyError) as e:
-            raise UsageError(f"not a schedule: {e}") from None
+        return decode(cls, data, name="not a schedule")
 
     @classmethod
     def parse(

@@ -68,8 +68,8 @@ def export_onnx(
     path = check_output(path, force)
     if opset not in OPSETS:
         raise UsageError(f"--opset {opset}: wanted {OPSETS[0]} to {OPSETS[-1]}")
-    if dtype not in precision.DTYPES:
-        raise UsageError(f"--dtype {dtype}: wanted one of {', '.join(precision.DTYPES)}")
+    if dtype not in precision.graph_precisions():
+        raise UsageError(f"--dtype {dtype}: wanted one of {', '.join(precision.graph_precisions())}")
     if batch is not None and batch < 1:
         raise UsageError(f"--batch {batch}: wanted 1 or more, or dynamic")
     model, heads = loaded.module, score_heads(loaded, schedule)
