@@ -25,7 +25,7 @@ class EngineInspection(Inspection):
 
 
 def is_engine(path: str | Path) -> bool:
-    """Whether a path names an engine: it ends in .plan, or it has any other name than an ONNX file's and the sidecar of an engine."""
+    """Whether a path names an engine: it ends in .plan, or in anything but .onnx and has an engine's sidecar."""
     path = Path(path)
     if path.suffix in (".plan", ".onnx") or not path.name:
         return path.suffix == ".plan"
@@ -38,7 +38,7 @@ def is_engine(path: str | Path) -> bool:
 
 
 def provenance_of(engine: EngineFile) -> Provenance:
-    """The provenance of the file an engine was built from, in the engine's own precision and with the decisions that it gives."""
+    """The provenance of an engine's file, in the engine's own precision and with the decisions that it gives."""
     decisions = tuple(name for name in engine.provenance.decisions if name in engine.output_names)
     return replace(engine.provenance, precision=engine.precision, decisions=decisions)
 

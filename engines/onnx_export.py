@@ -1,4 +1,4 @@
-"""A model to an ONNX file in any precision that a file can be in: int8 takes a run over photos, which the exporter itself cannot do."""
+"""A model to an ONNX file in any precision; int8 takes a run over photos, which the exporter cannot do by itself."""
 
 from __future__ import annotations
 
@@ -46,11 +46,7 @@ def export_onnx(
     """
     from ..export.graph.export import export_onnx as export
 
-    quantised = precisions.get(dtype).product_type == "INT8"
-    if quantised != bool(calibration):
-        wanted = "wanted calib too, some tens of images like those the model will see" if quantised else "leave calib out"
-        raise UsageError(f"dtype {dtype}: {wanted}")
-    if not quantised:
+    if not check_precision(dtype, calibration):
         return export(loaded, schedule, path, dtype=dtype, force=force, progress=progress, **options)
     from .images import find_images
     from .quantize import quantize
@@ -66,3 +62,26 @@ def export_onnx(
         nodes=sum(inspection.ops.values()),
         size=inspection.size,
     )
+
+
+def check_precision(dtype: str, calibration: str | Path | Sequence[str | Path]) -> bool:
+    """Whether a precision takes a run over images.
+
+    Args:
+        dtype: name of a precision.
+        calibration: the images; they are not looked at.
+    Raises:
+        UsageError: there is no such precision in files, or it does not go with the images.
+    """
+    row = precisions.get(dtype)
+    if not row.in_file:
+        raise UsageError(
+            f"dtype {dtype}: no file is in it, an engine may be: wanted one of {', '.join(precisions.IN_FILES)}"
+        )
+    quantised = row.product_type == "INT8"
+    if quantised != bool(calibration):
+        wanted = (
+            "wanted calib too, some tens of images like those the model will see" if quantised else "leave calib out"
+        )
+        raise UsageError(f"dtype {dtype}: {wanted}")
+    return quantised

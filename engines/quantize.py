@@ -1,7 +1,7 @@
-"""Int8 files: the linear layers of attention and MLP between QuantizeLinear and DequantizeLinear, the rest of the trunk in fp16.
+"""Int8 files: linear layers of attention and MLP between QuantizeLinear and DequantizeLinear, the rest in fp16.
 
-Scales are measured on photos (ONNX Runtime's quantizer): one an activation, one an output channel for weights, all symmetric, as
-TensorRT wants them. Embedding, decisions, merging and head are left alone.
+Scales are measured on photos (ONNX Runtime's quantizer): one an activation, one an output channel for weights, all
+symmetric, as TensorRT wants them. Embedding, decisions, merging and head are left alone.
 """
 
 from __future__ import annotations

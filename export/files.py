@@ -1,7 +1,8 @@
-"""Files are written aside and renamed; nothing is replaced unasked; weights lie beside a file as it says. Imports no torch.
+"""Files are written aside and renamed, nothing is replaced unasked; weights beside a file. Imports no torch.
 
-What is not ready lies in a folder `.tokexport-...` beside the output. It goes when the work ends, whether well or with an error or a
-SIGTERM; what a killed process (SIGKILL, power) leaves is removed by the next one that writes there, a day later.
+What is not ready lies in a folder `.tokexport-...` beside the output. It goes when the work ends, whether well or with
+an error or a SIGTERM; what a killed process (SIGKILL, power) leaves is removed by the next one that writes there, a day
+later.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def check_output(
     Returns:
         The path.
     Raises:
-        UsageError: one of the files exists (without force), is an input or no regular file, or the folder cannot be written.
+        UsageError: one of the files exists (without force), is an input or no regular file, or the folder cannot be
+        written.
     """
     if not str(path).strip() or "\0" in str(path):
         raise UsageError(f"output {str(path)!r}: wanted a file name, e.g. vit.onnx")
@@ -79,13 +81,14 @@ def is_disk_error(error: OSError) -> bool:
 
 @contextmanager
 def aside(path: Path, *, beside: tuple[str, ...] = ()) -> Iterator[Path]:
-    """A path to write to, in a folder of its own beside `path`; when the block ends without an error, the file takes its place.
+    """A path to write to, aside; when the block ends without an error, the file takes its place at `path`.
 
     Further files may be put into that folder; they go with it.
 
     Args:
         path: where the file is to be; what is there is replaced (see `check_output`).
-        beside: endings of files that are moved too, PATH + ending, those that were written. With them the old file at `path` goes
+        beside: endings of files that are moved too, PATH + ending, those that were written. With them the old file at
+            `path` goes
             first: a process that is killed in between leaves no pair of which one is old.
     Raises:
         StorageError: the disk is full or failed; nothing is left behind and what was there still is.
@@ -117,9 +120,7 @@ def aside_folder(parent: Path, purpose: str) -> Iterator[Path]:
             yield Path(folder)
     except OSError as e:
         if is_disk_error(e):
-            raise StorageError(
-                f"{purpose}: could not be written ({e.strerror}); nothing was left behind"
-            ) from None
+            raise StorageError(f"{purpose}: could not be written ({e.strerror}); nothing was left behind") from None
         raise
 
 
@@ -142,7 +143,8 @@ def weight_files(proto, path: Path) -> list[Path]:
         proto: its onnx.ModelProto, weights not loaded.
         path: of the ONNX file.
     Raises:
-        UsageError: one is missing, too short, or no plain file of the same folder (a link, or a name that leads out of it).
+        UsageError: one is missing, too short, or no plain file of the same folder (a link, or a name that leads out of
+        it).
     """
     extents: dict[str, int] = {}
     for tensor in _tensors([proto.graph, *proto.functions]):
@@ -150,7 +152,9 @@ def weight_files(proto, path: Path) -> list[Path]:
         if "location" in entries:
             numbers = [entries.get(k, "0") for k in ("offset", "length")]
             if not all(n.isascii() and n.isdigit() for n in numbers):
-                raise UsageError(f"{path}: weight {tensor.name[:80]} lies at {', '.join(numbers)[:80]}: the file is damaged")
+                raise UsageError(
+                    f"{path}: weight {tensor.name[:80]} lies at {', '.join(numbers)[:80]}: the file is damaged"
+                )
             end = sum(map(int, numbers))
             extents[entries["location"]] = max(end, extents.get(entries["location"], 0))
     for name, end in extents.items():
@@ -161,8 +165,8 @@ def weight_files(proto, path: Path) -> list[Path]:
             raise UsageError(f"{path} has its weights in {name}, which is not beside it: put it there")
         if file.stat().st_size < end:
             raise UsageError(
-                f"{path} has its weights in {name}, which has {file.stat().st_size} bytes instead of {end}: it was cut, "
-                f"or is another file's"
+                f"{path} has its weights in {name}, which has {file.stat().st_size} bytes instead of {end}: "
+                f"it was cut, or is another file's"
             )
     return [path.parent / name for name in extents]
 
@@ -187,7 +191,7 @@ def sha256_of(*paths: Path) -> str:
 
 
 def read_model(path: Path) -> tuple:
-    """An ONNX file as `write_model` takes it: (onnx.ModelProto without its large weights, those as {name: onnx_ir tensor}).
+    """An ONNX file as `write_model` takes it: the graph, and its large weights as {name: onnx_ir tensor}.
 
     Raises: UsageError when its weights are not where it says.
     """
@@ -210,8 +214,8 @@ def write_model(proto, weights: dict, path: Path) -> int:
 
     Args:
         proto: onnx.ModelProto without its large weights; it is not changed.
-        weights: those, {name: onnx_ir tensor}; each is in memory as bytes only while it is written. From 2 GB on they go to PATH.data,
-            where the graph refers to them.
+        weights: those, {name: onnx_ir tensor}; each is in memory as bytes only while it is written. From 2 GB on they
+            go to PATH.data, where the graph refers to them.
         path: of the file. What is there is replaced, and a PATH.data that belongs to it goes with it.
     Returns:
         Bytes of the file and of its weights.
@@ -250,8 +254,8 @@ def _own_weights(path: Path) -> Path | None:
 def _write_single(proto, weights: dict, path: Path) -> None:
     """One file: the model's other fields, then the graph as its own fields and one `initializer` field per weight.
 
-    protobuf would hold three copies of the weights to do this. Field numbers: ModelProto.graph 7, GraphProto.initializer 5, both
-    length-delimited (onnx.proto; protobuf encoding guide).
+    protobuf would hold three copies of the weights to do this. Field numbers: ModelProto.graph 7,
+    GraphProto.initializer 5, both length-delimited (onnx.proto; protobuf encoding guide).
     """
     import onnx
     from onnx_ir.serde import serialize_tensor

@@ -84,7 +84,7 @@ def read_onnx(path: str | Path):
 
 
 def _check_graph(path: Path, model, provenance: Provenance) -> None:
-    """Raises: UsageError when the graph is not the one the provenance speaks of: token counts, outputs or decisions differ."""
+    """Raises: UsageError when the graph is not the one the provenance speaks of."""
     schedule, wrong = provenance.schedule, []
     known = {o for n in model.graph.node for o in n.output}
     if checks.attention_tokens(model) != [n for n, _ in schedule.tokens_per_block()]:
@@ -102,15 +102,16 @@ def _check_graph(path: Path, model, provenance: Provenance) -> None:
         wrong.append("method")
     if wrong:
         raise UsageError(
-            f"{path}: the graph is not the one its provenance speaks of ({', '.join(wrong)}): it was changed, or made by "
-            f"another version; make it again with `tokexport onnx`"
+            f"{path}: the graph is not the one its provenance speaks of ({', '.join(wrong)}): it was changed, "
+            f"or made by another version; make it again with `tokexport onnx`"
         )
 
 
 def inspect(path: str | Path) -> Inspection:
     """What an ONNX file made by tokexport is.
 
-    Raises: UsageError when it is missing, no ONNX file, or has no provenance (what speaks against building an engine is told then too).
+    Raises: UsageError when it is missing, no ONNX file, or has no provenance (what speaks against building an engine is
+    told then too).
     """
     path, model = Path(path), read_onnx(path)
     refusals = checks.refusals(model.graph)

@@ -39,7 +39,9 @@ class Preprocess:
         if min(self.size) < 1 or self.crop <= 0:
             raise UsageError(f"preprocess: size {self.size} and crop {self.crop} must be above 0")
         if not self.mean or len(self.mean) != len(self.std) or 0 in self.std:
-            raise UsageError(f"preprocess: mean {self.mean} and std {self.std}: wanted one of each a channel, no std of 0")
+            raise UsageError(
+                f"preprocess: mean {self.mean} and std {self.std}: wanted one of each a channel, no std of 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Provenance:
         version: of the tokexport that made it.
         model: name of the model in its family.
         model_kwargs: what the model was made with beside its name.
-        weights: where they are from: "source" (of WEIGHT_SOURCES), its "seed" or "file", "sha256", and "predictor", a file of score heads.
+        weights: where they are from: "source" (of WEIGHT_SOURCES), its "seed" or "file", "sha256", and "predictor", a
+            file of score heads.
         schedule: the token counts.
         preprocess: of the images.
         opset: of the graph.

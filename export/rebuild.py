@@ -61,5 +61,7 @@ def _find_weights(stored: str, path: Path, argument: str) -> Path:
     places = (Path(stored), path.parent / Path(stored).name)
     place = next((p for p in places if p.is_file()), None)
     if place is None:
-        raise UsageError(f"{path} was made from {stored}, which is not there (nor beside the file): give it as {argument}")
+        raise UsageError(
+            f"{path} was made from {stored}, which is not there (nor beside the file): give it as {argument}"
+        )
     return place

@@ -1,7 +1,8 @@
-"""One schema for all that tokexport stores in JSON: which format a document has, what its reader must understand, and its records.
+"""One schema for all that tokexport stores in JSON: its format, what its reader must understand, and its records.
 
-A document is one frozen dataclass as plain JSON values, beside `format` ([major, minor]) and `needs` (names of `FEATURES`). Provenance
-in an ONNX file, the sidecar of an engine and every manifest are documents; `docs/format.md` tells their fields. Imports no torch.
+A document is one frozen dataclass as plain JSON values, beside `format` ([major, minor]) and `needs` (names of
+`FEATURES`). Provenance in an ONNX file, the sidecar of an engine and every manifest are documents; `docs/format.md`
+tells their fields. Imports no torch.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Document(Protocol):
 
 
 def to_document(record: Document) -> dict[str, Any]:
-    """Plain JSON values of a record that is stored by itself, with its format and needs; `from_document` takes them back."""
+    """Plain JSON values of a record that is stored by itself; `from_document` takes them back."""
     return {"format": list(FORMAT), "needs": sorted(record.needs), **encode(record)}
 
 
@@ -52,7 +53,8 @@ def from_document(cls: type[R], data: Any, *, name: str, remake: str) -> R:
     Returns:
         The record, validated. Of a newer minor format the fields that are not known here are left out.
     Raises:
-        UsageError: no document, one of another major format, one that needs what this version does not understand, or a damaged one.
+        UsageError: no document, one of another major format, one that needs what this version does not understand, or a
+        damaged one.
     """
     if not isinstance(data, dict):
         raise UsageError(f"{name}: wanted an object of JSON, got {_short(data)}: make it again with `{remake}`")
@@ -65,12 +67,15 @@ def from_document(cls: type[R], data: Any, *, name: str, remake: str) -> R:
     major, minor = _value(tuple[int, int], values.pop("format"), f"{name}: format", 0)
     if major != FORMAT[0]:
         advice = "upgrade tokexport" if major > FORMAT[0] else f"make it again with `{remake}`"
-        raise UsageError(f"{name} has format {major}.{minor}, tokexport {_version()} reads format {FORMAT[0]}: {advice}")
+        raise UsageError(
+            f"{name} has format {major}.{minor}, tokexport {_version()} reads format {FORMAT[0]}: {advice}"
+        )
     needs = _value(tuple[str, ...], values.pop("needs", None), f"{name}: needs", 0)
     foreign = [f"{n} ({FEATURES[n]})" if n in FEATURES else n for n in needs if n not in UNDERSTOOD]
     if foreign:
         raise UsageError(
-            f"{name} needs {', '.join(foreign)[:200]}, which tokexport {_version()} does not understand: upgrade tokexport"
+            f"{name} needs {', '.join(foreign)[:200]}, which tokexport {_version()} does not understand: "
+            f"upgrade tokexport"
         )
     record = decode(cls, values, name=name, minor=minor)
     if not set(record.needs) <= set(needs):
@@ -83,7 +88,9 @@ def parse(text: str | bytes, *, name: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:  # UnicodeDecodeError is a ValueError
-        raise UsageError(f"{name} is not JSON ({' '.join(str(e).split())[:100]}): it is damaged, make it again") from None
+        raise UsageError(
+            f"{name} is not JSON ({' '.join(str(e).split())[:100]}): it is damaged, make it again"
+        ) from None
 
 
 def encode(record: Any) -> dict[str, Any]:
@@ -92,18 +99,20 @@ def encode(record: Any) -> dict[str, Any]:
 
 
 def decode(cls: type[R], data: Any, *, name: str, minor: int = FORMAT[1]) -> R:
-    """A dataclass from plain JSON values, its nested dataclasses too; every value is checked against the field's annotation.
+    """A dataclass from plain JSON values, nested ones too; every value is checked against its annotation.
 
     Args:
-        cls: the dataclass. Its annotations may be str, bool, int, float, None, Literal, a union of these, tuple, dict and dataclasses.
+        cls: the dataclass. Its annotations may be str, bool, int, float, None, Literal, a union of these, tuple, dict
+            and dataclasses.
         data: a dictionary with the fields' names.
         name: of the thing that is read, for messages.
-        minor: of the format the values were written in. Of a newer one, fields that `cls` does not have are left out; of an older one,
-            fields that came later (metadata `since`, a minor) may be missing and take their default.
+        minor: of the format the values were written in. Of a newer one, fields that `cls` does not have are left out;
+            of an older one, fields that came later (metadata `since`, a minor) may be missing and take their default.
     Returns:
         An instance of `cls`.
     Raises:
-        UsageError: a field is missing, unknown or of another kind (its name is told), or `cls` refuses the values itself.
+        UsageError: a field is missing, unknown or of another kind (its name is told), or `cls` refuses the values
+        itself.
     """
     if not isinstance(data, dict):
         raise UsageError(f"{name}: wanted an object of JSON, got {_short(data)}")

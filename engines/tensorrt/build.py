@@ -72,7 +72,9 @@ def build_engine(
     request = make_request(inspection, asked, images=images, dry_run=dry_run)
     place = Path(path).with_suffix(".plan") if output is None else Path(output)
     if place.suffix == ".onnx":
-        raise UsageError(f"output {place}: an engine is no ONNX file: wanted another suffix, e.g. {place.with_suffix('.plan')}")
+        raise UsageError(
+            f"output {place}: an engine is no ONNX file: wanted another suffix, e.g. {place.with_suffix('.plan')}"
+        )
     job = _Job(inspection, request, images, None if asked.timing_cache is None else Path(asked.timing_cache), progress)
     if dry_run:
         if output is not None:  # what is wrong with it is told now, not after a build
@@ -101,7 +103,9 @@ class _Job:
         with tempfile.TemporaryDirectory() as folder:
             task = BuildTask(self.request, str(self._typed(Path(folder))), "", dry_run=True)
             built, warnings = run_child(task, self.progress)
-        return BuildResult(output, None, built.layers, False, 0.0, warnings, Builder(self.request.builder, built.version))
+        return BuildResult(
+            output, None, built.layers, False, 0.0, warnings, Builder(self.request.builder, built.version)
+        )
 
     def build(self, output: Path, force: bool) -> BuildResult:
         """The engine that is there, when it is the one that is asked for, or a new one."""

@@ -1,8 +1,9 @@
 """The process in which an engine is built: TensorRT may crash, and then only this process ends.
 
-Reads one `BuildTask` (JSON) from standard input, writes one message (JSON) a line to the descriptor it was started with as argument:
-{"phase": [name, parent, steps]}, {"step": [name, done]}, {"done": name}, {"log": [severity, text]}, at last {"result": {...}} or
-{"error": [kind, text]}, kind the name of an error type. The engine is written to the task's path.
+Reads one `BuildTask` (JSON) from standard input, writes one message (JSON) a line to the descriptor it was started with
+as argument: {"phase": [name, parent, steps]}, {"step": [name, done]}, {"done": name}, {"log": [severity, text]}, at
+last {"result": {...}} or {"error": [kind, text]}, kind the name of an error type. The engine is written to the task's
+path.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ from .process import Built
 from .request import BuildRequest, BuildTask
 from .sidecar import Tensor
 
-NUMPY_NAMES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}  # where lower case of TensorRT's name is not NumPy's
+NUMPY_NAMES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+}  # where lower case of TensorRT's name is not NumPy's
 
 
 def main() -> None:
@@ -125,7 +130,8 @@ def _set_capabilities(runtime: runtimes.Runtime, config, request: BuildRequest) 
     for i, kind in enumerate(kinds):
         if not config.set_compute_capability(kind, i):
             raise BuildError(
-                f"{runtime.words} {runtime.version} cannot build for compute capability {', '.join(request.capabilities)}"
+                f"{runtime.words} {runtime.version} cannot build for compute capability "
+                f"{', '.join(request.capabilities)}"
             )
 
 
@@ -139,7 +145,7 @@ def _mark(network, outputs: Iterable[str]) -> None:
                 network.mark_output(layer.get_output(i))
     if wanted:
         raise UsageError(
-            f"the network has no {', '.join(sorted(wanted)[:3])}: make the ONNX file again with this version of tokexport"
+            f"the network has no {', '.join(sorted(wanted)[:3])}: make the ONNX file again with this version"
         )
 
 

@@ -45,7 +45,9 @@ class _Messages:
     result: dict | None = None
     error: tuple[str, str] | None = None  # (kind, text)
     logs: list[tuple[str, str]] = field(default_factory=list)  # (severity, text)
-    phases: dict[str, tuple[int, int]] = field(default_factory=dict)  # open ones: (steps done, steps), the outermost first
+    phases: dict[str, tuple[int, int]] = field(
+        default_factory=dict
+    )  # open ones: (steps done, steps), the outermost first
 
     def take(self, message: dict) -> None:
         if "phase" in message:
@@ -125,7 +127,10 @@ def _failure(messages: _Messages, exit_code: int, last_words: list[str]) -> Exce
     if messages.error:
         kind, reason = messages.error
     else:
-        kind, reason = "BuildError", f"the builder {_ending(exit_code)}{': ' + last_words[0][:300] if last_words else ''}"
+        kind, reason = (
+            "BuildError",
+            f"the builder {_ending(exit_code)}{': ' + last_words[0][:300] if last_words else ''}",
+        )
     lines = [f"no engine was built: {reason}", *(text[:500] for text in messages.texts(warnings=False)[:5])]
     return ERRORS.get(kind, BuildError)("\n  ".join(lines))
 

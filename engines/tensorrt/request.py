@@ -1,4 +1,4 @@
-"""What is asked of a builder: one record, checked against the file, the builder and the machine before anything is made."""
+"""What is asked of a builder: one record, checked against file, builder and machine before anything is made."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class BuildOptions:
     Attributes:
         precision: a name of `precisions.TABLE`, default the file's own; a float32 file is typed or quantised first.
         builder: "rtx", "tensorrt", or "auto": TensorRT where it and a GPU are there, else TensorRT-RTX.
-        capabilities: compute capabilities of the GPUs it is for, e.g. ("86", "89"), of TensorRT-RTX; () for the GPU that is here.
+        capabilities: compute capabilities of the GPUs it is for, e.g. ("86", "89"), of TensorRT-RTX; () for the GPU
+            that is here.
         profile: smallest, best and largest batch of a free one, default PROFILE.
         calibration: images or folders that int8 is calibrated on.
         decisions: the engine gives the merge decisions too, by which `verify` judges it.
@@ -175,7 +176,7 @@ def _profile(inspection: Inspection, profile: tuple[int, int, int] | None) -> tu
     low, best, high = sizes = tuple(profile or PROFILE) if len(profile or PROFILE) == 3 else (0, 0, 0)
     if not all(type(n) is int for n in sizes) or not 1 <= low <= best <= high:
         raise UsageError(
-            f"batch {':'.join(map(str, profile))}: wanted smallest:best:largest, each 1 or more and none below the one before"
+            f"batch {':'.join(map(str, profile))}: wanted smallest:best:largest, 1 or more, none below the one before"
         )
     return sizes
 
@@ -187,7 +188,7 @@ def _check_machine(name: str, options: BuildOptions, dry_run: bool) -> None:
     if name == "tensorrt":
         if capabilities:
             raise UsageError(
-                "compute-capability: TensorRT builds for the GPU it runs on only; TensorRT-RTX (builder rtx) builds for others"
+                "compute-capability: TensorRT builds for the GPU it runs on only; TensorRT-RTX (builder rtx) for others"
             )
         if not has_gpu:
             raise UsageError(
@@ -204,7 +205,8 @@ def _check_machine(name: str, options: BuildOptions, dry_run: bool) -> None:
     known = runtimes.load(name).capabilities
     if not capabilities:
         raise UsageError(
-            f"there is no GPU here: say which ones the engine is for, with compute-capability {','.join(known)} or some of them"
+            f"there is no GPU here: say which ones the engine is for, with compute-capability {','.join(known)} "
+            f"or some of them"
         )
     if set(capabilities) - set(known) or len(set(capabilities)) < len(capabilities):
         raise UsageError(f"compute-capability {','.join(capabilities)}: {words} knows {', '.join(known)}, each once")

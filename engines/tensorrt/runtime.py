@@ -1,4 +1,4 @@
-"""TensorRT 10 and 11 and TensorRT-RTX as one: which is there, what it lacks, and networks that are strongly typed in all of them."""
+"""TensorRT 10 and 11 and TensorRT-RTX as one: which is there, what it lacks; networks are strongly typed in all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...export.errors import MissingPackageError, UsageError
 
 
 class Package(NamedTuple):
-    """Where a builder comes from: `module` is imported, `extra` of tokexport brings it, `words` are what people call it."""
+    """Where a builder comes from: `module` is imported, `extra` brings it, `words` are what people call it."""
 
     module: str
     extra: str
@@ -51,7 +51,7 @@ class Runtime:
 
     @property
     def capabilities(self) -> dict[str, object]:
-        """Compute capabilities engines can be built for without such a GPU: {"86": ComputeCapability.SM86, ...}; empty for TensorRT."""
+        """What engines can be built for without such a GPU: {"86": ComputeCapability.SM86, ...}."""
         if not self.ahead_of_time:
             return {}
         return {
@@ -98,7 +98,7 @@ def _driver():
 
 
 def choose(builder: str = "auto") -> str:
-    """The builder that is meant: "rtx" or "tensorrt". "auto": TensorRT where it and a GPU are there, TensorRT-RTX otherwise.
+    """The builder that is meant; of "auto" TensorRT where it and a GPU are there, TensorRT-RTX otherwise.
 
     Raises: UsageError for another word, MissingPackageError when it is not installed.
     """
@@ -120,7 +120,8 @@ def load(name: str) -> Runtime:
         trt = import_module(package.module)
     except Exception as e:
         raise UsageError(
-            f"{package.words} is installed but cannot be loaded ({type(e).__name__}: {e}): it needs NVIDIA's own libraries"
+            f"{package.words} is installed but cannot be loaded ({type(e).__name__}: {e}): "
+            f"it needs NVIDIA's own libraries"
         ) from None
     return Runtime(name, package.words, trt.__version__, trt)
 

@@ -35,7 +35,7 @@ class Builder:
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or an output of an engine: `type` as in NumPy ("float32"), `shape` with null for the batch where it is free."""
+    """An input or output of an engine: `type` as in NumPy ("float32"), `shape` with None for a free batch."""
 
     name: str
     type: str
@@ -59,7 +59,8 @@ class EngineFile:
         batch: the fixed one, or null.
         size: bytes.
         sha256: of the engine.
-        request: SHA-256 of what was asked, of the builder's version and of all bytes of the ONNX file; by it an engine is known again.
+        request: SHA-256 of what was asked, of the builder's version and of all bytes of the ONNX file; by it an engine
+            is known again.
         source: path of the ONNX file when it was built.
         source_sha256: of that file and of its weights beside it.
         warnings: of the builder, each once.
@@ -111,18 +112,23 @@ def sidecar(path: Path) -> Path:
 def read_sidecar(path: str | Path) -> EngineFile:
     """The sidecar of an engine.
 
-    Raises: UsageError when either is missing or damaged, they do not belong together, or this version cannot read it (see `records`).
+    Raises: UsageError when either is missing or damaged, they do not belong together, or this version cannot read it
+    (see `records`).
     """
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     beside = sidecar(path)
     if not beside.is_file():
-        raise UsageError(f"{path} has no {beside.name} beside it: it was not built by `tokexport trt`, or was moved without it")
+        raise UsageError(
+            f"{path} has no {beside.name} beside it: it was not built by `tokexport trt`, or was moved without it"
+        )
     data = parse(beside.read_bytes(), name=str(beside))
     engine = from_document(EngineFile, data, name=str(beside), remake="tokexport trt")
     if sha256_of(path) != engine.sha256:
-        raise UsageError(f"{path} is not the engine that {beside.name} speaks of (truncated or replaced): build it again")
+        raise UsageError(
+            f"{path} is not the engine that {beside.name} speaks of (truncated or replaced): build it again"
+        )
     return engine
 
 

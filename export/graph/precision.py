@@ -1,8 +1,8 @@
-"""Precision is decided in the graph: TensorRT 11 and TensorRT-RTX build strongly typed networks, without flags for FP16 or BF16.
+"""Precision is decided in the graph: TensorRT 11 and TensorRT-RTX build strongly typed networks, without flags for it.
 
-A typed file has its trunk (embedding, attention, MLP, head) in a low type; decisions, sizes and merging stay in float32 (see `stages`),
-and so do the input and the outputs. A Cast stands only where a value goes from one to the other, once for each value. Which type a
-precision has is said by its row of `precisions.TABLE`.
+A typed file has its trunk (embedding, attention, MLP, head) in a low type; decisions, sizes and merging stay in float32
+(see `stages`), and so do the input and the outputs. A Cast stands only where a value goes from one to the other, once
+for each value. Which type a precision has is said by its row of `precisions.TABLE`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from ..provenance import of_model, store
 
 
 def graph_precisions() -> tuple[str, ...]:
-    """Names of the precisions that a float32 graph can be converted to, float32 itself among them (int8 needs calibration besides)."""
-    return tuple(name for name, row in precisions.TABLE.items() if row.in_file and row.product_type == row.tensorrt_type)
+    """Precisions that a float32 graph can be converted to, float32 itself among them; int8 takes calibration too."""
+    return tuple(
+        name for name, row in precisions.TABLE.items() if row.in_file and row.product_type == row.tensorrt_type
+    )
 
 
 def convert(proto, weights: dict, precision: str):
@@ -32,7 +34,8 @@ def convert(proto, weights: dict, precision: str):
     Returns:
         (onnx.ModelProto, weights) as they came in.
     Raises:
-        UsageError: the nodes have no stages, the graph is typed already, or a weight is more than the low type can hold.
+        UsageError: the nodes have no stages, the graph is typed already, or a weight is more than the low type can
+        hold.
     """
     import onnx
 
@@ -60,11 +63,11 @@ def write_as(path: Path, output: Path, precision: str) -> int:
 class _TypedGraph:
     """One pass over a float32 graph that gives each node the type of its stage.
 
-    Node by node, in order: float32 constants that it reads are converted, values that were made in the other type are cast (`_read`);
-    what it makes is noted as being of its type, and cast back where a caller reads it (`_write`).
+    Node by node, in order: float32 constants that it reads are converted, values that were made in the other type are
+    cast (`_read`); what it makes is noted as being of its type, and cast back where a caller reads it (`_write`).
 
-    Example: `x = MatMul(a, w)` in block0.attn and `_, i = TopK(x)` in block0.match, of a float32 input a, become in fp16
-    `a.fp16 = Cast(a)`, `x = MatMul(a.fp16, w.fp16)`, `x.fp32 = Cast(x)`, `_, i = TopK(x.fp32)`.
+    Example: `x = MatMul(a, w)` in block0.attn and `_, i = TopK(x)` in block0.match, of a float32 input a, become in
+    fp16 `a.fp16 = Cast(a)`, `x = MatMul(a.fp16, w.fp16)`, `x.fp32 = Cast(x)`, `_, i = TopK(x.fp32)`.
     """
 
     def __init__(self, proto, weights: dict, low: int):
@@ -76,7 +79,7 @@ class _TypedGraph:
             raise UsageError("the graph has fp16 or bf16 in it already: give the float32 file")
         if not all(stages.of_node(n.name) for n in proto.graph.node):
             raise UsageError(
-                "the graph's nodes do not say what part of the model they are: make the file again with this version of tokexport"
+                "the graph's nodes do not say what part of the model they are: make the file again with this version"
             )
         self.model = onnx.ModelProto()
         self.model.CopyFrom(proto)
@@ -119,7 +122,7 @@ class _TypedGraph:
         return self.copies.get((name, wanted), name)
 
     def _write(self, name: str, made_in: int, stage: str) -> str:
-        """The name under which a node makes a value; one that callers read is cast to float32 at once and keeps its name there."""
+        """The name under which a node makes a value; what callers read is cast to float32 and keeps its name."""
         if self.types.get(name) != self.high:
             return name
         self.made_in[name] = made_in
@@ -162,7 +165,8 @@ class _TypedGraph:
         limit, largest = float(ml_dtypes.finfo(dtype).max), float(np.abs(array).max(initial=0))
         if largest > limit:
             raise UsageError(
-                f"weight {name} has values up to {largest:.3g}, more than {_short_name(self.low)} can hold ({limit:g}): use bf16"
+                f"weight {name} has values up to {largest:.3g}, more than {_short_name(self.low)} can hold "
+                f"({limit:g}): use bf16"
             )
         tensor = onnx_ir.tensor(array.astype(dtype), name=new_name)
         return tensor if name in self.large else serialize_tensor(tensor)
@@ -179,8 +183,8 @@ def _short_name(onnx_type: int) -> str:
 def _turned_products(nodes: list, casts: set[str]) -> list:
     """Products A^T B of which B has just been cast, as (B^T A)^T.
 
-    TensorRT-RTX 1.7 cannot build the first form (a check in its Myelin, tactic.cpp:2418, fails); the second is the same sum. It can go
-    when a newer TensorRT-RTX builds `test_every_method_is_built_in_every_precision` without it.
+    TensorRT-RTX 1.7 cannot build the first form (a check in its Myelin, tactic.cpp:2418, fails); the second is the same
+    sum. It can go when a newer TensorRT-RTX builds `test_every_method_is_built_in_every_precision` without it.
     """
     from onnx import helper
 

@@ -32,7 +32,14 @@ def tome(exported):
 @pytest.fixture(scope="module")
 def elsewhere(tome, tmp_path_factory):
     """An engine for a GPU that is not here."""
-    return build_engine(tome, tmp_path_factory.mktemp("engine") / "v.plan", precision="fp16", builder="rtx", capabilities=("80",), decisions=True).path
+    return build_engine(
+        tome,
+        tmp_path_factory.mktemp("engine") / "v.plan",
+        precision="fp16",
+        builder="rtx",
+        capabilities=("80",),
+        decisions=True,
+    ).path
 
 
 def test_an_engine_gives_its_decisions_when_asked(elsewhere, tome, tmp_path):
@@ -84,7 +91,9 @@ def test_an_engine_that_cannot_run_is_a_row_with_its_error(elsewhere, exported, 
 
     from tokexport.tools.cli import group
 
-    dense = build_engine(exported("tiny_vit", method="none"), tmp_path / "d.plan", precision="fp16", builder="rtx", capabilities=("80",)).path
+    dense = build_engine(
+        exported("tiny_vit", method="none"), tmp_path / "d.plan", precision="fp16", builder="rtx", capabilities=("80",)
+    ).path
     out = CliRunner().invoke(group, ["bench", str(elsewhere), "--dense", str(dense), "--batch", "2", "--json"])
     rows = json.loads(out.stdout)["rows"]
     assert (

@@ -23,7 +23,7 @@ BUILT = Built("1.7", {"CONVOLUTION": {"FLOAT": 1}}, (Tensor("image", "float32", 
 
 @pytest.fixture
 def fake_builder(monkeypatch):
-    """A builder that writes a few bytes at once, on a machine with the GPU that is set; everything around it is real."""
+    """A builder that writes a few bytes, on a machine with the GPU that is set; all around it is real."""
     state = {"gpu": runtime.Gpu("Card A", "89"), "tasks": []}
 
     def run_child(task, progress):
@@ -132,7 +132,11 @@ def test_a_timing_cache_is_kept_only_where_it_is_asked_for(split, fake_builder):
         assert (folder / "t.cache").read_bytes() == b"+" * times
     with pytest.raises(UsageError, match="has no such cache"):
         build_engine(split, builder="rtx", timing_cache=folder / "t.cache", force=True)
-    for wrong, words in ((split, "files that are read"), (folder / "w.plan", "where the engine goes"), (folder, "directory")):
+    for wrong, words in (
+        (split, "files that are read"),
+        (folder / "w.plan", "where the engine goes"),
+        (folder, "directory"),
+    ):
         with pytest.raises(UsageError, match=words):
             build_engine(split, folder / "w.plan", builder="tensorrt", timing_cache=wrong)
     assert not (folder / "w.plan").exists()

@@ -1,4 +1,4 @@
-"""What is stored is read back as it was, or refused in words: formats, needs, kinds; docs/format.md tells every field."""
+"""What is stored is read back as it was, or refused in words; docs/format.md tells every field."""
 
 import json
 import re
@@ -40,7 +40,10 @@ def test_a_provenance_survives_json(provenance):
 
 
 FOREIGN = {
-    "before format 1": ({"format": None}, "made before format 1 of tokexport's files.*make it again with `tokexport onnx`"),
+    "before format 1": (
+        {"format": None},
+        "made before format 1 of tokexport's files.*make it again with `tokexport onnx`",
+    ),
     "newer major": ({"format": [2, 0]}, "has format 2.0, tokexport .* reads format 1: upgrade tokexport"),
     "older major": ({"format": [0, 9]}, "has format 0.9, .*make it again"),
     "no numbers": ({"format": ["1", 0]}, r"format\[0\]: wanted a whole number, got '1'"),
@@ -191,7 +194,12 @@ def test_the_page_on_the_format_tells_every_field_and_choice(record):
     rows, text = documented(record)
     assert rows == [f.name for f in fields(record)]
     for hint in typing.get_type_hints(record).values():
-        for choice in (c for kind in (hint, *typing.get_args(hint)) if typing.get_origin(kind) is Literal for c in typing.get_args(kind)):
+        for choice in (
+            c
+            for kind in (hint, *typing.get_args(hint))
+            if typing.get_origin(kind) is Literal
+            for c in typing.get_args(kind)
+        ):
             assert f"`{choice}`" in text, choice
 
 

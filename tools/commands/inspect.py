@@ -9,7 +9,7 @@ import click
 @click.argument("file")
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON on stdout.")
 def command(file, as_json):
-    """Show what FILE, an ONNX file or an engine, is: provenance, tokens per block, MACs, operators, what engine builders would say."""
+    """Show what FILE (ONNX or an engine) is: provenance, tokens per block, MACs, operators, what builders refuse."""
     from ...engines.files import EngineInspection, inspect_file
     from ..show.terminal import print_json
 
@@ -37,7 +37,10 @@ def _file_lines(inspection) -> list[tuple[str, str]]:
         ("MACs", macs_words(inspection.macs, inspection.macs_dense)),
         _input(p, inspection.batch or "dynamic"),
         ("outputs", ", ".join(p.outputs) + (f" ({len(p.labels)} labels)" if p.labels else "")),
-        ("file", f"{size_words(inspection.size)}, opset {p.opset}, {p.precision}, for {p.target}, tokexport {p.version}"),
+        (
+            "file",
+            f"{size_words(inspection.size)}, opset {p.opset}, {p.precision}, for {p.target}, tokexport {p.version}",
+        ),
         ("graph", f"{sum(inspection.ops.values())} nodes: " + ", ".join(f"{n} {k}" for k, n in inspection.ops.items())),
         ("engines", "nothing that a builder refuses" if not refusals else "REFUSED: " + "; ".join(refusals)),
         *(("note", note) for note in p.schedule.notes),
@@ -54,7 +57,10 @@ def _engine_lines(engine, n_layers: int) -> list[tuple[str, str]]:
         ("tokens", tokens_words(p.schedule.n_tokens, p.schedule.tokens_per_block())),
         _input(p, engine.batch or "dynamic"),
         ("outputs", ", ".join(engine.output_names)),
-        ("engine", f"{builder.words} {builder.version}, {engine.precision}, {size_words(engine.size)}, from {engine.source}"),
+        (
+            "engine",
+            f"{builder.words} {builder.version}, {engine.precision}, {size_words(engine.size)}, from {engine.source}",
+        ),
         *engine_lines(engine),
         *([("built", f"{n_layers} layers in the engine")] if n_layers else []),
     ]

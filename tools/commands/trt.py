@@ -39,7 +39,9 @@ def _precision_flags(function):
 )
 @click.option("--batch", metavar="MIN:BEST:MAX", help="Batch sizes of a file with a dynamic batch.  [default: 1:8:32]")
 @click.option(
-    "--timing-cache", metavar="FILE", help="TensorRT: a file of what was measured in builds before, read and written anew."
+    "--timing-cache",
+    metavar="FILE",
+    help="TensorRT: a file of what was measured in builds before, read and written anew.",
 )
 @click.option(
     "--opt-level", type=int, metavar="0-5", help="How long the builder may search; default the builder's own."
@@ -102,7 +104,7 @@ def command(
 
 
 def _capabilities(text: str | None) -> tuple[str, ...]:
-    """"8.6,sm120" -> ("86", "120")."""
+    """ "8.6,sm120" -> ("86", "120")."""
     parts = () if text is None else text.split(",")
     return tuple(part.strip().lower().removeprefix("sm").replace(".", "") for part in parts)
 
