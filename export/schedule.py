@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from . import reducers
 from .errors import UsageError
 from .step import ModelSize, Step
+from .records import decode, encode
 
 POOLS = ("auto", "size", "mean")
 
@@ -106,15 +107,12 @@ class Schedule:
 
     def to_json(self) -> dict:
         """Plain JSON values; `from_json` takes them back."""
-        return {**asdict(self), "steps": [asdict(s) for s in self.steps], "notes": list(self.notes)}
+        return encode(self)
 
     @classmethod
     def from_json(cls, data: dict) -> "Schedule":
-        """The schedule that `to_json` gave. Raises: UsageError when a field is missing or does not fit."""
-        try:
-            return cls(**{**data, "steps": tuple(Step(**s) for s in data["steps"]), "notes": tuple(data["notes"])})
-        except (TypeError, KeyError) as e:
-            raise UsageError(f"not a schedule: {e}") from None
+        """Raises UsageError when a field is missing or does not fit."""
+        return decode(cls, data, name="not a schedule")
 
     @classmethod
     def parse(cls, method: str, *, n_tokens: int, depth: int, n_prefix: int = 1, **options) -> "Schedule":

@@ -130,7 +130,7 @@ def verify(
         precision = max(precision, _comparable(path, provenance, against), key=TOLERANCE.get)
     names, pixels = _images(images, provenance)
     progress("rebuilding the reference")
-    loaded = rebuild(provenance, Path(path), checkpoint, predictor)
+    loaded = rebuild(provenance, Path(path), checkpoint=checkpoint, predictor=predictor)
     reference = ReducedViT(loaded.module, provenance.schedule, score_heads(loaded, provenance.schedule))
     found, own, dense = Comparison(provenance, precision, against is not None), [], []
     with open_side(path, runtime) as run, open_side(against, runtime) as other:

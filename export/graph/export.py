@@ -108,8 +108,8 @@ def export_onnx(
 def _check_request(plain: PlainViT, schedule: Schedule, *, batch: int | None, opset: int, dtype: str) -> None:
     if opset not in OPSETS:
         raise UsageError(f"opset {opset}: wanted {OPSETS[0]} to {OPSETS[-1]}")
-    if dtype not in precision.DTYPES:
-        raise UsageError(f"dtype {dtype}: wanted one of {', '.join(precision.DTYPES)}")
+    if dtype not in precision.graph_precisions():
+        raise UsageError(f"dtype {dtype}: wanted one of {', '.join(precision.graph_precisions())}")
     if batch is not None and batch < 1:
         raise UsageError(f"batch {batch}: wanted 1 or more, or None for any number")
     wanted, there = tracing_bytes(plain, schedule, batch=batch), memory_bytes()

@@ -72,24 +72,17 @@ def command(
 
     tokexport onnx --method tome --r 13 -o vit.onnx
     """
+    from ...engines.onnx_export import check_precision
     from ...export.files import check_output
     from ..show.terminal import console, print_json, stages
 
     images = _batch(batch)
-    if bool(calib) != (dtype == "int8"):
-        raise UsageError(
-            f"--dtype {dtype}: "
-            + (
-                "--calib goes with --dtype int8: leave it out"
-                if calib
-                else "wanted --calib IMAGES too, a folder of some tens of images like those the model will see"
-            )
-        )
+    check_precision(dtype, calib)
     path = check_output(f"{name}.{method}.onnx" if output is None else output, force, [checkpoint, predictor, *calib])
     out = console()
     with stages(out) as progress:
         progress("loading torch")
-        from ...export.graph import export as onnx_export
+        from ...engines.onnx_export import export_onnx
         from ...export.models import load
 
         learned = _check_method(method, options, predictor)
@@ -97,10 +90,19 @@ def command(
         loaded = load.load_model(name, load.parse_kwargs(model_kwargs), checkpoint, pretrained, seed, predictor)
         with as_flags(options):
             schedule = loaded.schedule(method, **options)
-        export = lambda to, dtype: onnx_export.export_onnx(
-            loaded, schedule, to, images, opset, simplify, sources, force, dtype, progress
+        result = export_onnx(
+            loaded,
+            schedule,
+            path,
+            dtype=dtype,
+            calibration=calib,
+            force=force,
+            progress=progress,
+            batch=images,
+            opset=opset,
+            simplify=simplify,
+            sources=sources,
         )
-        result = _int8(export, calib, path, force, progress) if dtype == "int8" else export(path, dtype)
     notes = [*loaded.notes, *schedule.notes]
     if learned and not loaded.heads:
         notes.append("the score heads are random too (same seed): give --predictor FILE, or a checkpoint that has them")
@@ -118,24 +120,6 @@ def _check_method(method: str, options: dict, predictor: str | None) -> bool:
     if predictor and method not in learned:
         raise UsageError(f"--predictor goes with --method {', '.join(learned)}, not with {method}")
     return method in learned
-
-
-def _int8(export, calib, path, force: bool, progress):
-    """The fp32 file is made aside and quantised to path."""
-    import tempfile
-    from dataclasses import replace
-    from pathlib import Path
-
-    from ...engines.images import find_images
-    from ...engines.quantize import quantize
-    from ...export.inspection import inspect
-
-    find_images(list(calib))  # known before the export
-    with tempfile.TemporaryDirectory(prefix=".tokexport-", dir=path.parent) as aside:
-        result = export(Path(aside) / path.name, "fp32")
-        quantize(result.path, list(calib), path, force, progress)
-    made = inspect(path)
-    return replace(result, path=path, provenance=made.provenance, nodes=sum(made.ops.values()), size=made.size)
 
 
 def _batch(text: str) -> int | None:
