@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tokexport.engines.parity import limits as tolerances
+from tokexport.export import precisions
 from tokexport.export.reducers import METHODS
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -66,15 +66,16 @@ def test_the_limits_of_verify_are_those_of_the_code():
     table = rows("| | fp32 | tf32, fp16 ")
     for column, names in enumerate(table[""]):
         for precision in names.split(", "):
-            near = tolerances.NEAR_TIE[precision]
+            row = precisions.get(precision)
+            scores = {row.near_tie[signal] for signal in ("class_attention", "mean_attention", "score_head")}
             limits = {
-                "outputs": [tolerances.TOLERANCE[precision]],
-                "one stage": [tolerances.STAGE[precision]],
-                "near-tie": [near["metric"], near["attention"]],
+                "outputs": [row.output_limit],
+                "one stage": [row.stage_limit],
+                "near-tie": [row.near_tie["keys"], *scores],
             }
-            assert near["attention"] == near["head"]
-            for row, wanted in limits.items():
-                assert [float(v) for v in table[row][column].split("; ")] == wanted, (precision, row)
+            assert len(scores) == 1
+            for title, wanted in limits.items():
+                assert [float(v) for v in table[title][column].split("; ")] == wanted, (precision, title)
 
 
 def test_make_targets_named_in_the_readme_exist():
