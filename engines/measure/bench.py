@@ -126,7 +126,7 @@ def break_even(measured: list[dict]) -> dict[tuple[str, str], int | None]:
 
 def agreement(path: Path, dense: Path, runtime: str, image: np.ndarray) -> dict:
     """A file's outputs against the dense model's on images: mean cosine, and top1 (None without classes)."""
-    from ..parity.compare import cosines, top
+    from ..parity.outputs import cosines, top
     from ..runners import in_batches
 
     outputs = []
@@ -134,7 +134,7 @@ def agreement(path: Path, dense: Path, runtime: str, image: np.ndarray) -> dict:
         with open_runner(p, runtime) as runner:
             name = inspect(p).provenance.outputs[0]
             outputs.append(in_batches(runner, image)[name].astype(np.float64))
-    return {"cosine": float(cosines(*outputs).mean()), "top1": top(*outputs, 1) if name == "logits" else None}
+    return {"cosine": float(cosines(*outputs).mean()), "top1": float(top(*outputs, 1).mean()) if name == "logits" else None}
 
 
 def machine() -> dict:
