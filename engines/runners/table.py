@@ -56,7 +56,7 @@ TABLE = {
     for runtime in (
         Runtime("ort", "ONNX Runtime", "onnxruntime", "cpu", ".ort", profiler="profile", provider="CPUExecutionProvider"),
         Runtime("openvino", "OpenVINO", "openvino", "cpu", ".openvino", profiler="profile"),
-        Runtime("torch", "PyTorch, the eager reference", "torch", "cpu", ".eager"),
+        Runtime("torch", "PyTorch, the eager reference", "torch", "export", ".eager"),
         Runtime("ort-cuda", "ONNX Runtime with CUDA", "onnxruntime", "gpu", ".ort", "gpu", provider="CUDAExecutionProvider"),
         Runtime(
             "ort-tensorrt", "ONNX Runtime with TensorRT", "onnxruntime", "gpu", ".ort", "gpu", provider="TensorrtExecutionProvider"
