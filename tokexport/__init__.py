@@ -13,6 +13,9 @@ _HOME = {
     "inspect": "export.inspection",
     "verify": "engines.parity.verify",
     "open_runner": "engines.runners",
+    "bench": "engines.measure.bench",
+    "evaluate": "engines.measure.evaluate",
+    "predict": "engines.predict",
     "UsageError": "export.errors",
 }
 
