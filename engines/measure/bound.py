@@ -17,6 +17,7 @@ from ...export.graph import stages
 from ...export.inspection import Inspection
 from ...export.schedule import Step
 
+CUT = "Cut"  # what the names of new nodes begin with
 SIZES = (1.0, 2.0)  # token sizes in turn: not all alike, or a runtime would take the addition of their logarithm out
 
 
@@ -69,8 +70,8 @@ class _Cut:
 
     @property
     def prefix(self) -> str:
-        """What the new nodes are called."""
-        return f"block{self.step.block}.merge/cut"
+        """What the new values are called."""
+        return f"block{self.step.block}.cut"
 
     def leaves(self, value: _Value) -> bool:
         """Whether a value is the step's remaining tokens: rows [B n_out, C] or [B, n_out, C]."""
@@ -84,7 +85,7 @@ class _Cut:
 
         single = self.value.shape == (self.step.n_in, self.width)
         node = lambda kind, inputs, output, **options: helper.make_node(
-            kind, inputs, [output], name=f"{self.prefix}_{kind}_{output}", **options
+            kind, inputs, [output], name=f"block{self.step.block}.merge/{CUT}{kind}_{output}", **options
         )
         chain, current, new = [], self.tokens, iter(f"{self.prefix}.{name}.{i}" for i in range(4))
         if not single and len(self.value.shape) == 2:
@@ -139,12 +140,12 @@ def _cut_of(graph, step: Step, values: dict[str, _Value], inspection: Inspection
     width, stage = inspection.provenance.dims["width"], f"block{step.block}"
     inside = [n for n in graph.node if stages.of_node(n.name) in (f"{stage}.match", f"{stage}.merge")]
     made = {name for node in inside for name in node.output}
-    for node in inside:
+    layouts = ((step.n_in, width), (None, width), (None, step.n_in, width), (inspection.batch, step.n_in, width))
+    # Whoever merges reads the tokens, unless the match stage has gathered them already.
+    for node in sorted(inside, key=lambda n: stages.of_node(n.name), reverse=True):
         for name in node.input:
-            value = values.get(name)
-            if stages.of_node(node.name).endswith("merge") and name not in made and value and len(value.shape) in (2, 3):
-                if value.shape[-1] == width:
-                    return _Cut(step, made, name, value, width)
+            if name not in made and name in values and values[name].shape in layouts:
+                return _Cut(step, made, name, values[name], width)
     raise GraphError(f"{inspection.path}: block {step.block} has no tokens that could be cut off")
 
 
@@ -169,9 +170,10 @@ def _without_casts(nodes: list, output: str) -> list:
     maker = {name: node for node in nodes for name in node.output}
     same: dict[str, str] = {}
     for node in nodes:
-        before = maker.get(node.input[0]) if node.op_type == "Cast" else None
-        if before is not None and before.op_type == "Cast" and "/cut_" in before.name and node.output[0] != output:
+        before = maker.get(node.input[0]) if node.op_type == "Cast" else None  # to float32; this one is back
+        if before is not None and before.op_type == "Cast" and f"/{CUT}" in before.name and node.output[0] != output:
             same[node.output[0]] = before.input[0]
+    nodes = [node for node in nodes if node.output[0] not in same]
     for node in nodes:
         for i, name in enumerate(node.input):
             node.input[i] = same.get(name, name)

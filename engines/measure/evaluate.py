@@ -84,7 +84,7 @@ def added(shards: Iterable[list[Accuracy]]) -> list[Accuracy]:
 
 def evaluate(
     path: str | Path,
-    images: str | Path | list[LabelledImage],
+    images: str | Path | list[tuple[str | Path, int]],
     *,
     runtime: str = "ort",
     limit: int | None = None,
@@ -122,7 +122,7 @@ def evaluate(
         raise UsageError(f"shard {shard} of {shards}: wanted 0 to {shards - 1}")
     if not isinstance(images, list):
         images = labelled(Path(images), inspection.provenance, limit=limit)
-    part = images[shard::shards]
+    part = [LabelledImage(Path(photo), label) for photo, label in images[shard::shards]]
     models = {}
     if reference or dense:
         models = _eager_models(

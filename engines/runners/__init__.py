@@ -6,7 +6,9 @@ from pathlib import Path
 
 from ...export.errors import UsageError
 from .base import AT_ONCE as AT_ONCE
-from .base import Runner, RunnerOptions, failure
+from .base import Runner as Runner
+from .base import RunnerOptions as RunnerOptions
+from .base import failure
 from .base import in_batches as in_batches
 from .table import TABLE as TABLE
 from .table import names as names

@@ -246,7 +246,7 @@ def test_a_measuring_process_that_dies_is_one_error(tome):
         jobs.measure_in_processes(job, 2)
 
 
-@pytest.mark.parametrize("batch", [None, 1, 3])
+@pytest.mark.parametrize("batch", [None, 1])
 def test_the_bound_has_the_counts_and_no_matching(options, batch, exported):
     """Of every method: it runs, and neither a choice nor a scatter is left in it."""
     if options["method"] == "none":
