@@ -469,9 +469,9 @@ def test_bench_compares_like_with_like(call, vit, tmp_path):
         ([vit, "--dense", other], "one model"),
         ([vit, "--dense", vit], "among the files"),
         ([fixed, "--dense", vit, "--batch", "3"], "reduced"),
-        ([fixed, "--batch", "1"], "--batch 3"),
-        ([vit, "--seconds", "nan"], "--seconds"),
-        ([vit, "--threads", "99999"], "--threads"),
+        ([fixed, "--batch", "1"], "give batch 3"),
+        ([vit, "--seconds", "nan"], "seconds nan"),
+        ([vit, "--threads", "99999"], "threads 99999"),
     ):
         code, _, err = call("bench", *args)
         assert code == 2 and word in err, err
