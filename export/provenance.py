@@ -20,8 +20,8 @@ class Preprocess:
     """
 
     size: tuple[int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     interpolation: str = "bicubic"
     crop: float = 1.0
     crop_mode: str = "center"
@@ -34,7 +34,7 @@ class Provenance:
     version: of tokexport. model, model_kwargs: for timm. weights: see `LoadedModel`. schedule: the token counts. preprocess: of the images.
     opset: of the graph. precision: "fp32", "fp16", "bf16" or "int8". outputs: names. dims: sizes the MACs are counted from.
     labels: class names when known. decisions: names of the graph's values that hold the merge plans. calibration: images int8's
-    scales were measured on.
+    scales were measured on. activation: "softmax", "sigmoid" or "none", what makes probabilities of the logits.
     """
 
     version: str
@@ -50,6 +50,7 @@ class Provenance:
     labels: tuple[str, ...] = ()
     decisions: tuple[str, ...] = field(default=())
     calibration: int = 0
+    activation: str | None = None
 
     def to_json(self) -> str:
         """One line of JSON; `from_json` takes it back."""

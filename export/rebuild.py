@@ -23,6 +23,8 @@ def rebuild(
         source["seed"] = weights["seed"]
     if predictor or weights.get("predictor"):
         source["predictor"] = predictor or _found(weights["predictor"], path, "--predictor")
+    if "checkpoint" in source:
+        source |= {"weights": weights.get("set"), "pos_grid": tuple(weights["pos_grid"]) if "pos_grid" in weights else None}
     loaded = load_model(provenance.model, provenance.model_kwargs, **source)
     if loaded.weights["sha256"] != weights["sha256"]:
         raise UsageError(
@@ -34,7 +36,7 @@ def rebuild(
 
 def _found(said: str, path: Path, option: str) -> Path:
     """A file of weights where it was when the file at path was made, or beside it."""
-    found = next((p for p in (Path(said), path.parent / Path(said).name) if p.is_file()), None)
+    found = next((p for p in (Path(said), path.parent / Path(said).name) if p.exists()), None)
     if found is None:
         raise UsageError(
             f"{path} was made from {said}, which is not there (nor beside the file): give it with {option}"

@@ -19,7 +19,7 @@ from .. import macs
 from ..models import vit
 from ..errors import UsageError
 from ..models.load import LoadedModel
-from ..provenance import KEY, Preprocess, Provenance
+from ..provenance import KEY, Provenance
 from ..schedule import Schedule
 from ..models.score_head import score_heads
 from .static_vit import StaticViT
@@ -116,34 +116,22 @@ def _provenance(loaded: LoadedModel, schedule: Schedule, opset: int, sources: bo
         loaded.kwargs,
         loaded.weights,
         schedule,
-        preprocess_of(model),
+        loaded.preprocess,
         opset,
         dtype,
         outputs,
         vit.dims(model),
         labels_of(loaded),
-    )
-
-
-def preprocess_of(model) -> Preprocess:
-    """timm's data configuration of a model, for the image size it was made with."""
-    from timm.data import resolve_model_data_config
-
-    cfg = resolve_model_data_config(model, verbose=False)
-    return Preprocess(
-        tuple(model.patch_embed.img_size),
-        tuple(cfg["mean"]),
-        tuple(cfg["std"]),
-        cfg["interpolation"],
-        float(cfg["crop_pct"]),
-        cfg["crop_mode"],
+        activation=loaded.activation,
     )
 
 
 def labels_of(loaded: LoadedModel) -> tuple[str, ...]:
-    """ImageNet class names for trained weights of an ImageNet classifier; empty when not known."""
+    """Class names of the checkpoint's folder, or ImageNet's for trained weights of its classifiers; empty when not known."""
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
+    if loaded.labels:
+        return loaded.labels
     if loaded.weights["source"] == "random" or loaded.module.num_classes not in (1000, 21841, 21843, 11821, 12000):
         return ()
     subset = infer_imagenet_subset(loaded.module)

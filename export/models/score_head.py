@@ -34,7 +34,7 @@ class ScoreHead(nn.Module):
 
 
 def make_heads(state: dict[str, torch.Tensor], width: int) -> nn.ModuleList:
-    """Score heads, one a stage, from {"0.in_conv.0.weight": ...} (checked by `formats.check_heads`)."""
+    """Score heads, one a stage, from {"0.in_conv.0.weight": ...} (checked by `score_heads.check_heads`)."""
     heads = nn.ModuleList(ScoreHead(width) for _ in {k.split(".")[0] for k in state})
     heads.load_state_dict(state)
     return heads.eval().requires_grad_(False)
@@ -75,7 +75,7 @@ def score_heads(loaded, schedule) -> nn.ModuleList | None:
     """
     if not any(s.site == "pre_block" for s in schedule.steps):
         return None
-    from ..checkpoints.formats import check_heads, random_heads
+    from ..checkpoints.score_heads import check_heads, random_heads
 
     width, stages, state = loaded.module.embed_dim, len(schedule.options["at"]), loaded.heads
     if not state and loaded.weights["source"] != "random":

@@ -103,7 +103,7 @@ SCRIPTS = {
 def test_a_file_of_each_training_script_loads(script, zipped, tmp_path):
     model = model_of()
     torch.save(SCRIPTS[script](model.state_dict()), tmp_path / "vit.pth", _use_new_zipfile_serialization=zipped)
-    loaded = load_model(NAME, KWARGS, tmp_path / "vit.pth")
+    loaded = load_model(NAME, KWARGS, checkpoint=tmp_path / "vit.pth")
     assert torch.equal(loaded.module(X), model(X)) and loaded.notes == [] and loaded.heads == {}
 
 
@@ -165,14 +165,14 @@ def test_each_row_of_the_table_has_a_case():
 def test_a_format_gives_the_numbers_of_the_original(case, tmp_path):
     model, state, kwargs, script = CASES[case]()
     torch.save(SCRIPTS[script](state) if script else state, tmp_path / "vit.pth")
-    loaded = load_model(NAME, {**KWARGS, **kwargs}, tmp_path / "vit.pth")
+    loaded = load_model(NAME, {**KWARGS, **kwargs}, checkpoint=tmp_path / "vit.pth")
     assert torch.allclose(loaded.module(X), model(X), atol=1e-6, rtol=0)
     row = next(r for r in formats.FORMATS if r.name.startswith(case))
     assert loaded.notes == [f"checkpoint format: {row.name}"]
     other = {k: v + 0.05 if v.is_floating_point() else v for k, v in state.items()}
     torch.save(other, tmp_path / "other.pth")
     assert not torch.allclose(
-        load_model(NAME, {**KWARGS, **kwargs}, tmp_path / "other.pth").module(X), model(X), atol=1e-6, rtol=0
+        load_model(NAME, {**KWARGS, **kwargs}, checkpoint=tmp_path / "other.pth").module(X), model(X), atol=1e-6, rtol=0
     )
 
 
@@ -204,7 +204,7 @@ def test_positions_without_a_class_row_are_resized_as_timm_does(tmp_path):
     like = timm.create_model(NAME, **{**KWARGS, "img_size": 48, "no_embed_class": True}).eval()
     like.load_state_dict(checkpoint_filter_fn(dict(state), like))
     torch.save({"net": state}, tmp_path / "vit.pth")
-    loaded = load_model(NAME, {**KWARGS, "img_size": 48}, tmp_path / "vit.pth")
+    loaded = load_model(NAME, {**KWARGS, "img_size": 48}, checkpoint=tmp_path / "vit.pth")
     x = torch.randn(1, 3, 48, 48)
     assert torch.allclose(loaded.module(x), like(x), atol=1e-6, rtol=0)
     assert loaded.notes[1] == "position embedding resized from 4x4 to 6x6 patches, as timm does"
@@ -215,7 +215,7 @@ def test_prefix_tokens_without_a_position_get_zeros(kwargs, prefix, tmp_path):
     """Any constant over the channels would give the same logits, for the norms take it away: the rows themselves are looked at."""
     model = model_of(no_embed_class=True, **kwargs)
     torch.save(model.state_dict(), tmp_path / "vit.pth")
-    loaded = load_model(NAME, {**KWARGS, **kwargs}, tmp_path / "vit.pth")
+    loaded = load_model(NAME, {**KWARGS, **kwargs}, checkpoint=tmp_path / "vit.pth")
     assert (
         torch.equal(loaded.module.pos_embed[:, prefix:], model.pos_embed)
         and not loaded.module.pos_embed[:, :prefix].any()
@@ -266,7 +266,7 @@ def test_rows_of_the_class_token_are_told_from_the_count(rows, wanted, n_patches
 def test_tensors_of_other_shapes_are_not_converted_but_listed(change, tmp_path):
     torch.save({**model_of().state_dict(), **change}, tmp_path / "vit.pth")
     with pytest.raises(UsageError, match="other shapes"):
-        load_model(NAME, {**KWARGS, "no_embed_class": True}, tmp_path / "vit.pth")
+        load_model(NAME, {**KWARGS, "no_embed_class": True}, checkpoint=tmp_path / "vit.pth")
 
 
 def test_files_by_timms_names_are_left_as_they_are():
@@ -294,9 +294,9 @@ def test_a_fine_tuned_mae_loads_with_average_pooling_and_otherwise_says_so(tmp_p
     model = model_of(global_pool="avg")
     assert "fc_norm.weight" in model.state_dict() and "norm.weight" not in model.state_dict()
     torch.save(SCRIPTS["MAE"](model.state_dict()), tmp_path / "mae.pth")
-    assert torch.equal(load_model(NAME, {**KWARGS, "global_pool": "avg"}, tmp_path / "mae.pth").module(X), model(X))
+    assert torch.equal(load_model(NAME, {**KWARGS, "global_pool": "avg"}, checkpoint=tmp_path / "mae.pth").module(X), model(X))
     with pytest.raises(UsageError, match="--model-kwargs global_pool=avg"):
-        load_model(NAME, KWARGS, tmp_path / "mae.pth")
+        load_model(NAME, KWARGS, checkpoint=tmp_path / "mae.pth")
 
 
 def test_a_pretrained_mae_with_its_decoder_is_refused(tmp_path):
@@ -309,7 +309,7 @@ def test_a_pretrained_mae_with_its_decoder_is_refused(tmp_path):
     }
     torch.save({"model": state}, tmp_path / "mae.pth")
     with pytest.raises(UsageError, match="MAE's pretraining .* give the file of a fine-tuned model"):
-        load_model(NAME, KWARGS, tmp_path / "mae.pth")
+        load_model(NAME, KWARGS, checkpoint=tmp_path / "mae.pth")
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_a_model_of_other_options_is_refused_with_the_option(kwargs, said, tmp_p
         {k.replace("ls1.gamma", "gamma_1"): v for k, v in model_of(**kwargs).state_dict().items()}, tmp_path / "vit.pth"
     )
     with pytest.raises(UsageError, match=said):
-        load_model(NAME, KWARGS, tmp_path / "vit.pth")
+        load_model(NAME, KWARGS, checkpoint=tmp_path / "vit.pth")
 
 
 def test_a_tensor_by_two_names_is_refused(tmp_path):
@@ -337,7 +337,7 @@ def test_a_tensor_by_two_names_is_refused(tmp_path):
 def test_score_heads_come_with_the_checkpoint(script, slot, tmp_path):
     model, heads = model_of(no_embed_class=not slot), heads_state()
     torch.save(SCRIPTS[script]({**model.state_dict(), **heads}), tmp_path / "vit.pth")
-    loaded = load_model(NAME, KWARGS, tmp_path / "vit.pth")
+    loaded = load_model(NAME, KWARGS, checkpoint=tmp_path / "vit.pth")
     assert (
         loaded.notes[0] == "checkpoint format: DynamicViT or dTPS (score heads for 3 stages)"
         and len(loaded.notes) == 2 - slot
@@ -393,7 +393,7 @@ def test_score_heads_come_from_a_file_of_their_own(name, write, tmp_path):
 def test_the_predictors_file_wins_over_the_checkpoint_and_a_note_says_so(tmp_path):
     torch.save({**model_of().state_dict(), **heads_state(2)}, tmp_path / "vit.pth")
     torch.save(heads_state(3), tmp_path / "heads.pth")
-    loaded = load_model(NAME, KWARGS, tmp_path / "vit.pth", predictor=tmp_path / "heads.pth")
+    loaded = load_model(NAME, KWARGS, checkpoint=tmp_path / "vit.pth", predictor=tmp_path / "heads.pth")
     assert loaded.notes[-1] == f"score heads are taken from {tmp_path / 'heads.pth'}, not from the checkpoint"
     assert {k.split(".")[0] for k in loaded.heads} == {"0", "1", "2"}
 
@@ -488,7 +488,7 @@ def test_a_pickle_that_calls_anything_else_is_refused(hide, zipped, tmp_path):
     content = {"model": model_of().state_dict(), "args": hide(Calls(os.mkdir, str(tmp_path / "ran")))}
     torch.save(content, tmp_path / "vit.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(UsageError, match="refused, it holds Python objects that would run code"):
-        load_model(NAME, KWARGS, tmp_path / "vit.pth")
+        load_model(NAME, KWARGS, checkpoint=tmp_path / "vit.pth")
     assert not (tmp_path / "ran").exists()
 
 

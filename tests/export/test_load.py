@@ -74,7 +74,7 @@ def test_all_parts_that_are_not_plain_are_listed():
 @pytest.mark.parametrize("suffix", [".pth", ".pt"])
 def test_a_checkpoint_is_unwrapped(wrap, suffix, state, tmp_path, tiny):
     torch.save(wrap(state), tmp_path / f"vit{suffix}")
-    loaded = load_model(NAME, KWARGS, tmp_path / f"vit{suffix}")
+    loaded = load_model(NAME, KWARGS, checkpoint=tmp_path / f"vit{suffix}")
     assert loaded.weights == {
         "source": "checkpoint",
         "file": str(tmp_path / f"vit{suffix}"),
@@ -96,7 +96,7 @@ def test_missing_and_unexpected_keys_and_shapes_are_all_listed(state, tmp_path):
     wrong["head.weight"], wrong["blocks.0.norm1.bias"] = torch.zeros(7, 64), torch.zeros(3)
     save_file(wrong, tmp_path / "vit.safetensors")
     with pytest.raises(UsageError) as e:
-        load_model(NAME, KWARGS, tmp_path / "vit.safetensors")
+        load_model(NAME, KWARGS, checkpoint=tmp_path / "vit.safetensors")
     said = str(e.value)
     for key in (k for k in state if k.startswith("blocks.5.")):
         assert key in said
@@ -114,7 +114,7 @@ def test_missing_and_unexpected_keys_and_shapes_are_all_listed(state, tmp_path):
 def test_a_pickle_with_code_is_refused_and_the_code_is_not_run(suffix, state, tmp_path):
     torch.save({"model": state, "args": Opens(tmp_path / "ran")}, tmp_path / f"vit{suffix}")
     with pytest.raises(UsageError, match="would run code on loading"):
-        load_model(NAME, KWARGS, tmp_path / f"vit{suffix}")
+        load_model(NAME, KWARGS, checkpoint=tmp_path / f"vit{suffix}")
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / f"vit{suffix}", weights_only=False)
     assert (tmp_path / "ran").exists(), "the file was no danger: this test tests nothing"
@@ -149,13 +149,13 @@ def test_a_file_that_is_no_checkpoint_is_refused_and_named(name, write, said, st
     if write:
         write(path, state)
     with pytest.raises(UsageError, match=said) as e:
-        load_model(NAME, KWARGS, path)
+        load_model(NAME, KWARGS, checkpoint=path)
     assert str(path) in str(e.value)
 
 
 def test_checkpoint_and_pretrained_exclude_each_other(golden):
     with pytest.raises(UsageError, match="give one of them"):
-        load_model(NAME, KWARGS, golden.folder / "tiny_vit.safetensors", pretrained=True)
+        load_model(NAME, KWARGS, checkpoint=golden.folder / "tiny_vit.safetensors", pretrained=True)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_position_embeddings_of_another_grid_are_resized_as_timm_does(kind, img_
     from timm.models.vision_transformer import checkpoint_filter_fn
 
     like, file = tiny(kind), golden.folder / f"{kind}.safetensors"
-    loaded = load_model(like.name, {**like.kwargs, "img_size": img_size}, file)
+    loaded = load_model(like.name, {**like.kwargs, "img_size": img_size}, checkpoint=file)
     wanted = checkpoint_filter_fn(load_file(file), loaded.module)["pos_embed"]
     assert torch.equal(loaded.module.pos_embed, wanted) and not torch.equal(
         loaded.module.pos_embed.mean(1), like.module.pos_embed.mean(1)
@@ -181,7 +181,7 @@ def test_position_embeddings_of_another_grid_are_resized_as_timm_does(kind, img_
 def test_position_embeddings_of_another_width_are_not_resized(state, tmp_path):
     save_file({**state, "pos_embed": torch.zeros(1, 65, 32)}, tmp_path / "vit.safetensors")
     with pytest.raises(UsageError, match=re.escape("pos_embed is (1, 65, 32), wanted (1, 65, 64)")):
-        load_model(NAME, KWARGS, tmp_path / "vit.safetensors")
+        load_model(NAME, KWARGS, checkpoint=tmp_path / "vit.safetensors")
 
 
 def test_random_weights_come_from_the_seed_and_say_so():

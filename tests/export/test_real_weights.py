@@ -59,7 +59,7 @@ def test_dinov2_features_are_those_of_timm(checkpoint):
     from tokexport.engines.images import load_images
     from tokexport.export.graph.export import preprocess_of
 
-    model = tokexport.load_model(samples.MODEL, samples.KWARGS, checkpoint).module
+    model = tokexport.load_model(samples.MODEL, samples.KWARGS, checkpoint=checkpoint).module
     image = torch.from_numpy(load_images(samples.sample_photos(), preprocess_of(model)))
     none = tokexport.Schedule.parse(method="none", depth=12, n_tokens=257)
     own = tokexport.reduce_model(model, none)(image)

@@ -11,7 +11,7 @@ import timm
 import torch
 
 from tokexport import Schedule, UsageError, export_onnx, reduce_model
-from tokexport.export.checkpoints import formats
+from tokexport.export.checkpoints import score_heads
 from tokexport.export import reducers
 from tokexport.export.models import vit
 from tokexport.export.models.load import LoadedModel
@@ -107,7 +107,7 @@ def schedule(model, method):
 
 def heads_for(plan):
     needed = any(s.site == "pre_block" for s in plan.steps)
-    return make_heads(formats.random_heads(WIDTH, 2, seed=1), WIDTH) if needed else None
+    return make_heads(score_heads.random_heads(WIDTH, 2, seed=1), WIDTH) if needed else None
 
 
 def image(model, n=2):
@@ -208,7 +208,7 @@ def test_one_model_of_each_structure_runs_as_onnx(i, name, relative, run_onnx, t
     model = small(name)
     method = sorted(set(OPTIONS) - {"none"})[i % (len(OPTIONS) - 1)]
     plan = schedule(model, method)
-    heads = formats.random_heads(WIDTH, 2, seed=1) if heads_for(plan) else {}
+    heads = score_heads.random_heads(WIDTH, 2, seed=1) if heads_for(plan) else {}
     loaded = LoadedModel(model, name, {}, {"source": "random", "seed": 0, "sha256": ""}, [], heads)
     wanted = reduce_model(model, plan, heads_for(plan)).run(image(model, 3))
     export_onnx(loaded, plan, tmp_path / "vit.onnx", sources=True)

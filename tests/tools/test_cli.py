@@ -315,7 +315,7 @@ def test_verify_fails_wrong_decisions_of_every_kind(call, tmp_path, monkeypatch,
 
 
 def test_score_heads_must_fit(call, tmp_path):
-    from tokexport.export.checkpoints.formats import random_heads
+    from tokexport.export.checkpoints.score_heads import random_heads
 
     for name, heads in {"wide": random_heads(128, 3, 0), "few": random_heads(64, 2, 0)}.items():
         save_file(heads, tmp_path / f"{name}.safetensors")

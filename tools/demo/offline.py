@@ -54,7 +54,7 @@ def _export(folder: Path, method: str, how: dict, progress):
     from ...export.schedule import Schedule
 
     progress(f"exporting {method}")
-    loaded = load_model(digits.MODEL, digits.KWARGS, digits.WEIGHTS, predictor=digits.HEADS)
+    loaded = load_model(digits.MODEL, digits.KWARGS, checkpoint=digits.WEIGHTS, predictor=digits.HEADS)
     schedule = Schedule.parse(method=method, depth=12, n_tokens=65, **how)
     return export_onnx(loaded, schedule, folder / f"digits_{method}.onnx", force=True)
 

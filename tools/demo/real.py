@@ -63,7 +63,7 @@ def _export(folder: Path, checkpoint: Path, name: str, method: str, progress, ou
     from ...export.schedule import Schedule
 
     progress(f"exporting {name}")
-    loaded = load_model(samples.MODEL, samples.KWARGS, checkpoint)
+    loaded = load_model(samples.MODEL, samples.KWARGS, checkpoint=checkpoint)
     schedule = Schedule.parse(R if method == "tome" else None, method=method, depth=12, n_tokens=257)
     result = export_onnx(loaded, schedule, folder / f"dinov2_{method}.onnx", sources=method != "none", force=True)
     out.print(

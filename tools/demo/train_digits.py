@@ -21,7 +21,7 @@ from ...export.models import vit
 from ...export.models.load import load_model
 from ...export.provenance import Preprocess
 from ...export.models.score_head import ScoreHead
-from ...export.graph.export import preprocess_of
+from ...export.preprocess import of_model
 from . import digits
 
 AT, RATE = (3, 6, 9), 0.7
@@ -138,7 +138,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     g = torch.Generator().manual_seed(0)
     model = load_model(digits.MODEL, digits.KWARGS, seed=0).module
-    x, y = tensors(preprocess_of(model), args.out)
+    x, y = tensors(of_model(model), args.out)
     n = digits.N_TRAIN
     train_model(model, x[:n], y[:n], args.epochs, g)
     print(f"held-out accuracy {accuracy(model, x[n:], y[n:]):.2%}")
