@@ -186,7 +186,7 @@ def _tokens(state: dict, own: dict) -> list[Difference]:
         keys = r"^(norm_pre\.|patch_embed\.proj\.bias$)"
         out.append(Difference("the file has a norm before the blocks (CLIP)", "give pre_norm=true, or its model", keys))
     pos = [t["pos_embed"].shape if "pos_embed" in t else None for t in (state, own)]
-    if pos[0] and pos[1] and pos[0] != pos[1] and not out and pos[0][-1] == pos[1][-1]:
+    if pos[0] and pos[1] and len(pos[0]) == 3 and pos[0][::2] == pos[1][::2] and pos[0] != pos[1] and not out:
         fact = f"the file has {pos[0][1]} positions, the model {pos[1][1]}, and no square grid gives them"
         out.append(Difference(fact, "say their grid with pos_grid=(rows, columns), or give its img_size", "^pos_embed$"))
     return out

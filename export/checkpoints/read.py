@@ -56,6 +56,8 @@ def read_file(path: str | Path, what: str = "checkpoint") -> WeightFile:
         raise UsageError(f"{what} {_short(path)}: {'is a directory, wanted a file' if os.path.isdir(path) else 'no such file'}")
     try:
         return _read(path, what)
+    except UsageError:
+        raise
     except (DamagedError, pickle.UnpicklingError) as e:
         raise UsageError(f"{what} {path}: cannot be read: {e}") from None
     except OSError as e:
@@ -73,6 +75,8 @@ def _read(path: Path, what: str) -> WeightFile:
         head = file.read(512)
     if not head:
         raise DamagedError("it is empty")
+    if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= path.stat().st_size - 8:
+        return WeightFile(path, "safetensors", read_safetensors(path))
     for start, words in FOREIGN:
         if head.startswith(start):
             raise UsageError(f"{what} {path}: {words}")

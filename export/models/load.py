@@ -38,7 +38,7 @@ class LoadedModel:
     heads: tensors of trained score heads (DynamicViT, dTPS), {"0.in_conv.0.weight": ...}; empty when there are none.
     labels: class names of the checkpoint's folder; empty when it has none.
     activation: what makes probabilities of the classifier's outputs: "softmax", "sigmoid" or "none"; None without classes.
-    rates: DiffRate's keep counts that the checkpoint has learned, {"prune_kept": [...], "merge_kept": [...]}, or None.
+    learned: tensors of the keep counts that the checkpoint has learned (DiffRate); empty when there are none.
     """
 
     module: nn.Module
@@ -50,7 +50,12 @@ class LoadedModel:
     heads: dict[str, torch.Tensor] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     activation: str | None = None
-    rates: dict[str, list[int]] | None = None
+    learned: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def rates(self) -> dict[str, list[int]] | None:
+        """DiffRate's keep counts of the checkpoint, {"prune_kept": [...], "merge_kept": [...]}, or None. Raises: UsageError."""
+        return rates_of_checkpoint(self.learned)
 
 
 def parse_kwargs(pairs: list[str] | tuple[str, ...]) -> dict:
@@ -118,10 +123,10 @@ def load_model(
     vit.check_plain_vit(model)
     if pretrained and source.file is None:  # only now: nothing is downloaded for a model that cannot be used
         model = _create(name, kwargs, True, seed)
-    origin, notes, rates = {"source": "random", "seed": seed}, [], None
+    origin, notes, learned = {"source": "random", "seed": seed}, [], {}
     if source.file is not None:
         filled = source.fill(model, weights, pos_grid)
-        notes, rates = filled.notes, rates_of_checkpoint(filled.learned)
+        notes, learned = filled.notes, filled.learned
         origin = {"source": source.kind, "file": source.words, **filled.record}
         if heads and filled.heads:
             notes.append(f"score heads are taken from {predictor}, not from the checkpoint")
@@ -144,7 +149,7 @@ def load_model(
         heads,
         source.folder.labels if len(source.folder.labels) == model.num_classes else (),
         _activation(model, source, activation, notes),
-        rates,
+        learned,
     )
 
 
