@@ -6,19 +6,11 @@ import click
 
 from ...export.errors import UsageError
 from ...export.reducers import METHODS
+from .model_options import file_stem, load, model_options, split
 
 
 @click.command("onnx")
-@click.option("--model", "name", default="deit_small_patch16_224", show_default=True, help="Any plain ViT of timm.")
-@click.option(
-    "--model-kwargs", multiple=True, metavar="KEY=VALUE", help="For timm's create_model, e.g. img_size=384. Repeatable."
-)
-@click.option(
-    "--checkpoint", metavar="FILE", help="Weights: .safetensors, .pth or .pt, loaded strictly; no code in it is run."
-)
-@click.option("--pretrained", is_flag=True, help="Weights from timm's hub.")
-@click.option("--seed", default=0, show_default=True, help="Of random weights, when there is neither of the two.")
-@click.option("--predictor", metavar="FILE", help="dTPS, DynamicViT: the score heads, when the checkpoint has none.")
+@model_options
 @click.option("--method", type=click.Choice(METHODS), default="tome", show_default=True, help="How tokens are reduced.")
 @click.option(
     "--r", metavar="R", help="ToMe: tokens merged per block: 13, 13:-1 (r:inflection) or 8,8,4,... (one a block)."
@@ -75,12 +67,6 @@ from ...export.reducers import METHODS
 @click.option("--force", is_flag=True, help="Replace the output file.")
 @click.option("--json", "as_json", is_flag=True, help="The summary as JSON on stdout.")
 def command(
-    name,
-    model_kwargs,
-    checkpoint,
-    pretrained,
-    seed,
-    predictor,
     method,
     batch,
     dtype,
@@ -100,7 +86,8 @@ def command(
     from ...export.files import check_output
     from ..show.terminal import console, print_json, stages
 
-    images = _batch(batch)
+    images, (which, options) = _batch(batch), split(options)
+    checkpoint, predictor = which["checkpoint"], which["predictor"]
     if bool(calib) != (dtype == "int8"):
         raise UsageError(
             f"--dtype {dtype}: "
@@ -110,11 +97,11 @@ def command(
                 else "wanted --calib IMAGES too, a folder of some tens of images like those the model will see"
             )
         )
-    path = check_output(f"{name}.{method}.onnx" if output is None else output, force, [checkpoint, predictor, *calib])
+    path = check_output(f"{file_stem(which)}.{method}.onnx" if output is None else output, force, [checkpoint, predictor, *calib])
     out = console()
     with stages(out) as progress:
         progress("loading torch")
-        from ...export.models import load, vit
+        from ...export.models import vit
         from ...export.graph import export as onnx_export
         from ...export import reducers
         from ...export.schedule import Schedule
@@ -122,8 +109,8 @@ def command(
         reducers.check_options(method, {k: v for k, v in options.items() if v is not None})
         if predictor and "head" not in getattr(reducers.get(method), "NEEDS", ()):
             raise UsageError(f"--predictor goes with --method dtps, dynamicvit, not with {method}")
-        progress(f"making {name}")
-        loaded = load.load_model(name, load.parse_kwargs(model_kwargs), checkpoint, pretrained, seed, predictor)
+        progress("loading the model")
+        loaded = load(which)
         model = loaded.module
         schedule = Schedule.parse(
             method=method,
@@ -174,6 +161,8 @@ def _batch(text: str) -> int | None:
 
 
 def _data(result, notes) -> dict:
+    from dataclasses import asdict
+
     p = result.provenance
     return {
         "path": str(result.path),
@@ -185,12 +174,15 @@ def _data(result, notes) -> dict:
         "nodes": result.nodes,
         "size": result.size,
         "outputs": list(p.outputs),
+        "preprocess": asdict(p.preprocess),
+        "activation": p.activation,
         "weights": p.weights,
         "notes": notes,
     }
 
 
 def _print(out, result, notes, batch) -> None:
+    from ...export.preprocess import words
     from ..show.terminal import macs_words, size_words, tokens_words
 
     p = result.provenance
@@ -204,6 +196,7 @@ def _print(out, result, notes, batch) -> None:
         f"output {', '.join(p.outputs)}",
         markup=False,
     )
+    out.print(f"  photos   {words(p.preprocess)}", markup=False)
     for note in notes:
         out.print("  note     ", style="yellow", end="", markup=False)
         out.print(note, markup=False)

@@ -28,6 +28,7 @@ def command(file, images, runtime, as_json):
     import numpy as np
 
     from ...engines.images import find_images
+    from ...engines.outputs import heading
     from ...engines.files import inspect_file
     from ...engines.files import is_engine
     from ...engines.runners import require
@@ -45,16 +46,16 @@ def command(file, images, runtime, as_json):
             f"{file} gives values that are not finite"
             + (": fp16 may be too small for this model, try bf16 or fp32" if provenance.precision == "fp16" else "")
         )
-    known = len(provenance.labels) == values.shape[1]
-    label = lambda i: provenance.labels[i] if known else f"class {i}"
-    rows = _classes(paths, values, label) if provenance.outputs[0] == "logits" else _nearest(paths, values)
+    rows = _classes(paths, values, provenance) if provenance.outputs[0] == "logits" else _nearest(paths, values)
     if as_json:
         print_json({"file": str(file), "runtime": runtime, "images": rows})
         return
+    if provenance.outputs[0] == "logits" and (values.shape[1] == 1 or provenance.activation in ("sigmoid", "none")):
+        out.print(heading(provenance.activation, values.shape[1]), markup=False)
     for row in rows:
         out.print(row["image"], style="bold", markup=False)
-        for found in row.get("top", ()):
-            out.print(f"  {found['probability']:6.1%}  {found['label']}", markup=False)
+        for score in row.get("top", ()):
+            out.print(f"  {score['words']}", markup=False)
         if "nearest" in row:
             out.print(
                 f"  nearest {row['nearest']}, cosine {row['cosine']:.4f}"
@@ -82,19 +83,19 @@ def _run(file, paths, runtime, provenance, progress):
     return np.concatenate(done)
 
 
-def _classes(paths, logits, label) -> list[dict]:
-    import numpy as np
+def _classes(paths, logits, provenance) -> list[dict]:
+    from ...engines.outputs import class_scores, score_words
 
-    p = np.exp(logits - logits.max(1, keepdims=True))
-    p /= p.sum(1, keepdims=True)
-    top = np.argsort(-p, axis=1, kind="stable")[:, :TOP]
-    return [
-        {
-            "image": str(path),
-            "top": [{"class": int(i), "label": label(i), "probability": float(p[k, i])} for i in top[k]],
-        }
-        for k, path in enumerate(paths)
-    ]
+    kind, n = provenance.activation, logits.shape[1]
+    rows = class_scores(logits, kind, labels=provenance.labels, top=TOP)
+    entry = lambda s: {
+        "class": s.index,
+        "label": s.label,
+        "logit": s.logit,
+        "probability": s.probability,
+        "words": score_words(s, kind, n),
+    }
+    return [{"image": str(path), "top": [entry(s) for s in row]} for path, row in zip(paths, rows)]
 
 
 def _nearest(paths, features) -> list[dict]:
