@@ -1,7 +1,10 @@
-"""Photos to input tensors, by a file's own preprocessing: with Pillow and numpy alone, so that a host that only serves can do it.
+"""Photos to input tensors, by a file's own preprocessing: with Pillow and numpy alone, so that a host that only
+serves can do it.
 
-Resizing and cropping are those of timm's evaluation transforms, pixel for pixel. Reading is ours, for photos as they are: turned as
-their EXIF data says, what is transparent on white, 16 bits a channel scaled to 8, CMYK and palettes as colours; a damaged photo or one of
+Resizing and cropping are those of timm's evaluation transforms, pixel for pixel. Reading is ours, for photos as they
+are: turned as
+their EXIF data says, what is transparent on white, 16 bits a channel scaled to 8, CMYK and palettes as colours; a
+damaged photo or one of
 unknown range is refused.
 """
 
@@ -20,7 +23,8 @@ BACKGROUND = 255  # what is transparent lies on white
 
 
 def find_images(names: str | Path | list[str | Path]) -> list[Path]:
-    """Image files among files and folders, folders in order of name. Raises: UsageError for a missing path, or when there is none."""
+    """Image files among files and folders, folders in order of name. Raises: UsageError for a missing path, or when
+    there is none."""
     paths: list[Path] = []
     names = [names] if isinstance(names, (str, Path)) else list(names)
     if not all(str(n).strip() for n in names):
@@ -47,7 +51,8 @@ def read_image(path: str | Path, channels: int = 3):
         path: of the photo.
         channels: of the model: 3 for RGB, 1 for grey.
     Raises:
-        UsageError: it is no image, cut short, of a range that is not known, or the model takes neither colours nor grey.
+        UsageError: it is no image, cut short, of a range that is not known, or the model takes neither colours nor
+        grey.
     """
     if channels not in (1, 3):
         raise UsageError(
@@ -137,7 +142,9 @@ def _center(image, height: int, width: int, fill: tuple[int, ...]):
     from PIL import Image
 
     if image.width < width or image.height < height:
-        field = Image.new(image.mode, (max(image.width, width), max(image.height, height)), fill if len(fill) > 1 else fill[0])
+        field = Image.new(
+            image.mode, (max(image.width, width), max(image.height, height)), fill if len(fill) > 1 else fill[0]
+        )
         field.paste(image, (max(width - image.width, 0) // 2, max(height - image.height, 0) // 2))
         image = field
     top, left = round((image.height - height) / 2.0), round((image.width - width) / 2.0)

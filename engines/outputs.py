@@ -67,7 +67,10 @@ def class_scores(
     order = np.argsort(-logits, axis=1, kind="stable")[:, :top]
     name = (lambda i: labels[i]) if len(labels) == logits.shape[1] else (lambda i: f"class {i}")
     return [
-        [ClassScore(int(i), name(i), float(row[i]), None if chances is None else float(chances[k, i])) for i in order[k]]
+        [
+            ClassScore(int(i), name(i), float(row[i]), None if chances is None else float(chances[k, i]))
+            for i in order[k]
+        ]
         for k, row in enumerate(logits)
     ]
 
@@ -84,7 +87,11 @@ def heading(activation: str | None, n_classes: int) -> str:
         return "outputs as the model gives them, no probabilities"
     if kind == "softmax":
         return "probabilities (softmax)"
-    return "one class: its logit and the sigmoid of it" if n_classes == 1 else "several labels: each one's own probability (sigmoid)"
+    return (
+        "one class: its logit and the sigmoid of it"
+        if n_classes == 1
+        else "several labels: each one's own probability (sigmoid)"
+    )
 
 
 def score_words(score: ClassScore, activation: str | None, n_classes: int) -> str:

@@ -14,7 +14,8 @@ STATED = ("mean", "std", "interpolation", "crop_pct", "size")
 
 
 def of_model(model) -> Preprocess:
-    """timm's data configuration of a model, for the image size it was made with; a grey model gets one mean, that of the three."""
+    """timm's data configuration of a model, for the image size it was made with; a grey model gets one mean, that of
+    the three."""
     from timm.data import resolve_model_data_config
 
     config = resolve_model_data_config(model, verbose=False)
@@ -36,7 +37,8 @@ def _per_channel(values, channels: int) -> tuple[float, ...]:
 
 
 def crop_of(size: int, resized: int) -> float:
-    """The fraction that makes timm's transforms resize to `resized` pixels for a crop of `size`: floor(size / fraction) is exact.
+    """The fraction that makes timm's transforms resize to `resized` pixels for a crop of `size`: floor(size /
+    fraction) is exact.
 
     Args:
         size: pixels of the crop.
@@ -78,10 +80,14 @@ def of_transformers(config: dict, size: tuple[int, int]) -> Preprocess:
 
 def _crop(config: dict, size: tuple[int, int]) -> tuple[float, str]:
     resize, cut = config.get("size"), config.get("crop_size")
-    edges = lambda v: (v, v) if isinstance(v, int) else (v.get("height"), v.get("width")) if isinstance(v, dict) else (None, None)
+    edges = lambda v: (
+        (v, v) if isinstance(v, int) else (v.get("height"), v.get("width")) if isinstance(v, dict) else (None, None)
+    )
     cut = edges(cut)[0] if config.get("do_center_crop", cut is not None) else None
     if not config.get("do_resize", True):
-        raise UsageError("preprocessor_config.json: do_resize is false, so photos must come in the model's size: state crop_pct")
+        raise UsageError(
+            "preprocessor_config.json: do_resize is false, so photos must come in the model's size: state crop_pct"
+        )
     if isinstance(resize, dict) and "shortest_edge" in resize:
         short = resize["shortest_edge"]
         return crop_of(cut or short, short) if cut and cut <= short else 1.0, "center"
@@ -114,7 +120,8 @@ def with_stated(preprocess: Preprocess, stated: dict) -> Preprocess:
 
     Args:
         preprocess: of the model or its folder.
-        stated: of mean, std (one number for all channels, or one a channel, for values in [0, 1]), interpolation, crop_pct; size is
+        stated: of mean, std (one number for all channels, or one a channel, for values in [0, 1]), interpolation,
+        crop_pct; size is
             the model's own affair.
     Raises:
         UsageError: another name or a value out of range.
@@ -129,7 +136,9 @@ def with_stated(preprocess: Preprocess, stated: dict) -> Preprocess:
             given = values[key] if isinstance(values[key], (tuple, list)) else (values[key],)
             fits = len(given) in (1, channels) and all(isinstance(v, (int, float)) and math.isfinite(v) for v in given)
             if not fits or (key == "std" and min(given) <= 0):
-                raise UsageError(f"{key} {values[key]!r}: wanted one number or {channels}, for values in [0, 1]{', above 0' * (key == 'std')}")
+                raise UsageError(
+                    f"{key} {values[key]!r}: wanted one number or {channels}, for values in [0, 1]{', above 0' * (key == 'std')}"
+                )
             out[key] = tuple(float(v) for v in given) * (channels if len(given) == 1 else 1)
     if "interpolation" in values:
         if values["interpolation"] not in INTERPOLATIONS:

@@ -1,1 +1,2 @@
-"""Weights as people have them: read safely (read), found under any prefix (prefixes), renamed (layouts), filled in (fill)."""
+"""Weights as people have them: read safely (read), found under any prefix (prefixes), renamed (layouts), filled in
+(fill)."""

@@ -35,7 +35,9 @@ def fill_from_npz(model: nn.Module, path: Path, arrays: dict[str, StoredTensor])
         )
     depth = _depth(start, arrays)
     if depth and depth != len(model.blocks):
-        raise UsageError(f"checkpoint {path} does not fit this model: the file has {depth} blocks, the model {len(model.blocks)}: give depth={depth}")
+        raise UsageError(
+            f"checkpoint {path} does not fit this model: the file has {depth} blocks, the model {len(model.blocks)}: give depth={depth}"
+        )
     head = arrays.get(f"{start}head/kernel")
     if model.num_classes and head is not None and head.shape[-1] != model.num_classes:
         raise UsageError(
@@ -52,23 +54,33 @@ def fill_from_npz(model: nn.Module, path: Path, arrays: dict[str, StoredTensor])
         with contextlib.redirect_stdout(io.StringIO()):
             model.load_pretrained(str(path))
     except Exception as e:
-        raise UsageError(f"checkpoint {path} does not fit this model ({type(e).__name__}: {str(e).splitlines()[0][:120]})") from None
+        raise UsageError(
+            f"checkpoint {path} does not fit this model ({type(e).__name__}: {str(e).splitlines()[0][:120]})"
+        ) from None
     finally:
         logging.disable(level)
     empty = [k for k, v in model.state_dict().items() if not v.isfinite().all()]
     if empty:
-        raise UsageError(f"checkpoint {path} does not fill this model: {len(empty)} of its {len(own)} tensors are missing: {', '.join(empty[:12])}")
+        raise UsageError(
+            f"checkpoint {path} does not fill this model: {len(empty)} of its {len(own)} tensors are missing: {', '.join(empty[:12])}"
+        )
     notes = ["checkpoint format: big_vision or JAX ViT (.npz), by timm's own loader"]
     kernel = arrays[start + KERNEL].shape
     if len(kernel) == 4 and tuple(kernel[:2]) != tuple(model.patch_embed.patch_size):
         notes.append(f"patch embedding resized from {kernel[0]}x{kernel[1]} pixels, as timm does")
     positions = [a for n, a in arrays.items() if n.startswith(start) and n.split("/")[-1] == "pos_embedding"]
     if positions and model.pos_embed is not None and positions[0].shape[-2] != model.pos_embed.shape[1]:
-        notes.append(f"position embedding resized from {positions[0].shape[-2]} to {model.pos_embed.shape[1]} rows, as timm does")
+        notes.append(
+            f"position embedding resized from {positions[0].shape[-2]} to {model.pos_embed.shape[1]} rows, as timm does"
+        )
     return notes
 
 
 def _depth(start: str, arrays: dict) -> int:
-    stacked = [a.shape[0] for n, a in arrays.items() if n.startswith(f"{start}Transformer/encoderblock/LayerNorm_0/scale")]
-    blocks = {n.split("encoderblock_")[1].split("/")[0] for n in arrays if n.startswith(f"{start}Transformer/encoderblock_")}
+    stacked = [
+        a.shape[0] for n, a in arrays.items() if n.startswith(f"{start}Transformer/encoderblock/LayerNorm_0/scale")
+    ]
+    blocks = {
+        n.split("encoderblock_")[1].split("/")[0] for n in arrays if n.startswith(f"{start}Transformer/encoderblock_")
+    }
     return stacked[0] if stacked else len(blocks)

@@ -1,4 +1,5 @@
-"""Tensors into a model, strictly: what was asked away is left out and said, all else must fit, and a misfit is told in one line."""
+"""Tensors into a model, strictly: what was asked away is left out and said, all else must fit, and a misfit is told
+in one line."""
 
 from __future__ import annotations
 
@@ -12,7 +13,15 @@ from ..errors import UsageError
 from .score_heads import HEAD
 
 # What training leaves beside a Vision Transformer: no part of the model that computes features or classes.
-PRETRAINING = ("decoder_pos_embed", "mask_token", "logit_scale", "logit_bias", "lm_head", "projectors", "local_cls_norm")
+PRETRAINING = (
+    "decoder_pos_embed",
+    "mask_token",
+    "logit_scale",
+    "logit_bias",
+    "lm_head",
+    "projectors",
+    "local_cls_norm",
+)
 # First words of the names of a Vision Transformer's own parts: one that the model has not would change its numbers.
 PARTS = (
     "blocks cls_token dist_token reg_token register_tokens storage_tokens pos_embed patch_embed norm norm_pre fc_norm "
@@ -33,7 +42,9 @@ class Difference:
     keys: str
 
 
-def fill(model: nn.Module, state: dict[str, torch.Tensor], file: str, pos_grid: tuple[int, int] | None = None) -> list[str]:
+def fill(
+    model: nn.Module, state: dict[str, torch.Tensor], file: str, pos_grid: tuple[int, int] | None = None
+) -> list[str]:
     """Load a state dict strictly.
 
     Args:
@@ -75,7 +86,9 @@ def left_out(model: nn.Module, state: dict, own: dict) -> tuple[dict, list[str]]
         state: tensors of the file.
         own: the model's.
     """
-    head = [k for k in state if model.num_classes == 0 and k not in own and re.match(r"(head|head_dist|pre_logits)\.", k)]
+    head = [
+        k for k in state if model.num_classes == 0 and k not in own and re.match(r"(head|head_dist|pre_logits)\.", k)
+    ]
     foreign = [k for k in state if k not in own and k not in head and _is_foreign(k)]
     notes = [f"the classifier is left out (num_classes=0): {_words(head)}"] if head else []
     if foreign:
@@ -143,7 +156,11 @@ def differences(state: dict, own: dict) -> list[Difference]:
         return out
     if _depth(state) != _depth(own):
         keys = rf"^blocks\.({'|'.join(map(str, range(min(_depth(state), _depth(own)), max(_depth(state), _depth(own)))))})\."
-        add(f"the file has {_depth(state)} blocks, the model {_depth(own)}", f"give depth={_depth(state)}, or its model", keys)
+        add(
+            f"the file has {_depth(state)} blocks, the model {_depth(own)}",
+            f"give depth={_depth(state)}, or its model",
+            keys,
+        )
     out += _embedding(state, own) + _tokens(state, own) + _blocks(state, own) + _heads(state, own)
     return out
 
@@ -176,7 +193,9 @@ def _tokens(state: dict, own: dict) -> list[Difference]:
         if key in state and key not in own:
             out.append(Difference(f"the file has {word}, the model none", advice, rf"^({key}$|head_dist\.|pos_embed$)"))
         elif key in own and key not in state:
-            advice = "give the model it was trained as" if key == "dist_token" else "give class_token=false global_pool=avg"
+            advice = (
+                "give the model it was trained as" if key == "dist_token" else "give class_token=false global_pool=avg"
+            )
             out.append(Difference(f"the model has {word}, the file none", advice, rf"^({key}$|head_dist\.|pos_embed$)"))
     n = [t["reg_token"].shape[1] if "reg_token" in t else 0 for t in (state, own)]
     if n[0] != n[1]:
@@ -188,7 +207,9 @@ def _tokens(state: dict, own: dict) -> list[Difference]:
     pos = [t["pos_embed"].shape if "pos_embed" in t else None for t in (state, own)]
     if pos[0] and pos[1] and len(pos[0]) == 3 and pos[0][::2] == pos[1][::2] and pos[0] != pos[1] and not out:
         fact = f"the file has {pos[0][1]} positions, the model {pos[1][1]}, and no square grid gives them"
-        out.append(Difference(fact, "say their grid with pos_grid=(rows, columns), or give its img_size", "^pos_embed$"))
+        out.append(
+            Difference(fact, "say their grid with pos_grid=(rows, columns), or give its img_size", "^pos_embed$")
+        )
     return out
 
 
@@ -242,7 +263,8 @@ def resized_positions(
     Args:
         model: of timm, with a position embedding.
         pos: [1, prefix tokens + patches, C] of the file.
-        pos_grid: rows and columns in the file. None guesses: the model's own grid for as many patches, else a square, else the
+        pos_grid: rows and columns in the file. None guesses: the model's own grid for as many patches, else a square,
+        else the
             model's shape; what is no such grid stays as it is.
     Raises:
         UsageError: pos_grid is not the number of patches in the file.
@@ -254,7 +276,9 @@ def resized_positions(
     n, notes = pos.shape[1] - prefix, []
     if pos_grid is not None:
         if pos_grid[0] * pos_grid[1] != n or min(pos_grid) < 1:
-            raise UsageError(f"pos_grid {pos_grid[0]}x{pos_grid[1]}: the file has {n} positions of patches; wanted rows x columns of them")
+            raise UsageError(
+                f"pos_grid {pos_grid[0]}x{pos_grid[1]}: the file has {n} positions of patches; wanted rows x columns of them"
+            )
         source = tuple(pos_grid)
     else:
         source = _guessed_grid(n, grid)
@@ -269,8 +293,12 @@ def resized_positions(
     from timm.layers import resample_abs_pos_embed
 
     pos = resample_abs_pos_embed(pos.float(), new_size=list(grid), old_size=list(source), num_prefix_tokens=prefix)
-    guess = "" if pos_grid is not None else f" ({source[0]}x{source[1]} is a guess from {n} positions; pos_grid states it)"
-    return pos, [f"position embedding resized from {source[0]}x{source[1]} to {grid[0]}x{grid[1]} patches, as timm does{guess}"]
+    guess = (
+        "" if pos_grid is not None else f" ({source[0]}x{source[1]} is a guess from {n} positions; pos_grid states it)"
+    )
+    return pos, [
+        f"position embedding resized from {source[0]}x{source[1]} to {grid[0]}x{grid[1]} patches, as timm does{guess}"
+    ]
 
 
 def _guessed_grid(n: int, grid: tuple[int, int]) -> tuple[int, int] | None:

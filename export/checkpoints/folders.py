@@ -1,4 +1,5 @@
-"""Folders of weights: which model they are of, its labels and preprocessing, from config.json as Hugging Face or timm write it."""
+"""Folders of weights: which model they are of, its labels and preprocessing, from config.json as Hugging Face or timm
+write it."""
 
 from __future__ import annotations
 
@@ -27,8 +28,10 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".npz")
 class Folder:
     """A folder of weights.
 
-    weights: the file of them (an index of shards too). model, kwargs: for `timm.create_model`; None without a config.json.
-    labels: class names, or none. processor: preprocessor_config.json of transformers, or {}. data: pretrained_cfg of timm, or {}.
+    weights: the file of them (an index of shards too). model, kwargs: for `timm.create_model`; None without a
+    config.json.
+    labels: class names, or none. processor: preprocessor_config.json of transformers, or {}. data: pretrained_cfg of
+    timm, or {}.
     activation: of the classifier, when the config names it. source: in words, for the summary.
     """
 
@@ -64,7 +67,11 @@ def weights_in(folder: Path) -> Path:
     kinds = [[p for p in files if p.suffix == s] for s in SUFFIXES]
     first = next((k for k in kinds if k), [])
     if len(first) != 1:
-        names = f"{len(first)} ({', '.join(p.name for p in first[:4])}): name one" if first else f"none of {', '.join(WEIGHTS[:4])}, ..."
+        names = (
+            f"{len(first)} ({', '.join(p.name for p in first[:4])}): name one"
+            if first
+            else f"none of {', '.join(WEIGHTS[:4])}, ..."
+        )
         raise UsageError(f"checkpoint {folder}: wanted one file of weights in the folder, there is {names}")
     return first[0]
 
@@ -76,13 +83,30 @@ def read_folder(folder: Path) -> Folder:
     if not config_path.is_file():
         return Folder(weights)
     config = read_json(config_path)
-    if "architecture" in config or isinstance(config.get("pretrained_cfg"), dict) and "architecture" in config["pretrained_cfg"]:
+    if (
+        "architecture" in config
+        or isinstance(config.get("pretrained_cfg"), dict)
+        and "architecture" in config["pretrained_cfg"]
+    ):
         return _timm(weights, config)
     if "model_type" not in config:
-        raise UsageError(f"{config_path}: has no model_type (transformers) and no architecture (timm): give the model's name too")
+        raise UsageError(
+            f"{config_path}: has no model_type (transformers) and no architecture (timm): give the model's name too"
+        )
     found = model_of(config, str(config_path))
-    processor = read_json(folder / "preprocessor_config.json") if (folder / "preprocessor_config.json").is_file() else {}
-    return Folder(weights, found.name, found.kwargs, found.labels, processor, {}, found.activation, f"Hugging Face {config['model_type']}")
+    processor = (
+        read_json(folder / "preprocessor_config.json") if (folder / "preprocessor_config.json").is_file() else {}
+    )
+    return Folder(
+        weights,
+        found.name,
+        found.kwargs,
+        found.labels,
+        processor,
+        {},
+        found.activation,
+        f"Hugging Face {config['model_type']}",
+    )
 
 
 def _timm(weights: Path, config: dict) -> Folder:
@@ -140,4 +164,6 @@ def hub_folder(name: str) -> Path:
             f"model {name}: the hub was not reached, or has no such repository ({type(e).__name__}): "
             "give a downloaded folder with checkpoint"
         ) from None
-    raise UsageError(f"model {name}: the hub has no weights of it that are known, or was not reached: give a folder with checkpoint")
+    raise UsageError(
+        f"model {name}: the hub has no weights of it that are known, or was not reached: give a folder with checkpoint"
+    )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 from torch import Tensor, nn
 
@@ -26,7 +26,8 @@ class Layout:
     """One way to name and shape a Vision Transformer's tensors.
 
     name: in words, for the summary; "" for timm's own.
-    anchors: keys that all of its files have; the first is the patch embedding's weight, [C, ...]. What stands before them is the prefix.
+    anchors: keys that all of its files have; the first is the patch embedding's weight, [C, ...]. What stands before
+    them is the prefix.
     convert: (tensors without the prefix, the timm model) -> Converted; keys it does not know it leaves.
     beside: (their key, ours) of parts that may stand outside the prefix: classifiers.
     """

@@ -1,4 +1,5 @@
-"""DiffRate's keep counts as its own files hold them: learned candidates in a checkpoint, and named lists nested in a rates file."""
+"""DiffRate's keep counts as its own files hold them: learned candidates in a checkpoint, and named lists nested in a
+rates file."""
 
 from __future__ import annotations
 
@@ -11,13 +12,16 @@ PARTS = ("kept_token_candidate", "selected_probability")
 
 
 def rates_of_checkpoint(state: dict) -> dict[str, list[int]] | None:
-    """The keep counts that a checkpoint has learned: {"prune_kept": [...], "merge_kept": [...]}, tokens after each block.
+    """The keep counts that a checkpoint has learned: {"prune_kept": [...], "merge_kept": [...]}, tokens after each
+    block.
 
-    Each block holds candidate numbers of patches and how probable each is. As the authors do, the count is the expected number of
+    Each block holds candidate numbers of patches and how probable each is. As the authors do, the count is the
+    expected number of
     patches, rounded up, and the class token: candidates 16, 15, 14 with 0, 0.5, 0.5 keep ceil(14.5) + 1 = 16 tokens.
 
     Args:
-        state: tensors of the checkpoint, `blocks.0.prune_ddp.kept_token_candidate` and so on among them, under any prefix.
+        state: tensors of the checkpoint, `blocks.0.prune_ddp.kept_token_candidate` and so on among them, under any
+        prefix.
     Returns:
         None when there are none.
     Raises:
@@ -38,18 +42,25 @@ def _count(parts: dict, block: int, step: str) -> int:
     tensors = [parts.get((block, step, part)) for part in PARTS]
     lost = [part for part, tensor in zip(PARTS, tensors) if tensor is None]
     if lost:
-        raise UsageError(f"rates in the checkpoint: blocks.{block}.{step}_ddp has no {lost[0]}: wanted both for every block")
+        raise UsageError(
+            f"rates in the checkpoint: blocks.{block}.{step}_ddp has no {lost[0]}: wanted both for every block"
+        )
     candidates, probability = (t.double().flatten() for t in tensors)
     if len(candidates) != len(probability):
-        raise UsageError(f"rates in the checkpoint: blocks.{block}.{step}_ddp has {len(candidates)} candidates, {len(probability)} probabilities")
+        raise UsageError(
+            f"rates in the checkpoint: blocks.{block}.{step}_ddp has {len(candidates)} candidates, {len(probability)} probabilities"
+        )
     expected = float((candidates * probability).sum())
     if not math.isfinite(expected) or expected < 0 or abs(float(probability.sum()) - 1) > 1e-3:
-        raise UsageError(f"rates in the checkpoint: blocks.{block}.{step}_ddp: its probabilities do not sum to 1, or give no count")
+        raise UsageError(
+            f"rates in the checkpoint: blocks.{block}.{step}_ddp: its probabilities do not sum to 1, or give no count"
+        )
     return math.ceil(round(expected, 4)) + 1  # the sum of float32 probabilities is not exact
 
 
 def names_in(lists) -> list[str]:
-    """Names of the lists nested in a rates file, e.g. ["ViT-T-DeiT@0.9"] of {"ViT-T-DeiT": {"0.9": {"prune_kept_num": [...], ...}}}.
+    """Names of the lists nested in a rates file, e.g. ["ViT-T-DeiT@0.9"] of {"ViT-T-DeiT": {"0.9": {"prune_kept_num":
+    [...], ...}}}.
 
     Args:
         lists: the file's JSON, objects as dictionaries or as lists of pairs.

@@ -1,9 +1,12 @@
 """Which tensors of a file are the model's: the sets of weights in it, and the one rule for prefixes.
 
-A set of weights is found by its anchors, keys that every file of its layout has: the prefix is what stands before them, in any stack
-of words, and what does not stand under it is another part of the file. Example, with the anchor `patch_embed.proj.weight`:
+A set of weights is found by its anchors, keys that every file of its layout has: the prefix is what stands before
+them, in any stack
+of words, and what does not stand under it is another part of the file. Example, with the anchor
+`patch_embed.proj.weight`:
 
-    {"epoch": 3, "model": {"module.teacher.backbone.patch_embed.proj.weight": ..., "module.student.backbone.patch_embed.proj.weight": ...}}
+    {"epoch": 3, "model": {"module.teacher.backbone.patch_embed.proj.weight": ...,
+    "module.student.backbone.patch_embed.proj.weight": ...}}
 
 holds two sets, `model.module.teacher.backbone` and `model.module.student.backbone`.
 """
@@ -36,7 +39,8 @@ DEPTH = 6  # of dictionaries within one another
 class WeightSet:
     """One set of weights in a file.
 
-    name: the words that lead to it, "" for the file itself. prefix: taken off the keys. layout: how its tensors are named.
+    name: the words that lead to it, "" for the file itself. prefix: taken off the keys. layout: how its tensors are
+    named.
     state: tensors under the prefix, without it. others: keys beside the prefix, with their tensors.
     """
 
@@ -55,8 +59,8 @@ class Choice:
     notes: tuple[str, ...]
 
 
-def dictionaries(data, name: str = "", depth: int = 0, seen: frozenset = frozenset()):
-    """Every dictionary of tensors in nested data: (its name, {key: StoredTensor}); each once.
+def nested(data, name: str = "", depth: int = 0, seen: frozenset = frozenset()):
+    """Every dictionary in nested data, those of foreign classes too: (its name, its entries).
 
     Args:
         data: out of `read_file`.
@@ -67,12 +71,18 @@ def dictionaries(data, name: str = "", depth: int = 0, seen: frozenset = frozens
     entries = data.entries if isinstance(data, Inert) else data
     if not isinstance(entries, dict) or depth > DEPTH or id(data) in seen:
         return
-    tensors = {k: v for k, v in entries.items() if isinstance(k, str) and isinstance(v, StoredTensor)}
-    if tensors:
-        yield name, tensors
+    yield name, entries
     for key, value in entries.items():
         if isinstance(key, str):
-            yield from dictionaries(value, f"{name}.{key}".strip("."), depth + 1, seen | {id(data)})
+            yield from nested(value, f"{name}.{key}".strip("."), depth + 1, seen | {id(data)})
+
+
+def dictionaries(data):
+    """Every dictionary of tensors in nested data: (its name, {key: StoredTensor})."""
+    for name, entries in nested(data):
+        tensors = {k: v for k, v in entries.items() if isinstance(k, str) and isinstance(v, StoredTensor)}
+        if tensors:
+            yield name, tensors
 
 
 def weight_sets(data) -> list[WeightSet]:
@@ -116,7 +126,8 @@ def choose(data, width: int, weights: str | None = None) -> Choice | None:
     Args:
         data: out of `read_file`.
         width: of the model's tokens; sets of another width are no choice where one fits.
-        weights: the name of a set, or a word of it that no other has; None for what the framework that wrote the file takes.
+        weights: the name of a set, or a word of it that no other has; None for what the framework that wrote the file
+        takes.
     Returns:
         None when the file holds no set of a known layout.
     Raises:
@@ -163,9 +174,11 @@ def _rank(name: str) -> tuple[int, str]:
 
 def _named(sets: list[WeightSet], weights: str) -> WeightSet:
     exact = [s for s in sets if weights in (s.name, s.name or "root")]
-    match = exact or [s for s in sets if s.name.startswith(f"{weights}.")] or [
-        s for s in sets if weights in s.name.split(".") or f".{weights}." in f".{s.name}."
-    ]
+    match = (
+        exact
+        or [s for s in sets if s.name.startswith(f"{weights}.")]
+        or [s for s in sets if weights in s.name.split(".") or f".{weights}." in f".{s.name}."]
+    )
     if len(match) != 1:
         names = ", ".join(s.name or "root" for s in match or sets) or "none"
         raise UsageError(

@@ -53,7 +53,9 @@ def read_file(path: str | Path, what: str = "checkpoint") -> WeightFile:
     """
     path = Path(path)
     if not os.path.isfile(path):
-        raise UsageError(f"{what} {_short(path)}: {'is a directory, wanted a file' if os.path.isdir(path) else 'no such file'}")
+        raise UsageError(
+            f"{what} {_short(path)}: {'is a directory, wanted a file' if os.path.isdir(path) else 'no such file'}"
+        )
     try:
         return _read(path, what)
     except UsageError:

@@ -14,7 +14,8 @@ LAYERS = {"in_conv.0": "norm", "in_conv.1": (1, 1), "out_conv.0": (2, 1), "out_c
 
 
 def split_heads(state: dict) -> tuple[dict, dict]:
-    """Score heads by their own names ("0.in_conv.0.weight"), whatever prefix the file has, and all the rest of a state dict."""
+    """Score heads by their own names ("0.in_conv.0.weight"), whatever prefix the file has, and all the rest of a
+    state dict."""
     heads, rest = {}, {}
     for key, value in state.items():
         _, inside, name = f".{key}".rpartition(f".{HEAD}")

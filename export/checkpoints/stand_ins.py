@@ -1,15 +1,18 @@
 """Pickles without their code: only descriptions of tensors come out of one, all else becomes an inert stand-in.
 
-Nothing of a file is imported, called or made. A global name in the pickle is looked up in the small table below; a name that is not
-there becomes a class of its own that takes any arguments and does nothing. So a training script's options, learning rates, dates or
+Nothing of a file is imported, called or made. A global name in the pickle is looked up in the small table below; a
+name that is not
+there becomes a class of its own that takes any arguments and does nothing. So a training script's options, learning
+rates, dates or
 config objects beside the weights do not block, and a hostile pickle has nothing to call.
 """
 
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import BinaryIO, Callable
+from typing import BinaryIO
 
 # Names of torch's storage classes in a pickle, and of its dtypes.
 STORAGES = {
@@ -67,7 +70,8 @@ class Dtype:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """Bytes in the file. key: the file's name of them. dtype: of one element. start: first byte, for a view of a storage."""
+    """Bytes in the file. key: the file's name of them. dtype: of one element. start: first byte, for a view of a
+    storage."""
 
     key: str
     dtype: str
@@ -159,10 +163,13 @@ UNSUPPORTED = (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.BYTEARRAY8, pickle.
 class Unpickler(pickle._Unpickler):
     """Python's own unpickler with nothing behind its names.
 
-    The one written in Python, for its memo is a dictionary: the one in C makes room for any index that a hostile file names.
+    The one written in Python, for its memo is a dictionary: the one in C makes room for any index that a hostile file
+    names.
     """
 
-    dispatch = {code: act for code, act in pickle._Unpickler.dispatch.items() if code not in [c[0] for c in UNSUPPORTED]}
+    dispatch = {
+        code: act for code, act in pickle._Unpickler.dispatch.items() if code not in [c[0] for c in UNSUPPORTED]
+    }
 
     def __init__(self, file: BinaryIO, storage: Callable | None = None):
         super().__init__(file, encoding="latin1")

@@ -1,4 +1,5 @@
-"""Checkpoints by timm's names and their kin: what authors name otherwise (DeiT III, DINOv2, DiffRate), then timm's own filters."""
+"""Checkpoints by timm's names and their kin: what authors name otherwise (DeiT III, DINOv2, DiffRate), then timm's
+own filters."""
 
 from __future__ import annotations
 
@@ -6,9 +7,9 @@ import contextlib
 import io
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Callable
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,8 @@ def _has(pattern: str) -> Callable[[dict, dict, int], bool]:
 
 
 def _rows(state: dict, own: dict, n_patches: int) -> tuple[int, int]:
-    """Rows of the file's position embedding, and those of the model's that are for prefix tokens; (0, 0) where either has none."""
+    """Rows of the file's position embedding, and those of the model's that are for prefix tokens; (0, 0) where either
+    has none."""
     pos, wanted = state.get("pos_embed"), own.get("pos_embed")
     if pos is None or wanted is None or pos.ndim != 3 or pos.shape[::2] != wanted.shape[::2]:
         return 0, 0
@@ -55,7 +57,8 @@ def _square(n: int) -> bool:
 
 
 def _lacks_class_slot(state: dict, own: dict, n_patches: int) -> bool:
-    """The model adds positions to prefix tokens too, the file's position embedding has rows for a grid of patches alone."""
+    """The model adds positions to prefix tokens too, the file's position embedding has rows for a grid of patches
+    alone."""
     rows, prefix = _rows(state, own, n_patches)
     return (
         prefix > 0
@@ -94,9 +97,7 @@ def _fold_class_slot(state: dict, own: dict) -> dict:
 DIALECTS = (
     Dialect(
         "LayerScale as gamma_1, gamma_2 (DeiT III, dTPS)",
-        lambda state, own, n: (
-            _has(r"^blocks\.\d+\.gamma_[12]$")(state, own, n) and "storage_tokens" not in state
-        ),
+        lambda state, own, n: _has(r"^blocks\.\d+\.gamma_[12]$")(state, own, n) and "storage_tokens" not in state,
         _renames((r"\.gamma_([12])$", r".ls\1.gamma")),
     ),
     Dialect(

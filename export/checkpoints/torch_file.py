@@ -1,17 +1,17 @@
-"""What torch.save wrote, in its three forms (zip, the stream before torch 1.6, the tar before 0.1.10), read by bytes alone."""
+"""What torch.save wrote, in its three forms (zip, the stream before torch 1.6, the tar before 0.1.10), read by bytes
+alone."""
 
 from __future__ import annotations
 
 import io
 import math
-import pickle
 import struct
 import tarfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable
 
 from .stand_ins import LARGEST_PICKLE, Dtype, Inert, Storage, Tensor, storage_of, unpickle
 
@@ -80,7 +80,9 @@ def read_stream(path: Path):
     """The data of a file of torch before 1.6: five pickles, then the storages. Raises: DamagedError."""
     with path.open("rb") as file:
         if unpickle(file) != MAGIC:
-            raise DamagedError("a pickle that torch.save did not write: save the tensors with torch.save or safetensors")
+            raise DamagedError(
+                "a pickle that torch.save did not write: save the tensors with torch.save or safetensors"
+            )
         if unpickle(file) != 1001:
             raise DamagedError("another version of torch.save's old form")
         unpickle(file)  # of the machine it was written on
@@ -173,7 +175,8 @@ def _width(dtype: str) -> int:
 
 
 def bound(data, path: Path, span: Callable[[str], Span | None]):
-    """The data with every tensor's description replaced by a StoredTensor, in place of dictionaries and lists that hold it.
+    """The data with every tensor's description replaced by a StoredTensor, in place of dictionaries and lists that
+    hold it.
 
     Args:
         data: out of `unpickle`.

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 from ..errors import UsageError
 
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
         "image_size": 224, "patch_size": 16, "num_channels": 3, "hidden_act": "gelu", "qkv_bias": True}  # fmt: skip
-ACTIVATIONS = {"gelu": None, "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu", "relu": "relu",
-               "silu": "silu"}
+ACTIVATIONS = {
+    "gelu": None,
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The timm model of a config. name, kwargs: for `timm.create_model`. labels: class names. activation: of the classifier, or None."""
+    """The timm model of a config. name, kwargs: for `timm.create_model`. labels: class names. activation: of the
+    classifier, or None."""
 
     name: str
     kwargs: dict
@@ -26,7 +33,8 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Family:
-    """One model type. defaults: what transformers leaves out of a config. make: (config with defaults, architecture) -> (name, kwargs)."""
+    """One model type. defaults: what transformers leaves out of a config. make: (config with defaults, architecture)
+    -> (name, kwargs)."""
 
     defaults: dict
     make: Callable[[dict, str], tuple[str, dict]]
@@ -43,9 +51,13 @@ def model_of(config: dict, file: str) -> ModelConfig:
     """
     kind = str(config.get("model_type"))
     if kind in ("siglip2", "siglip2_vision_model"):
-        raise UsageError(f"{file}: SigLIP 2 of the NaFlex form takes patches of any grid: give a fixed-size SigLIP 2 (model_type siglip)")
+        raise UsageError(
+            f"{file}: SigLIP 2 of the NaFlex form takes patches of any grid: give a fixed-size SigLIP 2 (model_type siglip)"
+        )
     if kind not in FAMILIES:
-        raise UsageError(f"{file}: model type {kind[:40]!r} is not known; wanted one of {', '.join(FAMILIES)}, or timm's own folder")
+        raise UsageError(
+            f"{file}: model type {kind[:40]!r} is not known; wanted one of {', '.join(FAMILIES)}, or timm's own folder"
+        )
     family, vision = FAMILIES[kind], config.get("vision_config")
     inner = vision if isinstance(vision, dict) else {}
     full = {**BASE, **family.defaults, **{k: v for k, v in {**config, **inner}.items() if v is not None}}
@@ -105,7 +117,9 @@ def mlp_ratio(hidden: int, width: int) -> float:
 
 def _common(c: dict, architecture: str) -> dict:
     if c["hidden_act"] not in ACTIVATIONS:
-        raise UsageError(f"config.json: hidden_act {c['hidden_act']!r} is not known; wanted one of {', '.join(ACTIVATIONS)}")
+        raise UsageError(
+            f"config.json: hidden_act {c['hidden_act']!r} is not known; wanted one of {', '.join(ACTIVATIONS)}"
+        )
     kwargs = {
         "img_size": _size(c["image_size"]),
         "patch_size": _size(c["patch_size"]),
@@ -156,11 +170,19 @@ def _dinov3(c: dict, architecture: str) -> tuple[str, dict]:
     gated = bool(c["use_gated_mlp"])
     act = "silu" if gated else "gelu"
     if c["hidden_act"] != act:
-        raise UsageError(f"config.json: hidden_act is {c['hidden_act']}, timm's DINOv3 of this form computes {act}: not the same numbers")
+        raise UsageError(
+            f"config.json: hidden_act is {c['hidden_act']}, timm's DINOv3 of this form computes {act}: not the same numbers"
+        )
     if not c["mlp_bias"] or not c["proj_bias"] or c["key_bias"]:
-        raise UsageError("config.json: a DINOv3 without biases of its MLP or projection, or with one of keys, is none of timm's")
+        raise UsageError(
+            "config.json: a DINOv3 without biases of its MLP or projection, or with one of keys, is none of timm's"
+        )
     biased = "_qkvb" if c["query_bias"] or c["value_bias"] else ""
-    kwargs |= {"num_reg_tokens": int(c["num_register_tokens"]), "rope_temperature": float(c["rope_theta"]), "global_pool": "token"}
+    kwargs |= {
+        "num_reg_tokens": int(c["num_register_tokens"]),
+        "rope_temperature": float(c["rope_theta"]),
+        "global_pool": "token",
+    }
     return f"vit_small{'_plus' if gated else ''}_patch16_dinov3{biased}", kwargs
 
 

@@ -1,4 +1,5 @@
-"""Vision Transformers of Hugging Face transformers, as its files name them (4.x, 5.x in memory and on disk), to timm's names."""
+"""Vision Transformers of Hugging Face transformers, as its files name them (4.x, 5.x in memory and on disk), to
+timm's names."""
 
 from __future__ import annotations
 
@@ -135,7 +136,9 @@ def _clip(state: dict[str, Tensor], model: nn.Module) -> Converted:
     state, notes = _without(renamed(state, CLIP))
     state = fuse_qkv(state, ("attn.q", "attn.k", "attn.v"), "attn.qkv")
     if state["patch_embed.proj.weight"].ndim == 2:
-        raise UsageError("the checkpoint is of SigLIP 2's NaFlex form (patches of any grid): give a fixed-size SigLIP 2")
+        raise UsageError(
+            "the checkpoint is of SigLIP 2's NaFlex form (patches of any grid): give a fixed-size SigLIP 2"
+        )
     if state["pos_embed"].ndim == 2:
         state["pos_embed"] = state["pos_embed"][None]
     if "cls_token" in state:
@@ -147,7 +150,9 @@ def _clip(state: dict[str, Tensor], model: nn.Module) -> Converted:
             state[f"attn_pool.q.{part}"], state[f"attn_pool.kv.{part}"] = joined[:width], joined[width:]
     if "head.bias" in own and "head.weight" in state and "head.bias" not in state:  # a projection has none
         state["head.bias"] = torch.zeros_like(own["head.bias"])
-    parts = [("attn_pool.", "attention pooling")] + ([] if isinstance(model.norm, nn.LayerNorm) else [("norm.", "last norm")])
+    parts = [("attn_pool.", "attention pooling")] + (
+        [] if isinstance(model.norm, nn.LayerNorm) else [("norm.", "last norm")]
+    )
     for start, words in parts:
         if any(k.startswith(start) for k in state) and not any(k.startswith(start) for k in own):
             state = {k: v for k, v in state.items() if not k.startswith(start)}
@@ -168,6 +173,13 @@ LAYOUTS = (
     Layout("Hugging Face DeiT, distilled", (VIT_KEY, "embeddings.distillation_token"), _vit, HEADS),
     Layout("Hugging Face ViT", (VIT_KEY, "embeddings.cls_token", "layernorm.weight"), _vit, HEADS),
     Layout("Hugging Face DINOv3", ("embeddings.patch_embeddings.weight", "embeddings.cls_token"), _dinov3, HEADS),
-    Layout("Hugging Face CLIP", ("embeddings.patch_embedding.weight", "embeddings.class_embedding"), _clip, PROJECTIONS),
-    Layout("Hugging Face SigLIP", ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"), _clip, HEADS),
+    Layout(
+        "Hugging Face CLIP", ("embeddings.patch_embedding.weight", "embeddings.class_embedding"), _clip, PROJECTIONS
+    ),
+    Layout(
+        "Hugging Face SigLIP",
+        ("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"),
+        _clip,
+        HEADS,
+    ),
 )

@@ -1,4 +1,5 @@
-"""From what a user names (a file, a folder, a hub) to a filled model: reading, choosing, converting and filling in one place."""
+"""From what a user names (a file, a folder, a hub) to a filled model: reading, choosing, converting and filling in
+one place."""
 
 from __future__ import annotations
 
@@ -35,8 +36,10 @@ class Filled:
 class Source:
     """Where weights come from.
 
-    kind: "checkpoint" or "pretrained". words: the file's name, for the provenance. file: what it holds; None for random weights or
-    timm's own hub. folder: what its folder says. name: the model's name in the provenance where it is not timm's own (hf-hub:).
+    kind: "checkpoint" or "pretrained". words: the file's name, for the provenance. file: what it holds; None for
+    random weights or
+    timm's own hub. folder: what its folder says. name: the model's name in the provenance where it is not timm's own
+    (hf-hub:).
     """
 
     kind: str
@@ -74,6 +77,8 @@ def open_source(name: str | None, checkpoint: str | Path | None, pretrained: boo
     Raises:
         UsageError: there is no such file or folder, or the hub is not reached.
     """
+    if checkpoint and pretrained:
+        raise UsageError("checkpoint and pretrained both name the weights: give one of them")
     empty = folders.Folder(Path())
     hub = name.startswith("hf-hub:") if name else False
     if hub or (name or "").startswith("local-dir:"):
@@ -128,13 +133,16 @@ def fill_from(
     if choice is None:
         _refuse(file, model)
     chosen = choice.weights
+    _refuse_foreign_tensors(file, chosen, model)
     heads, state = split_heads(chosen.state)
     learned = {k: v.load() for k, v in state.items() if "_ddp." in k}
     heads = {k: v.load() for k, v in (heads or split_heads(chosen.others)[0]).items()}
     converted = chosen.layout.convert({k: v.load() for k, v in state.items()}, model)
     notes = [*choice.notes]
     if heads:
-        notes.append(f"checkpoint format: DynamicViT or dTPS (score heads for {len({k.split('.')[0] for k in heads})} stages)")
+        notes.append(
+            f"checkpoint format: DynamicViT or dTPS (score heads for {len({k.split('.')[0] for k in heads})} stages)"
+        )
     if chosen.layout.name:
         notes.append(f"checkpoint format: {chosen.layout.name}")
     if chosen.prefix:
@@ -143,6 +151,20 @@ def fill_from(
     notes += fill(model, converted.state, str(file.path), pos_grid)
     record = {"set": chosen.name or "root"} if choice.notes else {}
     return Filled(notes, heads, learned, record | ({"pos_grid": list(pos_grid)} if pos_grid else {}))
+
+
+def _refuse_foreign_tensors(file: WeightFile, chosen: prefixes.WeightSet, model: nn.Module) -> None:
+    """Raises: UsageError when one of the model's own tensors is of another kind in the file (sparse, quantised, a
+    numpy array)."""
+    own = model.state_dict()
+    for _, entries in prefixes.nested(file.data):
+        if not any(entries.get(chosen.prefix + key) is value for key, value in chosen.state.items()):
+            continue
+        for key, value in entries.items():
+            if isinstance(value, Inert) and str(key).removeprefix(chosen.prefix) in own:
+                raise UsageError(
+                    f"checkpoint {file.path}: {key} is of class {value.name}, wanted a plain tensor: save it as one"
+                )
 
 
 def _refuse(file: WeightFile, model: nn.Module) -> None:
@@ -156,7 +178,11 @@ def _refuse(file: WeightFile, model: nn.Module) -> None:
         )
     sets = [tensors for _, tensors in prefixes.dictionaries(file.data)]
     if not sets:
-        keys = ", ".join(str(k)[:40] for k in list(file.data)[:8]) if isinstance(file.data, dict) else type(file.data).__name__
+        keys = (
+            ", ".join(str(k)[:40] for k in list(file.data)[:8])
+            if isinstance(file.data, dict)
+            else type(file.data).__name__
+        )
         raise UsageError(
             f"checkpoint {file.path}: holds no state dict (a dictionary of plain tensors by name); it has: {keys or 'nothing'}"
         )
@@ -209,5 +235,3 @@ def read_state(path: str | Path, what: str = "checkpoint") -> dict[str, torch.Te
         return {k: v.load() for k, v in max(sets, key=len).items()}
     except DamagedError as e:
         raise UsageError(f"{what} {path}: cannot be read: {e}") from None
-
-

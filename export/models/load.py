@@ -1,4 +1,5 @@
-"""Models by name or folder, with weights from a file, a hub or a seed; and where the weights came from, for the provenance."""
+"""Models by name or folder, with weights from a file, a hub or a seed; and where the weights came from, for the
+provenance."""
 
 from __future__ import annotations
 
@@ -13,10 +14,9 @@ import torch
 from torch import nn
 
 from .. import preprocess as preprocessing
-from ..checkpoints import folders
 from ..checkpoints.learned_rates import rates_of_checkpoint
 from ..checkpoints.score_heads import HEAD, read_heads
-from ..checkpoints.weights import Source, open_source, read_state
+from ..checkpoints.weights import Filled, Source, open_source, read_state
 from ..errors import UsageError
 from ..provenance import Preprocess
 from . import vit
@@ -31,13 +31,15 @@ class LoadedModel:
 
     module: the model.
     name, kwargs: for `load_model`; kwargs are `timm.create_model`'s and norm_eps, the epsilon of all its layer norms.
-    weights: {"source": "checkpoint" | "pretrained" | "random", "file" or "seed", "sha256" of all tensors; where they were given or
+    weights: {"source": "checkpoint" | "pretrained" | "random", "file" or "seed", "sha256" of all tensors; where they
+    were given or
         chosen: "predictor", "set" (of weights in the file), "pos_grid"}.
     notes: what a reader should know, in words.
     preprocess: from a photo to the input.
     heads: tensors of trained score heads (DynamicViT, dTPS), {"0.in_conv.0.weight": ...}; empty when there are none.
     labels: class names of the checkpoint's folder; empty when it has none.
-    activation: what makes probabilities of the classifier's outputs: "softmax", "sigmoid" or "none"; None without classes.
+    activation: what makes probabilities of the classifier's outputs: "softmax", "sigmoid" or "none"; None without
+    classes.
     learned: tensors of the keep counts that the checkpoint has learned (DiffRate); empty when there are none.
     """
 
@@ -54,7 +56,8 @@ class LoadedModel:
 
     @property
     def rates(self) -> dict[str, list[int]] | None:
-        """DiffRate's keep counts of the checkpoint, {"prune_kept": [...], "merge_kept": [...]}, or None. Raises: UsageError."""
+        """DiffRate's keep counts of the checkpoint, {"prune_kept": [...], "merge_kept": [...]}, or None. Raises:
+        UsageError."""
         return rates_of_checkpoint(self.learned)
 
 
@@ -97,23 +100,20 @@ def load_model(
     Args:
         name: any timm model name, hf-hub:ORG/NAME or local-dir:DIR. None: the checkpoint's folder says it, else DeiT-S.
         kwargs: for `timm.create_model` (img_size, num_classes, ...); norm_eps: the epsilon of all layer norms.
-        checkpoint: a file of weights, whatever its suffix, or a folder as transformers or timm write it; loaded strictly, and no code
-            in it is run. Which layouts are known: see `checkpoints.layouts`.
+        checkpoint: a file of weights in any layout of `checkpoints.layouts`, or a folder of transformers or timm; no
+        code in it is run.
         pretrained: take the weights of the model's hub (or of local-dir's folder).
         seed: of random weights, where there is neither.
         predictor: file of score heads (DynamicViT, dTPS).
         weights: name of the set of weights in the checkpoint; None for what the framework that wrote it takes.
         pos_grid: (rows, columns) of the checkpoint's position embedding; None to guess them, which is said.
-        preprocess: what is stated in place of the model's own: mean, std, interpolation, crop_pct, and size (height, width), the same
-            as img_size.
+        preprocess: in place of the model's own: mean, std, interpolation, crop_pct, and size (height, width), the
+        same as img_size.
         activation: "softmax", "sigmoid" or "none"; None for the folder's, sigmoid for one class, else softmax.
     Raises:
-        UsageError: an unknown model or option, a model that is no plain ViT, a checkpoint that does not fit or cannot be read.
+        UsageError: an unknown model or option, a model that is no plain ViT, a checkpoint that does not fit or cannot
+        be read.
     """
-    if checkpoint and pretrained:
-        raise UsageError("checkpoint and pretrained both name the weights: give one of them")
-    if activation is not None and activation not in ACTIVATIONS:
-        raise UsageError(f"activation {activation!r}: wanted one of {', '.join(ACTIVATIONS)}")
     source = open_source(name, checkpoint, pretrained)
     if source.file is None and (weights is not None or pos_grid is not None):
         raise UsageError("weights and pos_grid speak of a checkpoint: give one, or leave them out")
@@ -123,34 +123,36 @@ def load_model(
     vit.check_plain_vit(model)
     if pretrained and source.file is None:  # only now: nothing is downloaded for a model that cannot be used
         model = _create(name, kwargs, True, seed)
-    origin, notes, learned = {"source": "random", "seed": seed}, [], {}
-    if source.file is not None:
-        filled = source.fill(model, weights, pos_grid)
-        notes, learned = filled.notes, filled.learned
-        origin = {"source": source.kind, "file": source.words, **filled.record}
-        if heads and filled.heads:
-            notes.append(f"score heads are taken from {predictor}, not from the checkpoint")
-        heads = heads or filled.heads
-    elif pretrained:
-        origin = {"source": "pretrained", "file": (model.pretrained_cfg or {}).get("hf_hub_id") or name}
-    else:
-        notes.append(f"the weights are random (seed {seed}): give checkpoint or pretrained for a model that means something")
-    if predictor:
-        origin["predictor"] = str(predictor)
+    filled = _filled(model, source, pretrained, seed=seed, weights=weights, pos_grid=pos_grid)
+    if heads and filled.heads:
+        filled.notes.append(f"score heads are taken from {predictor}, not from the checkpoint")
+    heads = heads or filled.heads
     state = {**model.state_dict(), **{HEAD + k: v for k, v in heads.items()}}
-    model.eval().requires_grad_(False)
+    origin = filled.record | ({"predictor": str(predictor)} if predictor else {}) | {"sha256": hash_weights(state)}
     return LoadedModel(
-        model,
+        model.eval().requires_grad_(False),
         source.name or name,
         kwargs,
-        {**origin, "sha256": hash_weights(state)},
-        notes,
-        _preprocess(model, source, preprocess or {}, notes),
+        origin,
+        filled.notes,
+        _preprocess(model, source, preprocess or {}, filled.notes),
         heads,
         source.folder.labels if len(source.folder.labels) == model.num_classes else (),
-        _activation(model, source, activation, notes),
-        learned,
+        _activation(model, source, activation, filled.notes),
+        filled.learned,
     )
+
+
+def _filled(model: nn.Module, source: Source, pretrained: bool, *, seed: int, weights, pos_grid) -> Filled:
+    """What filling the model brought; its record says where the weights came from."""
+    if source.file is not None:
+        filled = source.fill(model, weights, pos_grid)
+        return replace(filled, record={"source": source.kind, "file": source.words, **filled.record})
+    if pretrained:
+        file = (model.pretrained_cfg or {}).get("hf_hub_id") or model.pretrained_cfg.get("architecture")
+        return Filled([], record={"source": "pretrained", "file": file})
+    note = f"the weights are random (seed {seed}): give checkpoint or pretrained for a model that means something"
+    return Filled([note], record={"source": "random", "seed": seed})
 
 
 def _named(name: str | None, kwargs: dict | None, source: Source, stated: dict) -> tuple[str, dict]:
@@ -162,7 +164,9 @@ def _named(name: str | None, kwargs: dict | None, source: Source, stated: dict) 
         if size != (tuple(both) if isinstance(both, (list, tuple)) else (both, both)):
             raise UsageError(f"size {size[0]}x{size[1]} and img_size {both} contradict each other: give one of them")
         given["img_size"] = size[0] if size[0] == size[1] else size
-    if folder.model is not None and (name is None or source.name or name == folder.model or name.startswith("local-dir:")):
+    if folder.model is not None and (
+        name is None or source.name or name == folder.model or name.startswith("local-dir:")
+    ):
         return folder.model, {**folder.kwargs, **given}
     return name or DEFAULT, given
 
@@ -178,11 +182,15 @@ def _preprocess(model: nn.Module, source: Source, stated: dict, notes: list[str]
     elif folder.model is not None:
         notes.append(f"the folder has no preprocessor_config.json: photos are prepared as timm does for {folder.model}")
     if channels == 1 and "mean" not in stated and not folder.data:
-        notes.append(f"photos are read in grey with mean {out.mean[0]:g} and std {out.std[0]:g}: state others with mean and std")
+        notes.append(
+            f"photos are read in grey with mean {out.mean[0]:g} and std {out.std[0]:g}: state others with mean and std"
+        )
     return preprocessing.with_stated(out, stated)
 
 
 def _activation(model: nn.Module, source: Source, activation: str | None, notes: list[str]) -> str | None:
+    if activation is not None and activation not in ACTIVATIONS:
+        raise UsageError(f"activation {activation!r}: wanted one of {', '.join(ACTIVATIONS)}")
     if model.num_classes == 0:
         if activation not in (None, "none"):
             raise UsageError(f"activation {activation}: the model has no classes: leave it out")

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 from PIL import Image
-
-from tokexport import UsageError
 from tokexport.engines.images import crop, find_images, fit, load_images, normalise, read_image
 from tokexport.export.preprocess import INTERPOLATIONS, crop_of, of_transformers, with_stated, words
 from tokexport.export.provenance import Preprocess
+
+from tokexport import UsageError
 
 RGB = Preprocess((24, 24), (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
 GREY = Preprocess((24, 24), (0.5,), (0.25,))
@@ -53,7 +53,9 @@ def test_modes_are_read_as_colours_or_grey(tmp_path):
         assert np.array_equal(np.asarray(read), np.asarray(picture.convert("RGB")))
         assert read_image(tmp_path / name, 1).mode == "L"
     assert load_images([tmp_path / "rgb.png"], GREY).shape == (1, 1, 24, 24)
-    assert np.allclose(normalise(crop(tmp_path / "grey.png", GREY), GREY).mean(), load_images([tmp_path / "grey.png"], GREY).mean())
+    assert np.allclose(
+        normalise(crop(tmp_path / "grey.png", GREY), GREY).mean(), load_images([tmp_path / "grey.png"], GREY).mean()
+    )
 
 
 def test_what_is_transparent_lies_on_white(tmp_path):
@@ -89,7 +91,9 @@ def test_photos_are_upright(tmp_path):
     exif[0x0112] = 6  # turned by a quarter
     image.save(tmp_path / "turned.png", exif=exif)
     read = read_image(tmp_path / "turned.png")
-    assert read.size == (20, 40) and np.array_equal(np.asarray(read), np.asarray(image.transpose(Image.Transpose.ROTATE_270)))
+    assert read.size == (20, 40) and np.array_equal(
+        np.asarray(read), np.asarray(image.transpose(Image.Transpose.ROTATE_270))
+    )
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tif"])
@@ -144,9 +148,13 @@ def test_transformers_preprocessing():
     assert (p.crop, p.crop_mode, p.interpolation, p.mean, p.std) == (1.0, "squash", "bilinear", (0.5,) * 3, (0.25,) * 3)
     p = of_transformers({**base, "size": 256, "crop_size": 224}, (224, 224))
     assert (p.crop, p.crop_mode) == (0.875, "squash")
-    p = of_transformers({**base, "size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}, (224, 224))
+    p = of_transformers(
+        {**base, "size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}, (224, 224)
+    )
     assert (p.crop, p.crop_mode) == (0.875, "center")
-    p = of_transformers({"do_normalize": False, "size": 32, "rescale_factor": 1 / 127.5, "image_mean": [1] * 3}, (32, 32))
+    p = of_transformers(
+        {"do_normalize": False, "size": 32, "rescale_factor": 1 / 127.5, "image_mean": [1] * 3}, (32, 32)
+    )
     assert p.mean == (0.0,) * 3 and np.allclose(p.std, 0.5)
     with pytest.raises(UsageError, match="resample 9"):
         of_transformers({**base, "size": 32, "resample": 9}, (32, 32))

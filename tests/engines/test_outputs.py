@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from tokexport.engines.outputs import activation_of, class_scores, heading, probabilities, score_words
 
 from tokexport import UsageError
-from tokexport.engines.outputs import activation_of, class_scores, heading, probabilities, score_words
 
 LOGITS = np.float32([[1, 3, 2], [-700, 0, 700]])
 

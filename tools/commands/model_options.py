@@ -1,10 +1,11 @@
-"""The options that say which model: its name, weights and preprocessing. One decorator and one function for every command that loads one."""
+"""The options that say which model: its name, weights and preprocessing. One decorator and one function for every
+command that loads one."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import click
 
@@ -51,7 +52,9 @@ def split(options: dict) -> tuple[dict, dict]:
 def file_stem(options: dict) -> str:
     """What a file made of the model is called by default: the model's name, or the folder's, as a plain file name."""
     checkpoint = options.get("checkpoint")
-    named = options.get("model") or (Path(checkpoint).resolve().name if checkpoint and Path(checkpoint).is_dir() else None)
+    named = options.get("model") or (
+        Path(checkpoint).resolve().name if checkpoint and Path(checkpoint).is_dir() else None
+    )
     stem = re.sub(r"^(hf-hub|local-dir):(.*/)?", "", (named or "deit_small_patch16_224").rstrip("/"))
     return re.sub(r"[^\w.-]", "_", stem) or "model"
 
@@ -87,7 +90,9 @@ def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"--{option} {text[:60]!r}: wanted one number or one a channel, e.g. 0.485,0.456,0.406") from None
+        raise UsageError(
+            f"--{option} {text[:60]!r}: wanted one number or one a channel, e.g. 0.485,0.456,0.406"
+        ) from None
 
 
 def _grid(option: str, text: str | None, wanted: str) -> tuple[int, int] | None:

@@ -1,4 +1,5 @@
-"""Checkpoints of the kinds that people's own reports describe: each loads with a word on what was done, or is refused with what to do."""
+"""Checkpoints of the kinds that people's own reports describe: each loads with a word on what was done, or is refused
+with what to do."""
 
 import argparse
 import collections
@@ -54,7 +55,18 @@ def same(loaded, model):
 
 @pytest.mark.parametrize(
     "prefix",
-    ["_orig_mod.", "_orig_mod.module.", "module._orig_mod.", "model.", "net.", "backbone.", "encoder.", "visual.", "a.b.c.", "module.model.vit_1."],
+    [
+        "_orig_mod.",
+        "_orig_mod.module.",
+        "module._orig_mod.",
+        "model.",
+        "net.",
+        "backbone.",
+        "encoder.",
+        "visual.",
+        "a.b.c.",
+        "module.model.vit_1.",
+    ],
 )
 def test_any_prefix_is_taken_off_and_said(prefix, model, state, tmp_path):
     loaded = load({"state_dict": {prefix + k: v for k, v in state.items()}}, tmp_path)
@@ -89,10 +101,20 @@ def test_a_part_of_a_vision_transformer_that_the_model_has_not_is_no_other_part(
 
 def test_timms_own_files_give_the_averaged_weights_and_say_so(model, state, tmp_path):
     ema = {k: v + 0.01 for k, v in state.items()}
-    file = {"epoch": 3, "arch": NAME, "state_dict": state, "state_dict_ema": ema, "args": argparse.Namespace(lr=1.0), "metric": 71.2}
+    file = {
+        "epoch": 3,
+        "arch": NAME,
+        "state_dict": state,
+        "state_dict_ema": ema,
+        "args": argparse.Namespace(lr=1.0),
+        "metric": 71.2,
+    }
     loaded = load(file, tmp_path)
     assert torch.equal(loaded.module.norm.weight, ema["norm.weight"]) and loaded.weights["set"] == "state_dict_ema"
-    assert "weights: state_dict_ema, the averaged weights" in loaded.notes[0] and "state_dict too: choose" in loaded.notes[0]
+    assert (
+        "weights: state_dict_ema, the averaged weights" in loaded.notes[0]
+        and "state_dict too: choose" in loaded.notes[0]
+    )
     loaded = load(file, tmp_path, weights="state_dict")
     assert same(loaded, model) and loaded.weights["set"] == "state_dict"
     with pytest.raises(UsageError, match="wanted one of: state_dict, state_dict_ema"):
@@ -100,7 +122,13 @@ def test_timms_own_files_give_the_averaged_weights_and_say_so(model, state, tmp_
 
 
 def test_a_student_and_a_teacher_in_one_dictionary(model, state, tmp_path):
-    file = {"model": {f"module.{who}.backbone.{k}": v + add for who, add in (("student", 1), ("teacher", 0)) for k, v in state.items()}}
+    file = {
+        "model": {
+            f"module.{who}.backbone.{k}": v + add
+            for who, add in (("student", 1), ("teacher", 0))
+            for k, v in state.items()
+        }
+    }
     loaded = load(file, tmp_path)
     assert same(loaded, model) and "teacher" in loaded.notes[0] and "student" in loaded.notes[0]
     loaded = load(file, tmp_path, weights="student")
@@ -200,7 +228,9 @@ def dinov3_file(name):
         state[key] = value
     for i in range(2):
         q, v = (state.pop(f"blocks.{i}.attn.{part}_bias", torch.zeros(48)) for part in "qv")
-        state[f"blocks.{i}.attn.qkv.bias"] = torch.cat([q, torch.full((48,), torch.nan), v])  # what is masked may be anything
+        state[f"blocks.{i}.attn.qkv.bias"] = torch.cat(
+            [q, torch.full((48,), torch.nan), v]
+        )  # what is masked may be anything
         state[f"blocks.{i}.attn.qkv.bias_mask"] = mask
     return model, state | {"mask_token": torch.zeros(1, 48), "rope_embed.periods": torch.ones(6).bfloat16()}
 
@@ -233,29 +263,69 @@ def test_no_classes_leave_the_classifier_out(state, tmp_path):
 
 
 MISFITS = {
-    "classes": (lambda s: model_of(num_classes=9).state_dict(), ["the file has 9 classes, the model 5: give num_classes=9"], 1),
-    "channels": (lambda s: model_of(in_chans=1).state_dict(), ["for images of 1 channel, the model for 3: give in_chans=1"], 1),
-    "depth": (lambda s: model_of(depth=5).state_dict(), ["the file has 5 blocks, the model 2", "and 24 more", "give depth=5"], 15),
+    "classes": (
+        lambda s: model_of(num_classes=9).state_dict(),
+        ["the file has 9 classes, the model 5: give num_classes=9"],
+        1,
+    ),
+    "channels": (
+        lambda s: model_of(in_chans=1).state_dict(),
+        ["for images of 1 channel, the model for 3: give in_chans=1"],
+        1,
+    ),
+    "depth": (
+        lambda s: model_of(depth=5).state_dict(),
+        ["the file has 5 blocks, the model 2", "and 24 more", "give depth=5"],
+        15,
+    ),
     "layers in the head": (
-        lambda s: {**{k: v for k, v in s.items() if "head" not in k}, "head.0.weight": s["head.weight"], "head.3.weight": s["head.weight"]},
+        lambda s: {
+            **{k: v for k, v in s.items() if "head" not in k},
+            "head.0.weight": s["head.weight"],
+            "head.3.weight": s["head.weight"],
+        },
         ["classifier has layers of its own (head.0, head.3)", "num_classes=0"],
         6,
     ),
-    "no head": (lambda s: {k: v for k, v in s.items() if "head" not in k}, ["has no classifier: give num_classes=0"], 1),
+    "no head": (
+        lambda s: {k: v for k, v in s.items() if "head" not in k},
+        ["has no classifier: give num_classes=0"],
+        1,
+    ),
     "width": (lambda s: model_of(embed_dim=64).state_dict(), ["for width 64, the model has 32", "embed_dim=64"], 15),
-    "patch": (lambda s: model_of(patch_size=16).state_dict(), ["patches of 16 pixels, the model for 8", "patch_size=16"], 1),
+    "patch": (
+        lambda s: model_of(patch_size=16).state_dict(),
+        ["patches of 16 pixels, the model for 8", "patch_size=16"],
+        1,
+    ),
     "registers": (lambda s: model_of(reg_tokens=2).state_dict(), ["the file has 2 register tokens", "reg_tokens=2"], 1),
-    "scale": (lambda s: model_of(init_values=1.0).state_dict(), ["the file has LayerScale, the model none", "init_values=1e-5"], 6),
+    "scale": (
+        lambda s: model_of(init_values=1.0).state_dict(),
+        ["the file has LayerScale, the model none", "init_values=1e-5"],
+        6,
+    ),
     "pool": (lambda s: model_of(global_pool="avg").state_dict(), ["average pooling", "give global_pool=avg"], 6),
     "qk norm": (lambda s: model_of(qk_norm=True).state_dict(), ["norms of queries and keys", "qk_norm=true"], 10),
-    "bias": (lambda s: {k: v for k, v in s.items() if "qkv.bias" not in k}, ["the model has biases", "qkv_bias=false"], 1),
-    "distilled": (lambda s: model_of("deit_tiny_distilled_patch16_224").state_dict(), ["a distillation token", "deit_small_distilled"], 6),
+    "bias": (
+        lambda s: {k: v for k, v in s.items() if "qkv.bias" not in k},
+        ["the model has biases", "qkv_bias=false"],
+        1,
+    ),
+    "distilled": (
+        lambda s: model_of("deit_tiny_distilled_patch16_224").state_dict(),
+        ["a distillation token", "deit_small_distilled"],
+        6,
+    ),
     "attention pool": (
         lambda s: model_of(global_pool="map", class_token=False).state_dict(),
         ["only the file pools by attention", "global_pool=map"],
         15,
     ),
-    "nothing": (lambda s: {"a.weight": torch.ones(1), "b.weight": torch.ones(1)}, ["nothing in the file is named like"], 15),
+    "nothing": (
+        lambda s: {"a.weight": torch.ones(1), "b.weight": torch.ones(1)},
+        ["nothing in the file is named like"],
+        15,
+    ),
 }
 
 
@@ -271,7 +341,14 @@ def test_a_misfit_is_one_line_then_at_most_twelve_keys_then_right_advice(kind, s
 
 def test_the_advice_of_a_misfit_is_right(state, tmp_path):
     """What it says to give makes the file load."""
-    for kwargs in ({"num_classes": 9}, {"in_chans": 1}, {"depth": 5}, {"patch_size": 16}, {"reg_tokens": 2}, {"qk_norm": True}):
+    for kwargs in (
+        {"num_classes": 9},
+        {"in_chans": 1},
+        {"depth": 5},
+        {"patch_size": 16},
+        {"reg_tokens": 2},
+        {"qk_norm": True},
+    ):
         file = model_of(**kwargs).state_dict()
         with pytest.raises(UsageError) as e:
             load(file, tmp_path)
@@ -312,7 +389,11 @@ def test_the_grid_of_positions_is_stated_or_its_guess_is_said(img_size, pos_grid
     loaded = load_model(NAME, {**KWARGS, "img_size": img_size}, checkpoint=file, pos_grid=pos_grid)
     pos, grid = model_of(img_size=(64, 16)).pos_embed, loaded.module.patch_embed.grid_size
     wanted = pos if source is None else resample_abs_pos_embed(pos, list(grid), list(source), 1)
-    assert torch.allclose(loaded.module.pos_embed, wanted) and words in "".join(loaded.notes) and bool(loaded.notes) == bool(words)
+    assert (
+        torch.allclose(loaded.module.pos_embed, wanted)
+        and words in "".join(loaded.notes)
+        and bool(loaded.notes) == bool(words)
+    )
     assert loaded.weights.get("pos_grid") == (list(pos_grid) if pos_grid else None)
 
 
@@ -348,7 +429,10 @@ def test_a_checkpoint_with_learned_rates_gives_them(state, model, tmp_path):
         for part in ("prune", "merge"):
             p = torch.zeros(17)
             p[3 + i] = 1
-            rates |= {f"blocks.{i}.{part}_ddp.kept_token_candidate": torch.arange(17.0, 0, -1), f"blocks.{i}.{part}_ddp.selected_probability": p}
+            rates |= {
+                f"blocks.{i}.{part}_ddp.kept_token_candidate": torch.arange(17.0, 0, -1),
+                f"blocks.{i}.{part}_ddp.selected_probability": p,
+            }
     loaded = load({"model": {**state, **rates}}, tmp_path)
     assert same(loaded, model) and loaded.rates == {"prune_kept": [15, 14], "merge_kept": [15, 14]}
     assert load(state, tmp_path).rates is None
@@ -356,8 +440,9 @@ def test_a_checkpoint_with_learned_rates_gives_them(state, model, tmp_path):
 
 def test_a_file_of_a_choice_is_found_again_when_it_is_rebuilt(state, tmp_path, schedule_of):
     """The set of weights and the grid that were chosen are in the provenance."""
-    from tokexport import export_onnx, inspect
     from tokexport.export.rebuild import rebuild
+
+    from tokexport import export_onnx, inspect
 
     torch.save({"a": model_of(img_size=(64, 16)).state_dict(), "b": state}, tmp_path / "file")
     loaded = load_model(NAME, KWARGS, checkpoint=tmp_path / "file", weights="a", pos_grid=(8, 2))

@@ -4,11 +4,16 @@ import json
 
 import pytest
 import torch
-
-from tokexport import UsageError
 from tokexport.export.checkpoints.learned_rates import list_in, names_in, rates_of_checkpoint
 
-LISTS = {"ViT-T-DeiT": {"0.9": {"prune_kept_num": [17, 12], "merge_kept_num": [15, 9]}, "1.0": {"prune_kept_num": [17], "merge_kept_num": [15]}}}
+from tokexport import UsageError
+
+LISTS = {
+    "ViT-T-DeiT": {
+        "0.9": {"prune_kept_num": [17, 12], "merge_kept_num": [15, 9]},
+        "1.0": {"prune_kept_num": [17], "merge_kept_num": [15]},
+    }
+}
 
 
 def selector(probability, candidates=(16.0, 12.0, 8.0, 4.0)):
@@ -31,7 +36,10 @@ def test_a_count_is_the_expected_patches_rounded_up_and_the_class_token(prefix):
         (selector([0.3, 0.7, 0, 0]), selector([0, 0, 0.1, 0.9])),  # 13.2 -> 14, 4.4 -> 5
         prefix=prefix,
     )
-    assert rates_of_checkpoint({**state, "head.weight": torch.ones(1)}) == {"prune_kept": [17, 15], "merge_kept": [15, 6]}
+    assert rates_of_checkpoint({**state, "head.weight": torch.ones(1)}) == {
+        "prune_kept": [17, 15],
+        "merge_kept": [15, 6],
+    }
 
 
 def test_the_rounding_of_float32_gives_no_token_more():
@@ -50,7 +58,10 @@ def test_a_checkpoint_without_candidates_has_no_rates():
         (lambda s: s.pop("blocks.0.merge_ddp.selected_probability"), "blocks.0.merge_ddp has no selected_probability"),
         (lambda s: s.pop("blocks.0.merge_ddp.kept_token_candidate"), "has no kept_token_candidate"),
         (lambda s: s.update({"blocks.0.prune_ddp.selected_probability": torch.ones(4)}), "do not sum to 1"),
-        (lambda s: s.update({"blocks.0.prune_ddp.selected_probability": torch.ones(3) / 3}), "4 candidates, 3 probabilities"),
+        (
+            lambda s: s.update({"blocks.0.prune_ddp.selected_probability": torch.ones(3) / 3}),
+            "4 candidates, 3 probabilities",
+        ),
         (lambda s: s.update({"blocks.0.prune_ddp.kept_token_candidate": torch.full((4,), torch.nan)}), "give no count"),
     ],
 )

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-
-from tokexport import UsageError
 from tokexport.export.checkpoints.read import read_file
 from tokexport.export.checkpoints.stand_ins import Inert, unpickle
 from tokexport.export.checkpoints.torch_file import DamagedError, StoredTensor
+
+from tokexport import UsageError
 
 STATE = {
     "float": torch.randn(3, 4),
@@ -84,7 +84,9 @@ def old_tar(path, tensors):
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, value):
-            return 100 + next(i for i, t in enumerate(tensors.values()) if t is value) if torch.is_tensor(value) else None
+            return (
+                100 + next(i for i, t in enumerate(tensors.values()) if t is value) if torch.is_tensor(value) else None
+            )
 
     Pickler(pickled, 2).dump({"model": dict(tensors), "epoch": 3})
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
@@ -110,7 +112,10 @@ def test_npz_and_safetensors_under_any_name(tmp_path):
         file = read_file(tmp_path / name)
         assert file.kind == "npz" and file.data["x"].load().tolist() == [[0, 1], [2, 3]]
     save_file({"x": torch.ones(2)}, tmp_path / "c")
-    assert read_file(tmp_path / "c").kind == "safetensors" and loaded(read_file(tmp_path / "c").data)["x"].tolist() == [1, 1]
+    assert read_file(tmp_path / "c").kind == "safetensors" and loaded(read_file(tmp_path / "c").data)["x"].tolist() == [
+        1,
+        1,
+    ]
 
 
 # Safetensors headers of any length: the first byte of one is not taken for another kind of file.
@@ -132,7 +137,15 @@ class Calls:
         return self.call
 
 
-GLOBALS = [b"posix\nsystem", b"builtins\neval", b"builtins\nexec", b"torch.hub\nload", b"os\nmkdir", b"torch\nload", b"builtins\ngetattr"]
+GLOBALS = [
+    b"posix\nsystem",
+    b"builtins\neval",
+    b"builtins\nexec",
+    b"torch.hub\nload",
+    b"os\nmkdir",
+    b"torch\nload",
+    b"builtins\ngetattr",
+]
 
 
 @pytest.mark.parametrize("name", GLOBALS)
@@ -148,7 +161,10 @@ def test_no_global_of_a_pickle_is_looked_up(name, protocol, tmp_path):
     assert isinstance(unpickle(io.BytesIO(data)), Inert) and not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("build", [b"ctorch._utils\n_rebuild_tensor_v2\n}b.", b"ctorch._utils\n_rebuild_tensor_v2\nN}X\x04\0\0\0call)s\x86b."])
+@pytest.mark.parametrize(
+    "build",
+    [b"ctorch._utils\n_rebuild_tensor_v2\n}b.", b"ctorch._utils\n_rebuild_tensor_v2\nN}X\x04\0\0\0call)s\x86b."],
+)
 def test_what_is_understood_cannot_be_changed(build):
     with pytest.raises(pickle.UnpicklingError, match="changes a function"):
         unpickle(io.BytesIO(build))
@@ -198,7 +214,10 @@ def _storage(edit):
         (lambda m: m.pop(next(n for n in m if n.endswith("data/0"))), "storage 0 is not there"),
         (lambda m: m.pop(next(n for n in m if n.endswith("data.pkl"))), "a zip without data.pkl"),
         (lambda m: m.update({next(n for n in m if n.endswith("data.pkl")): b"junk"}), "cannot be read"),
-        (lambda m: m.update({next(n for n in m).split("/")[0] + "/constants.pkl": b""}), "a TorchScript archive, which holds code"),
+        (
+            lambda m: m.update({next(n for n in m).split("/")[0] + "/constants.pkl": b""}),
+            "a TorchScript archive, which holds code",
+        ),
     ],
 )
 def test_a_damaged_zip_is_one_error(change, words, tmp_path):

@@ -1,4 +1,5 @@
-"""Hugging Face folders and files, torchvision's and OpenCLIP's weights: their own code computes the dense model, ours must agree to 1e-5."""
+"""Hugging Face folders and files, torchvision's and OpenCLIP's weights: their own code computes the dense model, ours
+must agree to 1e-5."""
 
 import json
 
@@ -24,7 +25,13 @@ last = lambda model, out: out.last_hidden_state
 CASES = {
     "ViT": ("ViTModel", "ViTConfig", {}, lambda m, o: o.last_hidden_state[:, 0], last),
     "ViT classifier": ("ViTForImageClassification", "ViTConfig", LABELS, lambda m, o: o.logits, None),
-    "ViT without qkv bias": ("ViTForImageClassification", "ViTConfig", {"qkv_bias": False}, lambda m, o: o.logits, None),
+    "ViT without qkv bias": (
+        "ViTForImageClassification",
+        "ViTConfig",
+        {"qkv_bias": False},
+        lambda m, o: o.logits,
+        None,
+    ),
     "DeiT": ("DeiTModel", "DeiTConfig", {}, lambda m, o: o.last_hidden_state[:, 0], last),
     "DeiT classifier": ("DeiTForImageClassification", "DeiTConfig", LABELS, lambda m, o: o.logits, None),
     "DeiT distilled": ("DeiTForImageClassificationWithTeacher", "DeiTConfig", LABELS, lambda m, o: o.logits, None),
@@ -137,7 +144,11 @@ def test_two_towers_give_the_image_side(kind, relative, tmp_path):
     text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 99,
             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
     torch.manual_seed(0)
-    config, cls = (transformers.CLIPConfig, transformers.CLIPModel) if kind == "CLIP" else (transformers.SiglipConfig, transformers.SiglipModel)
+    config, cls = (
+        (transformers.CLIPConfig, transformers.CLIPModel)
+        if kind == "CLIP"
+        else (transformers.SiglipConfig, transformers.SiglipModel)
+    )
     options = {"projection_dim": 24} if kind == "CLIP" else {}
     model = cls(config(vision_config=vision, text_config=text, **options)).eval()
     model.save_pretrained(tmp_path)
@@ -152,7 +163,11 @@ def test_two_towers_give_the_image_side(kind, relative, tmp_path):
 @pytest.mark.parametrize("kind", ["CLIP", "SigLIP"])
 @torch.no_grad()
 def test_classifiers_on_the_mean_of_patches(kind, relative, tmp_path):
-    config, cls = ("CLIPConfig", "CLIPForImageClassification") if kind == "CLIP" else ("SiglipConfig", "SiglipForImageClassification")
+    config, cls = (
+        ("CLIPConfig", "CLIPForImageClassification")
+        if kind == "CLIP"
+        else ("SiglipConfig", "SiglipForImageClassification")
+    )
     torch.manual_seed(0)
     model = getattr(transformers, cls)(getattr(transformers, config)(vision_config=SIZES, **LABELS)).eval()
     with torch.no_grad():
@@ -221,7 +236,15 @@ def test_torchvision(relative, tmp_path):
     for p in model.parameters():
         p += 0.1 * torch.randn_like(p)
     torch.save(model.state_dict(), tmp_path / "tv")
-    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5, "mlp_ratio": 2}
+    kwargs = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 5,
+        "mlp_ratio": 2,
+    }
     loaded = load_model("vit_tiny_patch16_224", kwargs, checkpoint=tmp_path / "tv")
     assert relative(loaded.module(X), model(X)) < 1e-5 and loaded.notes == ["checkpoint format: torchvision's ViT"]
 
@@ -251,7 +274,9 @@ def test_open_clip(tower, relative, tmp_path):
 
         trunk = timm.create_model(name, **{**kwargs, "num_classes": 0}).eval()
         head = Head()
-        state = {f"visual.trunk.{k}": v for k, v in trunk.state_dict().items()} | {f"visual.head.{k}": v for k, v in head.state_dict().items()}
+        state = {f"visual.trunk.{k}": v for k, v in trunk.state_dict().items()} | {
+            f"visual.head.{k}": v for k, v in head.state_dict().items()
+        }
         torch.save({**state, "text.weight": torch.ones(2)}, tmp_path / "open_clip_pytorch_model.bin")
         wanted = head.proj(trunk(X))
     else:
