@@ -9,33 +9,37 @@ from typing import TYPE_CHECKING, Callable
 from ..export.errors import EngineError
 from .files import inspect_file
 from .images import find_images, load_images
+from .outputs import TOP, ClassScore, class_scores, score_words
 from .runners import in_batches, open_runner
 
 if TYPE_CHECKING:
     import numpy as np
 
-TOP = 5
-
-
-@dataclass(frozen=True)
-class LikelyClass:
-    """One of an image's likeliest classes. cls: its index. probability: 0 to 1."""
-
-    cls: int
-    label: str
-    probability: float
-
 
 @dataclass(frozen=True)
 class ImageClasses:
-    """An image and its likeliest classes, most likely first."""
+    """An image and its likeliest classes, most likely first.
+
+    Attributes:
+        image: its path.
+        top: TOP classes at most.
+        activation: of the file, see `outputs.activation_of`.
+        n_classes: of the classifier.
+    """
 
     image: str
-    top: tuple[LikelyClass, ...]
+    top: tuple[ClassScore, ...]
+    activation: str | None
+    n_classes: int
+
+    @property
+    def lines(self) -> list[str]:
+        """Each class in words."""
+        return [score_words(score, self.activation, self.n_classes) for score in self.top]
 
     def to_json(self) -> dict:
         """Plain JSON values."""
-        top = [{"class": c.cls, "label": c.label, "probability": c.probability} for c in self.top]
+        top = [{"class": s.index, "label": s.label, "logit": s.logit, "probability": s.probability} for s in self.top]
         return {"image": self.image, "top": top}
 
 
@@ -84,7 +88,9 @@ def predict(
         advice = ": fp16 may be too small for this model, try bf16 or fp32" if small else ""
         raise EngineError(f"{path} gives values that are not finite{advice}")
     if provenance.outputs[0] == "logits":
-        return _classes(paths, values, provenance.labels)
+        scores = class_scores(values, provenance.activation, labels=provenance.labels, top=TOP)
+        identity = provenance.activation, values.shape[1]
+        return [ImageClasses(str(photo), tuple(row), *identity) for photo, row in zip(paths, scores)]
     return _neighbours(paths, values)
 
 
@@ -108,19 +114,6 @@ def outputs_of(path: str | Path, photos: list[Path], *, runtime: str, progress: 
             pixels = load_images(photos[start : start + size], provenance.preprocess)
             parts.append(in_batches(runner, pixels)[provenance.outputs[0]])
     return np.concatenate(parts)
-
-
-def _classes(photos: list[Path], logits, labels: tuple[str, ...]) -> list[ImageClasses]:
-    import numpy as np
-
-    shares = np.exp(logits - logits.max(1, keepdims=True))
-    shares /= shares.sum(1, keepdims=True)
-    order = np.argsort(-shares, axis=1, kind="stable")[:, :TOP]
-    label = (lambda i: labels[i]) if len(labels) == logits.shape[1] else "class {}".format
-    return [
-        ImageClasses(str(photo), tuple(LikelyClass(int(i), label(i), float(share[i])) for i in best))
-        for photo, share, best in zip(photos, shares, order)
-    ]
 
 
 def _neighbours(photos: list[Path], features) -> list[ImageFeatures]:

@@ -268,9 +268,7 @@ def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
     return x if gamma is None else x * gamma
 
 
-def reduce_model(
-    model: nn.Module | PlainViT, schedule: Schedule, heads: nn.ModuleList | None = None
-) -> ReducedViT:
+def reduce_model(model: nn.Module | PlainViT, schedule: Schedule, heads: nn.ModuleList | None = None) -> ReducedViT:
     """The eager reference of a model under a schedule.
 
     Args:

@@ -161,7 +161,7 @@ def exported_large(tmp_path_factory, schedule_of):
     def export(name, kwargs, batch, checkpoint=None, predictor=None, sources=False, **options):
         model, key = (name, str(kwargs), predictor), (name, batch, str(options))
         if model not in models:
-            models[model] = load_model(name, kwargs, checkpoint, predictor=predictor)
+            models[model] = load_model(name, kwargs, checkpoint=checkpoint, predictor=predictor)
         if key not in made:
             made[key] = folder / f"{len(made)}.onnx"
             export_onnx(
@@ -184,7 +184,7 @@ def dinov2(exported_large, tmp_path_factory):
     are random."""
     from safetensors.torch import save_file
 
-    from tokexport.export.checkpoints.formats import random_heads
+    from tokexport.export.checkpoints.score_heads import random_heads
     from tokexport.tools.demo import samples
 
     folder = tmp_path_factory.mktemp("dinov2")

@@ -20,7 +20,6 @@ COMMANDS = {
     "viz": "Draw on photos which patches a file merges and drops.",
     "eval": "Accuracy on a folder of labelled images.",
     "bench": "Time files against each other in one run.",
-    "env": "Show what a bug report needs: versions, runtimes that load, GPUs.",
     "rates": "List the keep counts published with DiffRate.",
     "env": "Show versions, runtimes and hardware, for a bug report.",
     "demo": "Export, verify, time and draw ToMe on real weights and photos.",

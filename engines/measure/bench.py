@@ -20,6 +20,7 @@ from .jobs import Job, Times, measure_in_processes, noise
 from .latency import PERCENTILES, LatencyReport, LatencyRow, Profile
 from .timing import Ratio, ratio
 
+
 def bench(
     files: list[str | Path],
     *,
@@ -97,7 +98,9 @@ def check_request(
             raise UsageError(f"{file.path} is for batch {file.batch}: give batch {file.batch}")
 
 
-def _jobs(candidates: list[Candidate], runtimes, batches, *, threads: int, seconds: float, cuda_graph: bool) -> list[Job]:
+def _jobs(
+    candidates: list[Candidate], runtimes, batches, *, threads: int, seconds: float, cuda_graph: bool
+) -> list[Job]:
     """For each runtime and batch size what is timed together: candidates that take the batch, their dense files and bounds."""
     jobs = []
     for runtime in runtimes:
@@ -106,7 +109,9 @@ def _jobs(candidates: list[Candidate], runtimes, batches, *, threads: int, secon
             reduced = [c for c in fits.values() if not c.is_dense and c.dense in fits]
             if not reduced:
                 continue
-            bounds = {c.path: c.bound for c in reduced if c.bound and runtime != "torch"}  # the reference has no such file
+            bounds = {
+                c.path: c.bound for c in reduced if c.bound and runtime != "torch"
+            }  # the reference has no such file
             files = dict.fromkeys([*(c.dense for c in reduced), *(c.path for c in reduced), *bounds.values()])
             pairs = [*((c.dense, c.path) for c in reduced), *((limit, path) for path, limit in bounds.items())]
             image = image_of(reduced[0].inspection)
@@ -129,7 +134,11 @@ def _row(candidate: Candidate, job: Job, times: list[Times]) -> LatencyRow:
     identity = (job.runtime, job.batch, candidate.label, inspection.provenance.schedule.method)
     macs_ratio = inspection.macs_dense / inspection.macs
     path, dense = candidate.path, candidate.dense
-    errors = [t.errors.get(path) or f"the dense file failed: {t.errors[dense]}" for t in times if {path, dense} & set(t.errors)]
+    errors = [
+        t.errors.get(path) or f"the dense file failed: {t.errors[dense]}"
+        for t in times
+        if {path, dense} & set(t.errors)
+    ]
     if errors:
         return LatencyRow(*identity, macs_ratio, errors[0], value=candidate.value)
     time = _over_processes([_spread(t.seconds[path]) for t in times])

@@ -174,7 +174,9 @@ def labelled(folder: Path, provenance: Provenance, *, limit: int | None = None) 
     if not names:
         raise UsageError(f"images {folder} has no folders: wanted one for each class, with its images")
     index = _class_indices(names, provenance, folder)
-    photos = {n: sorted(p for p in (folder / n).iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()) for n in names}
+    photos = {
+        n: sorted(p for p in (folder / n).iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()) for n in names
+    }
     images = [LabelledImage(p, index[n]) for n in names for p in photos[n]]
     if not images:
         raise UsageError(f"images {folder}: its folders have no images ({', '.join(SUFFIXES)})")
@@ -226,7 +228,9 @@ def _eager_models(inspection: Inspection, *, reference: bool, dense: bool, check
     return {name: on_arrays(model) for name, model in models.items()}
 
 
-def _predictions(inspection: Inspection, images: list[LabelledImage], *, runtime: str, models: dict, progress) -> Iterator:
+def _predictions(
+    inspection: Inspection, images: list[LabelledImage], *, runtime: str, models: dict, progress
+) -> Iterator:
     """(labels [B], {name: logits [B, classes]}), a batch at a time: memory does not grow with the images."""
     import numpy as np
 
@@ -234,7 +238,9 @@ def _predictions(inspection: Inspection, images: list[LabelledImage], *, runtime
     from ..runners import in_batches, open_runner
 
     provenance = inspection.provenance
-    with open_runner(inspection.path, runtime, batch=inspection.batch or BATCH if runtime == "openvino" else None) as runner:
+    with open_runner(
+        inspection.path, runtime, batch=inspection.batch or BATCH if runtime == "openvino" else None
+    ) as runner:
         size = runner.inputs["image"][0] or BATCH
         for start in range(0, len(images), size):
             progress(f"{inspection.path.name}: image {start + 1} of {len(images)}")

@@ -88,9 +88,7 @@ def measure(job: Job) -> Times:
     with contextlib.ExitStack() as stack:
         for file in job.files:
             try:
-                runner = open_runner(
-                    file, job.runtime, threads=job.threads, batch=job.batch, cuda_graph=job.cuda_graph
-                )
+                runner = open_runner(file, job.runtime, threads=job.threads, batch=job.batch, cuda_graph=job.cuda_graph)
                 runners[file] = stack.enter_context(runner)
                 timers[file] = runner.timer(feeds)
             except (UsageError, FailureError) as e:

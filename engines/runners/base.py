@@ -113,7 +113,9 @@ class Runner:
 
     def _check_open(self) -> None:
         if self.closed:
-            raise UsageError(f"this runner of {self.words} is closed: open the file again, and run inside the `with` block")
+            raise UsageError(
+                f"this runner of {self.words} is closed: open the file again, and run inside the `with` block"
+            )
 
 
 def stopwatch(call: Callable[[], object]) -> Callable[[], float]:

@@ -54,12 +54,22 @@ ENGINES = "trt"  # the row that runs engines
 TABLE = {
     runtime.name: runtime
     for runtime in (
-        Runtime("ort", "ONNX Runtime", "onnxruntime", "cpu", ".ort", profiler="profile", provider="CPUExecutionProvider"),
+        Runtime(
+            "ort", "ONNX Runtime", "onnxruntime", "cpu", ".ort", profiler="profile", provider="CPUExecutionProvider"
+        ),
         Runtime("openvino", "OpenVINO", "openvino", "cpu", ".openvino", profiler="profile"),
         Runtime("torch", "PyTorch, the eager reference", "torch", "export", ".eager"),
-        Runtime("ort-cuda", "ONNX Runtime with CUDA", "onnxruntime", "gpu", ".ort", "gpu", provider="CUDAExecutionProvider"),
         Runtime(
-            "ort-tensorrt", "ONNX Runtime with TensorRT", "onnxruntime", "gpu", ".ort", "gpu", provider="TensorrtExecutionProvider"
+            "ort-cuda", "ONNX Runtime with CUDA", "onnxruntime", "gpu", ".ort", "gpu", provider="CUDAExecutionProvider"
+        ),
+        Runtime(
+            "ort-tensorrt",
+            "ONNX Runtime with TensorRT",
+            "onnxruntime",
+            "gpu",
+            ".ort",
+            "gpu",
+            provider="TensorrtExecutionProvider",
         ),
         Runtime(ENGINES, "TensorRT", None, "trt", ".tensorrt", "gpu", reads="engine"),
     )

@@ -148,10 +148,11 @@ def _provenance(loaded: LoadedModel, schedule: Schedule, *, opset: int, sources:
         loaded.kwargs,
         loaded.weights,
         schedule,
-        plain.preprocess,
+        loaded.preprocess,
         opset,
         dtype,
         (plain.output_name, *(["sources"] if sources else [])),
         plain.dims,
-        () if loaded.weights["source"] == "random" else plain.labels(),
+        loaded.labels or (() if loaded.weights["source"] == "random" else plain.labels()),
+        activation=loaded.activation,
     )

@@ -39,7 +39,7 @@ def make_heads(state: dict[str, Tensor], width: int) -> nn.ModuleList:
     """Score heads, one a stage, ready to be used.
 
     Args:
-        state: {"0.in_conv.0.weight": ...}, checked by `formats.check_heads`.
+        state: {"0.in_conv.0.weight": ...}, checked by `score_heads.check_heads`.
         width: channels of a token.
     """
     heads = nn.ModuleList(ScoreHead(width) for _ in {k.split(".")[0] for k in state})
@@ -108,7 +108,7 @@ def score_heads(loaded, schedule: Schedule) -> nn.ModuleList | None:
     """
     if not any(s.signal == "score_head" for s in schedule.steps):
         return None
-    from ..checkpoints.formats import check_heads, random_heads
+    from ..checkpoints.score_heads import check_heads, random_heads
 
     width, stages, state = as_plain(loaded.module).width, schedule.n_layers, loaded.heads
     if not state and loaded.weights["source"] != "random":

@@ -6,12 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..provenance import Preprocess
+from ..preprocess import of_model
 from .plain_vit import AttentionPool, BlockParts, PlainViT, Pooling, linear, rotary_table
 
-WANTED = (
-    "timm's VisionTransformer, VisionTransformerDistilled or Eva (vit_*, deit_*, deit3_*, *_dinov2, *_dinov3, eva02_*, ...)"
-)
+WANTED = "timm's VisionTransformer, VisionTransformerDistilled or Eva (vit_*, deit_*, deit3_*, *_dinov2, *_dinov3, eva02_*, ...)"
 
 
 def adapt(model: nn.Module) -> PlainViT | None:
@@ -43,7 +41,7 @@ def adapt(model: nn.Module) -> PlainViT | None:
         blocks=lambda: [_parts(block) for block in model.blocks],
         n_blocks=len(model.blocks),
         dims=_dims(model),
-        preprocess=_preprocess(model),
+        preprocess=of_model(model),
         rotary=lambda: _rotary(model),
         labels=lambda: _labels(model),
     )
@@ -159,7 +157,9 @@ def _pooling(model: nn.Module) -> Pooling:
         rows=(0,) if attention is None and model.global_pool == "token" else (),
         pool=model.pool,
         # EVA pools all tokens
-        attention=None if attention is None else _attention_pool(attention, model.num_prefix_tokens * (include is False)),
+        attention=None
+        if attention is None
+        else _attention_pool(attention, model.num_prefix_tokens * (include is False)),
         average=average,
         by_size=average and like_mae,
     )
@@ -186,21 +186,6 @@ def _dims(model: nn.Module) -> dict:
         "patch_values": proj.in_channels * proj.kernel_size[0] * proj.kernel_size[1],
         "pool": model.global_pool,
     }
-
-
-def _preprocess(model: nn.Module) -> Preprocess:
-    """timm's data configuration of a model, for the image size it was made with."""
-    from timm.data import resolve_model_data_config
-
-    cfg = resolve_model_data_config(model, verbose=False)
-    return Preprocess(
-        tuple(model.patch_embed.img_size),
-        tuple(cfg["mean"]),
-        tuple(cfg["std"]),
-        cfg["interpolation"],
-        float(cfg["crop_pct"]),
-        cfg["crop_mode"],
-    )
 
 
 def _labels(model: nn.Module) -> tuple[str, ...]:

@@ -164,9 +164,7 @@ R = Option(
     swept=True,
     parse=lambda value, size: parse_r(value, size.depth),
 )
-KEEP_RATE = Option(
-    "keep_rate", "share of tokens kept, or a list, one a stage", default=0.7, metavar="RATE", swept=True
-)
+KEEP_RATE = Option("keep_rate", "share of tokens kept, or a list, one a stage", default=0.7, metavar="RATE", swept=True)
 KEEP_SHARE = Option(
     "keep_rate",
     "share of patches that each stage keeps of the last, or a list of shares of all patches, one a stage",

@@ -19,7 +19,6 @@ from tokexport.engines.measure.jobs import noise
 from tokexport.tools.demo import samples
 
 
-
 def open_engine(path, outputs=()):
     """An engine, opened as the table opens it."""
     return engine_runner.open_file(path, TABLE["trt"], RunnerOptions(outputs=outputs))

@@ -19,7 +19,7 @@ from tokexport.export.errors import EngineError, MissingPackageError
 from tokexport.tools.cli import group
 
 IMAGE = np.zeros((2, 3, 64, 64), np.float32)
-TOY = '''
+TOY = """
 from pathlib import Path
 from tokexport.engines.runners.base import Runner, RunnerOptions
 from tokexport.engines.runners.table import TABLE
@@ -37,7 +37,7 @@ class ToyRunner(Runner):
         return self.inner.run(feeds)
     def _release(self):
         self.inner.close()
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +302,12 @@ def test_an_engine_needs_no_onnxruntime(without_onnxruntime, tome, tmp_path):
     plan = tmp_path / "v.plan"
     plan.write_bytes(b"x")
     assert runtime_for(plan).name == "trt"
-    for args in (["run", plan, tmp_path], ["viz", plan, tmp_path], ["eval", plan, "--images", tmp_path], ["bench", plan]):
+    for args in (
+        ["run", plan, tmp_path],
+        ["viz", plan, tmp_path],
+        ["eval", plan, "--images", tmp_path],
+        ["bench", plan],
+    ):
         error = CliRunner().invoke(group, list(map(str, args))).exception
         assert isinstance(error, UsageError) and "has no v.plan.json" in str(error), error
     for args in (["run", tome, tmp_path], ["eval", tome, "--images", tmp_path]):
@@ -325,7 +330,10 @@ def test_a_real_engine_needs_no_onnxruntime(without_onnxruntime, tome, tmp_path)
         lambda: evaluate(plan, [(photo, 0)]),
         lambda: CliRunner().invoke(group, ["run", str(plan), photo], catch_exceptions=False, standalone_mode=False),
         lambda: CliRunner().invoke(
-            group, ["viz", str(plan), photo, "-o", str(tmp_path / "v.png")], catch_exceptions=False, standalone_mode=False
+            group,
+            ["viz", str(plan), photo, "-o", str(tmp_path / "v.png")],
+            catch_exceptions=False,
+            standalone_mode=False,
         ),
     ):
         with pytest.raises(UsageError, match="for compute capability 80|no NVIDIA GPU here"):

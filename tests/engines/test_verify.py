@@ -227,7 +227,7 @@ def digits_of(tmp_path_factory, schedule_of):
 
     def export(method):
         if method not in made:
-            loaded = load_model(digits.MODEL, digits.KWARGS, digits.WEIGHTS, predictor=digits.HEADS)
+            loaded = load_model(digits.MODEL, digits.KWARGS, checkpoint=digits.WEIGHTS, predictor=digits.HEADS)
             made[method] = folder / f"{method}.onnx"
             export_onnx(loaded, schedule_of(loaded.module, method=method, **how.get(method, {})), made[method])
         return made[method]

@@ -6,7 +6,7 @@ import torch
 
 from tokexport import Schedule, UsageError, export_onnx, load_model, reduce_model, verify
 from tokexport.export.models import as_plain
-from tokexport.export.checkpoints.formats import random_heads
+from tokexport.export.checkpoints.score_heads import random_heads
 from tokexport.export.reducers import TABLE as METHODS
 from tokexport.export.models.score_head import score_heads
 from tokexport.export.graph.static_vit import StaticViT

@@ -20,7 +20,18 @@ sys.argv = ["tokexport", "env", *{args!r}]
 from tokexport.tools.cli import main
 main()
 """
-ABSENT = ("torch", "torchvision", "timm", "onnx", "onnx_ir", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "matplotlib")
+ABSENT = (
+    "torch",
+    "torchvision",
+    "timm",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "tensorrt_rtx",
+    "matplotlib",
+)
 
 
 def test_it_names_versions_runtimes_and_hardware():

@@ -26,7 +26,7 @@ def run(*args):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, schedule_of):
     path = tmp_path_factory.mktemp("digits") / "tome.onnx"
-    loaded = load_model(digits.MODEL, digits.KWARGS, digits.WEIGHTS)
+    loaded = load_model(digits.MODEL, digits.KWARGS, checkpoint=digits.WEIGHTS)
     export_onnx(loaded, schedule_of(loaded.module, 4), path)
     return path
 
@@ -191,7 +191,7 @@ def test_training_learns(tmp_path):
     """One short run of the training script's parts: the loss falls, heads have the published shapes."""
     import torch
 
-    from tokexport.export.checkpoints import formats
+    from tokexport.export.checkpoints import score_heads
     from tokexport.tools.demo import train_digits
 
     g = torch.Generator().manual_seed(0)
@@ -202,4 +202,4 @@ def test_training_learns(tmp_path):
     train_digits.train_model(net, x.repeat(4, 1, 1, 1), y.repeat(4), 12, g)
     assert torch.nn.functional.cross_entropy(net(x), y) < first - 0.03
     heads = train_digits.train_heads(net, x, y, 1, g)
-    formats.check_heads(dict(heads.state_dict()), 24, 3)
+    score_heads.check_heads(dict(heads.state_dict()), 24, 3)

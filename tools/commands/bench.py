@@ -12,7 +12,6 @@ from ...export.errors import UsageError
 from ..options import runtime_option
 
 
-
 @click.command("bench")
 @click.argument("files", nargs=-1)
 @click.option(
@@ -44,7 +43,9 @@ from ..options import runtime_option
     show_default=True,
     help="Most time for each runtime and batch in each process; less when the ratios are precise before.",
 )
-@click.option("--processes", default=1, show_default=True, help="Fresh processes that measure, one after another; 1: here.")
+@click.option(
+    "--processes", default=1, show_default=True, help="Fresh processes that measure, one after another; 1: here."
+)
 @click.option(
     "--bound",
     is_flag=True,

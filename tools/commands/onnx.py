@@ -7,19 +7,11 @@ import click
 from ...export import reducers
 from ...export.errors import UsageError
 from .method_options import as_flags, method_options
+from .model_options import file_stem, load, model_options, split
 
 
 @click.command("onnx")
-@click.option("--model", "name", default="deit_small_patch16_224", show_default=True, help="Any plain ViT of timm.")
-@click.option(
-    "--model-kwargs", multiple=True, metavar="KEY=VALUE", help="For timm's create_model, e.g. img_size=384. Repeatable."
-)
-@click.option(
-    "--checkpoint", metavar="FILE", help="Weights: .safetensors, .pth or .pt, loaded strictly; no code in it is run."
-)
-@click.option("--pretrained", is_flag=True, help="Weights from timm's hub.")
-@click.option("--seed", default=0, show_default=True, help="Of random weights, when there is neither of the two.")
-@click.option("--predictor", metavar="FILE", help="dTPS, DynamicViT: the score heads, when the checkpoint has none.")
+@model_options
 @click.option(
     "--method",
     type=click.Choice(list(reducers.TABLE)),
@@ -50,12 +42,6 @@ from .method_options import as_flags, method_options
 @click.option("--force", is_flag=True, help="Replace the output file.")
 @click.option("--json", "as_json", is_flag=True, help="The summary as JSON on stdout.")
 def command(
-    name,
-    model_kwargs,
-    checkpoint,
-    pretrained,
-    seed,
-    predictor,
     method,
     batch,
     dtype,
@@ -76,18 +62,18 @@ def command(
     from ...export.files import check_output
     from ..show.terminal import console, print_json, stages
 
-    images = _batch(batch)
+    images, (model, options) = _batch(batch), split(options)
     check_precision(dtype, calib)
-    path = check_output(f"{name}.{method}.onnx" if output is None else output, force, [checkpoint, predictor, *calib])
+    inputs = [model["checkpoint"], model["predictor"], *calib]
+    path = check_output(f"{file_stem(model)}.{method}.onnx" if output is None else output, force, inputs)
     out = console()
     with stages(out) as progress:
         progress("loading torch")
         from ...engines.onnx_export import export_onnx
-        from ...export.models import load
 
-        learned = _check_method(method, options, predictor)
-        progress(f"making {name}")
-        loaded = load.load_model(name, load.parse_kwargs(model_kwargs), checkpoint, pretrained, seed, predictor)
+        learned = _check_method(method, options, model["predictor"])
+        progress("loading the model")
+        loaded = load(model)
         with as_flags(options):
             schedule = loaded.schedule(method, **options)
         result = export_onnx(
@@ -133,6 +119,8 @@ def _batch(text: str) -> int | None:
 
 
 def _data(result, notes) -> dict:
+    from dataclasses import asdict
+
     p = result.provenance
     return {
         "path": str(result.path),
@@ -144,12 +132,15 @@ def _data(result, notes) -> dict:
         "nodes": result.nodes,
         "size": result.size,
         "outputs": list(p.outputs),
+        "preprocess": asdict(p.preprocess),
+        "activation": p.activation,
         "weights": p.weights,
         "notes": notes,
     }
 
 
 def _print(out, result, notes, batch) -> None:
+    from ...export.preprocess import words
     from ..show.terminal import macs_words, size_words, tokens_words
 
     p = result.provenance
@@ -163,6 +154,7 @@ def _print(out, result, notes, batch) -> None:
         f"output {', '.join(p.outputs)}",
         markup=False,
     )
+    out.print(f"  photos   {words(p.preprocess)}", markup=False)
     for note in notes:
         out.print("  note     ", style="yellow", end="", markup=False)
         out.print(note, markup=False)

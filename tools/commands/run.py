@@ -17,6 +17,7 @@ def command(file, images, runtime, as_json):
 
     Prints the five likeliest classes of each, or the image most like it when the model has no classes.
     """
+    from ...engines.outputs import heading
     from ...engines.predict import ImageClasses, predict
     from ...engines.runners import runtime_for
     from ..show.terminal import console, print_json, stages
@@ -28,11 +29,14 @@ def command(file, images, runtime, as_json):
     if as_json:
         print_json({"file": str(file), "runtime": row.name, "images": [p.to_json() for p in predictions]})
         return
+    first = predictions[0]
+    if isinstance(first, ImageClasses) and (first.n_classes == 1 or first.activation in ("sigmoid", "none")):
+        out.print(heading(first.activation, first.n_classes), markup=False)
     for prediction in predictions:
         out.print(prediction.image, style="bold", markup=False)
         if isinstance(prediction, ImageClasses):
-            for likely in prediction.top:
-                out.print(f"  {likely.probability:6.1%}  {likely.label}", markup=False)
+            for line in prediction.lines:
+                out.print(f"  {line}", markup=False)
         elif prediction.nearest:
             out.print(f"  nearest {prediction.nearest}, cosine {prediction.cosine:.4f}", markup=False)
         else:

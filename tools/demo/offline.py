@@ -46,7 +46,7 @@ def _export(folder: Path, method: str, progress):
     from ... import export_onnx, load_model
 
     progress(f"exporting {method}")
-    loaded = load_model(digits.MODEL, digits.KWARGS, digits.WEIGHTS, predictor=digits.HEADS)
+    loaded = load_model(digits.MODEL, digits.KWARGS, checkpoint=digits.WEIGHTS, predictor=digits.HEADS)
     schedule = loaded.schedule(method, **OPTIONS.get(method, {}))
     return export_onnx(loaded, schedule, folder / f"digits_{method}.onnx", force=True)
 

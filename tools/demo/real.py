@@ -62,7 +62,7 @@ def _export(folder: Path, checkpoint: Path, name: str, method: str, progress, ou
     from ... import export_onnx, load_model
 
     progress(f"exporting {name}")
-    loaded = load_model(samples.MODEL, samples.KWARGS, checkpoint)
+    loaded = load_model(samples.MODEL, samples.KWARGS, checkpoint=checkpoint)
     schedule = loaded.schedule(method, **({"r": R} if method == "tome" else {}))
     result = export_onnx(loaded, schedule, folder / f"dinov2_{method}.onnx", sources=method != "none", force=True)
     out.print(

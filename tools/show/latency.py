@@ -18,9 +18,15 @@ def print_report(out, report) -> None:
     threads = f"{report.threads} thread{'s' * (report.threads != 1)}" if report.threads else "the runtime's own threads"
     timed = [row for row in report.rows if not row.error]
     processes = max((row.processes for row in timed), default=1)
-    how = f"{processes} processes: mean (least-largest) of medians" if processes > 1 else "one process: medians (20-80 %)"
+    how = (
+        f"{processes} processes: mean (least-largest) of medians" if processes > 1 else "one process: medians (20-80 %)"
+    )
     out.print(f"{hardware}{driver}, {threads}; interleaved, {how}", style="bold", markup=False)
-    runtimes = {name: text for name, text in machine["versions"].items() if name.startswith(("onnxruntime", "openvino", "torch", "tensorrt"))}
+    runtimes = {
+        name: text
+        for name, text in machine["versions"].items()
+        if name.startswith(("onnxruntime", "openvino", "torch", "tensorrt"))
+    }
     out.print(", ".join(f"{name} {number}" for name, number in runtimes.items()), markup=False)
     for words in dict.fromkeys(f"{row.runtime}: {row.timed}" for row in timed):
         out.print(f"timed in {words}", markup=False)
@@ -42,7 +48,9 @@ def _print_rows(out, report) -> None:
     details = ["p50 ms", "p90", "p95", "p99", "whole call ms", "images/s", "rounds"]
     for table, titles in zip(tables, (gain, details)):
         for title in (*identity, *titles):
-            table.add_column(title, justify="left" if title in ("runtime", "file") else "right", no_wrap=title != "file")
+            table.add_column(
+                title, justify="left" if title in ("runtime", "file") else "right", no_wrap=title != "file"
+            )
     for row in report.rows:
         name = escape(row.value or Path(row.file).name if row.method != "none" else row.file)
         first = [row.runtime, str(row.batch), name]
@@ -83,7 +91,9 @@ def _print_break_even(out, rows) -> None:
     least = min((row.batch for row in rows), default=0)
     for (runtime, file), batch in break_even(rows).items():
         if batch != least:
-            words = f"faster than dense from batch {batch} on" if batch else "no faster than dense at any batch measured"
+            words = (
+                f"faster than dense from batch {batch} on" if batch else "no faster than dense at any batch measured"
+            )
             out.print(f"{Path(file).name} in {runtime}: {words}", style=None if batch else "red", markup=False)
 
 
