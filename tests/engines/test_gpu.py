@@ -12,7 +12,7 @@ from tokexport.engines import files
 from tokexport.engines.runners import tensorrt as plan_runner
 from tokexport.engines.tensorrt import runtime as trt
 from tokexport.engines.tensorrt.build import build_engine
-from tokexport.engines.tensorrt.sidecar import Builder, read_sidecar, sidecar, write_sidecar
+from tokexport.engines.tensorrt.sidecar import Builder, read_sidecar, write_sidecar
 from tokexport.export.inspection import inspect
 from tokexport.engines.measure import bench
 from tokexport.tools.demo import samples
