@@ -15,7 +15,9 @@ _HOME = {  # public name: its module, and the name it has there
     "inspect": ("engines.files", "inspect_file"),
     "open_runner": ("engines.runners", "open_runner"),
     "verify": ("engines.parity.verify", "verify"),
+    "bench": ("engines.measure.bench", "bench"),
     "evaluate": ("engines.measure.evaluate", "evaluate"),
+    "predict": ("engines.predict", "predict"),
     "UsageError": ("export.errors", "UsageError"),
     "MissingPackageError": ("export.errors", "MissingPackageError"),
     "FailureError": ("export.errors", "FailureError"),
@@ -36,7 +38,12 @@ def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'tokexport' has no attribute {name!r}")
     module, attribute = _HOME[name]
-    return getattr(import_module(f".{module}", __name__), attribute)
+    try:
+        return getattr(import_module(f".{module}", __name__), attribute)
+    except ModuleNotFoundError as e:
+        from .export.errors import missing_export_package
+
+        raise missing_export_package(e) or e from None
 
 
 def __dir__():

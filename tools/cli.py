@@ -9,7 +9,7 @@ from importlib import import_module
 
 import click
 
-from ..export.errors import FailureError, UsageError
+from ..export.errors import FailureError, UsageError, missing_export_package
 
 COMMANDS = {
     "onnx": "Export a ViT, reduced or not, to a static ONNX file.",
@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": "Accuracy on a folder of labelled images.",
     "bench": "Time files against each other in one run.",
     "rates": "List the keep counts published with DiffRate.",
+    "env": "Show versions, runtimes and hardware, for a bug report.",
     "demo": "Export, verify, time and draw ToMe on real weights and photos.",
 }
 EXIT_CODES = {
@@ -79,6 +80,11 @@ def _judge(error: Exception) -> tuple[int, str]:
         return 2, str(error)
     if isinstance(error, FailureError):
         return 3, str(error)
+    if isinstance(error, ModuleNotFoundError):
+        missing = missing_export_package(error)
+        if missing is None:
+            raise error
+        return 2, str(missing)
     if isinstance(error, OSError):
         from ..export.files import is_disk_error
 

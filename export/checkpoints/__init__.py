@@ -1,1 +1,2 @@
-"""Weights as people have them: read safely, recognised, converted, filled in."""
+"""Weights as people have them: read safely (read), found under any prefix (prefixes), renamed (layouts), filled in
+(fill)."""

@@ -8,7 +8,7 @@ from onnx import TensorProto
 from tokexport import UsageError, build_engine, export_onnx, quantize, verify
 from tokexport.export.graph import stages
 from tokexport.export.inspection import inspect
-from tokexport.export.reducers import METHODS
+from tokexport.export.reducers import TABLE as METHODS
 from tokexport.tools.demo import samples
 
 

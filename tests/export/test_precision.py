@@ -8,8 +8,9 @@ from onnx import TensorProto
 
 from tokexport import UsageError, export_onnx, verify
 from tokexport.export.graph import precision, stages
+from tokexport.export.errors import EngineError
 from tokexport.export.inspection import inspect
-from tokexport.export.reducers import METHODS
+from tokexport.export.reducers import TABLE as METHODS
 from tokexport.tools.demo import samples
 
 LOW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -110,10 +111,12 @@ def test_a_fault_in_fp16_is_still_found(typed, tmp_path):
 
     assert verify(path).passed
     assert not _planted(path, tmp_path, transposed).passed
-    with pytest.raises(
-        UsageError, match="ONNX Runtime failed.*block[0-5].m"
-    ):  # rows that are not there, and the node that asks for them
-        _planted(path, tmp_path, unbarred)
+    try:  # rows that are not there: one runtime refuses to fetch them, another gives what lies in memory
+        report = _planted(path, tmp_path, unbarred)
+    except (EngineError, UsageError) as e:
+        assert "ONNX Runtime failed" in str(e)
+    else:
+        assert not report.passed and "no plan" in report.summary()
 
 
 def test_an_overflow_is_found(typed, tmp_path):

@@ -4,55 +4,22 @@ from __future__ import annotations
 
 import click
 
+from ...export import reducers
 from ...export.errors import UsageError
-from ...export.reducers import METHODS
+from .method_options import as_flags, method_options
+from .model_options import file_stem, load, model_options, split
 
 
 @click.command("onnx")
-@click.option("--model", "name", default="deit_small_patch16_224", show_default=True, help="Any plain ViT of timm.")
+@model_options
 @click.option(
-    "--model-kwargs", multiple=True, metavar="KEY=VALUE", help="For timm's create_model, e.g. img_size=384. Repeatable."
+    "--method",
+    type=click.Choice(list(reducers.TABLE)),
+    default=reducers.DEFAULT,
+    show_default=True,
+    help="How tokens are reduced: " + "; ".join(f"{r.name}, {r.help}" for r in reducers.TABLE.values()) + ".",
 )
-@click.option(
-    "--checkpoint", metavar="FILE", help="Weights: .safetensors, .pth or .pt, loaded strictly; no code in it is run."
-)
-@click.option("--pretrained", is_flag=True, help="Weights from timm's hub.")
-@click.option("--seed", default=0, show_default=True, help="Of random weights, when there is neither of the two.")
-@click.option("--predictor", metavar="FILE", help="dTPS, DynamicViT: the score heads, when the checkpoint has none.")
-@click.option("--method", type=click.Choice(METHODS), default="tome", show_default=True, help="How tokens are reduced.")
-@click.option(
-    "--r", metavar="R", help="ToMe: tokens merged per block: 13, 13:-1 (r:inflection) or 8,8,4,... (one a block)."
-)
-@click.option(
-    "--keep-rate",
-    metavar="RATE",
-    help="EViT, eTPS, dTPS, DynamicViT: share of tokens kept, or a list, one a stage; default 0.7. "
-    "A list for dTPS and DynamicViT holds shares of all patches.",
-)
-@click.option("--at", metavar="BLOCKS", help="The same: blocks with a reduction, from 0; default 3,6,9.")
-@click.option("--fuse/--no-fuse", default=None, help="EViT: the tokens left out become one; default on.")
-@click.option(
-    "--rates",
-    metavar="NAME|FILE",
-    help="DiffRate: a published list (tokexport rates), e.g. deit_small@2.9, or a JSON file.",
-)
-@click.option(
-    "--prop-attn/--no-prop-attn",
-    default=None,
-    help="ToMe, DiffRate: proportional attention, default on; off for ToMe on MAE-trained models and on models trained with ToMe.",
-)
-@click.option(
-    "--pool",
-    type=click.Choice(["size", "mean"]),
-    help="ToMe, DiffRate: weigh an average pool by token size, or not; "
-    "default by size for models that pool like MAE's, as the authors do.",
-)
-@click.option(
-    "--score",
-    type=click.Choice(["class", "mean"]),
-    help="EViT, eTPS, DiffRate: sort by the attention the class token pays "
-    "(default), or by the mean attention received (a substitute, for models without a class token).",
-)
+@method_options
 @click.option("--batch", default="dynamic", show_default=True, metavar="N|dynamic", help="Images per run.")
 @click.option(
     "--dtype",
@@ -75,12 +42,6 @@ from ...export.reducers import METHODS
 @click.option("--force", is_flag=True, help="Replace the output file.")
 @click.option("--json", "as_json", is_flag=True, help="The summary as JSON on stdout.")
 def command(
-    name,
-    model_kwargs,
-    checkpoint,
-    pretrained,
-    seed,
-    predictor,
     method,
     batch,
     dtype,
@@ -101,30 +62,20 @@ def command(
     from ...export.files import check_output
     from ..show.terminal import console, print_json, stages
 
-    images = _batch(batch)
+    images, (model, options) = _batch(batch), split(options)
     check_precision(dtype, calib)
-    path = check_output(f"{name}.{method}.onnx" if output is None else output, force, [checkpoint, predictor, *calib])
+    inputs = [model["checkpoint"], model["predictor"], *calib]
+    path = check_output(f"{file_stem(model)}.{method}.onnx" if output is None else output, force, inputs)
     out = console()
     with stages(out) as progress:
         progress("loading torch")
-        from ...export.models import load, vit
         from ...engines.onnx_export import export_onnx
-        from ...export import reducers
-        from ...export.schedule import Schedule
 
-        reducers.check_options(method, {k: v for k, v in options.items() if v is not None})
-        if predictor and "head" not in getattr(reducers.get(method), "NEEDS", ()):
-            raise UsageError(f"--predictor goes with --method dtps, dynamicvit, not with {method}")
-        progress(f"making {name}")
-        loaded = load.load_model(name, load.parse_kwargs(model_kwargs), checkpoint, pretrained, seed, predictor)
-        model = loaded.module
-        schedule = Schedule.parse(
-            method=method,
-            depth=len(model.blocks),
-            n_tokens=vit.n_tokens(model),
-            n_prefix=model.num_prefix_tokens,
-            **options,
-        )
+        learned = _check_method(method, options, model["predictor"])
+        progress("loading the model")
+        loaded = load(model)
+        with as_flags(options):
+            schedule = loaded.schedule(method, **options)
         result = export_onnx(
             loaded,
             schedule,
@@ -139,12 +90,22 @@ def command(
             sources=sources,
         )
     notes = [*loaded.notes, *schedule.notes]
-    if "head" in getattr(reducers.get(method), "NEEDS", ()) and not loaded.heads:
+    if learned and not loaded.heads:
         notes.append("the score heads are random too (same seed): give --predictor FILE, or a checkpoint that has them")
     if as_json:
         print_json(_data(result, notes))
     else:
         _print(out, result, notes, batch)
+
+
+def _check_method(method: str, options: dict, predictor: str | None) -> bool:
+    """Options and --predictor are for this method. Returns: it reads trained score heads."""
+    with as_flags(options):
+        reducers.check_names(method, {name: value for name, value in options.items() if value is not None})
+    learned = [name for name, reducer in reducers.TABLE.items() if "score_head" in reducer.signals]
+    if predictor and method not in learned:
+        raise UsageError(f"--predictor goes with --method {', '.join(learned)}, not with {method}")
+    return method in learned
 
 
 def _batch(text: str) -> int | None:
@@ -158,6 +119,8 @@ def _batch(text: str) -> int | None:
 
 
 def _data(result, notes) -> dict:
+    from dataclasses import asdict
+
     p = result.provenance
     return {
         "path": str(result.path),
@@ -169,12 +132,15 @@ def _data(result, notes) -> dict:
         "nodes": result.nodes,
         "size": result.size,
         "outputs": list(p.outputs),
+        "preprocess": asdict(p.preprocess),
+        "activation": p.activation,
         "weights": p.weights,
         "notes": notes,
     }
 
 
 def _print(out, result, notes, batch) -> None:
+    from ...export.preprocess import words
     from ..show.terminal import macs_words, size_words, tokens_words
 
     p = result.provenance
@@ -188,6 +154,7 @@ def _print(out, result, notes, batch) -> None:
         f"output {', '.join(p.outputs)}",
         markup=False,
     )
+    out.print(f"  photos   {words(p.preprocess)}", markup=False)
     for note in notes:
         out.print("  note     ", style="yellow", end="", markup=False)
         out.print(note, markup=False)

@@ -25,8 +25,8 @@ def stages(out):
 
 
 def print_json(data) -> None:
-    """One JSON document on stdout."""
-    json.dump(data, sys.stdout, indent=1)
+    """One JSON document (RFC 8259) on stdout. Raises: ValueError for a float that is not finite, before anything is written."""
+    sys.stdout.write(json.dumps(data, indent=1, allow_nan=False))
     print()
 
 
