@@ -188,7 +188,7 @@ class ReducedViT(nn.Module):
             score = head_scores(self.heads[step.layer], x, n_prefix=p)
         elif step.signal is not None:
             score = received(attention.weights, n_prefix=p, of=step.signal)
-        return Signals(x, p, self.plain.has_class_token, state.size, metric, score)
+        return Signals(x, p, self.plain.has_class_token, state.size, metric=metric, score=score)
 
     def _reduce(self, step: Step, state: TokenState, *, block: BlockParts, run: Run, attention=None) -> TokenState:
         """One reduction; attention: of the block, after it."""
