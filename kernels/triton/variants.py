@@ -12,6 +12,7 @@ from ..token_reduce import FOLDS, Reduction
 
 MATCH = {"BLOCK_A": 32, "BLOCK_B": 32, "BLOCK_D": 32}  # 64 x 64 spills in float32 (ptxas 12.9, sm_80)
 APPLY = {"BLOCK": 256, "CHUNK": 16}
+UNIT_VALUES = 1024  # rows times columns of a block of `unit`
 WIDTHS = (64, 128, 1024, 2048)  # of the rows that `unit` takes
 RANKED = {256: (16, 4), 1024: (8, 8), 2048: (4, 16)}  # values that `rank` takes: (compared at once, warps)
 MULTIPLE = 8  # channels and head sizes: 16 bytes of half floats
@@ -47,7 +48,7 @@ class Variant:
 def unit_variant(width: int) -> Variant:
     """The `unit` kernel for rows of a width."""
     block = next(w for w in WIDTHS if width <= w)
-    return Variant("unit", {"ROWS": max(1, 1024 // block), "BLOCK": block})
+    return Variant("unit", {"ROWS": max(1, UNIT_VALUES // block), "BLOCK": block})
 
 
 def match_variant(pairs: bool) -> Variant:
