@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace tokexport {
@@ -36,6 +37,12 @@ struct Reduction {
     int64_t b_first() const { return n_prefix + 1 - n_prefix % 2; }
     int64_t n_a() const { return n_in > a_first() ? (n_in - a_first() + 1) / 2 : 0; }
     int64_t n_b() const { return n_in > b_first() ? (n_in - b_first() + 1) / 2 : 0; }
+
+    // The attributes that are numbers, by name.
+    std::vector<std::pair<const char*, int64_t*>> counts() {
+        return {{"n_in", &n_in}, {"n_kept", &n_kept}, {"n_folded", &n_folded}, {"n_prefix", &n_prefix},
+                {"by_score", &by_score}, {"sizes", &sizes}, {"decisions", &decisions}};
+    }
 
     // What is wrong with the attributes, in words; empty for nothing. Every count that code indexes by is bounded here.
     std::string problem() const {

@@ -2,6 +2,7 @@
 #include <NvInfer.h>
 
 #include <algorithm>
+#include <cstdio>
 
 #include "driver.hpp"
 #include "reduction.hpp"
@@ -14,8 +15,11 @@ namespace {
 ILoggerFinder* g_finder = nullptr;
 
 void complain(const std::string& text) {
+    const std::string words = "tokexport TokenReduce: " + text;
     if (ILogger* logger = g_finder ? g_finder->findLogger() : nullptr)
-        logger->log(ILogger::Severity::kERROR, (std::string("tokexport TokenReduce: ") + text).c_str());
+        logger->log(ILogger::Severity::kERROR, words.c_str());
+    else
+        std::fprintf(stderr, "%s\n", words.c_str());
 }
 
 // The words of an exception go to TensorRT's logger; TensorRT itself wants a number.
@@ -164,9 +168,7 @@ public:
         };
         text("select", op_.select);
         text("fold", op_.fold);
-        const int64_t* counts[] = {&op_.n_in, &op_.n_kept, &op_.n_folded, &op_.n_prefix, &op_.by_score, &op_.sizes, &op_.decisions};
-        const char* names[] = {"n_in", "n_kept", "n_folded", "n_prefix", "by_score", "sizes", "decisions"};
-        for (int i = 0; i < 7; ++i) fields_.push_back({names[i], counts[i], PluginFieldType::kINT64, 1});
+        for (auto& [name, value] : op_.counts()) fields_.push_back({name, value, PluginFieldType::kINT64, 1});
         fields_.push_back({"eps", &op_.eps, PluginFieldType::kFLOAT32, 1});
         collection_ = {static_cast<int32_t>(fields_.size()), fields_.data()};
         return &collection_;
@@ -240,8 +242,7 @@ class Creator final : public IPluginCreatorV3One {
 public:
     Creator() {
         for (const char* name : {"select", "fold"}) fields_.push_back({name, nullptr, PluginFieldType::kCHAR, 1});
-        for (const char* name : {"n_in", "n_kept", "n_folded", "n_prefix", "by_score", "sizes", "decisions"})
-            fields_.push_back({name, nullptr, PluginFieldType::kINT64, 1});
+        for (auto& [name, value] : Reduction().counts()) fields_.push_back({name, nullptr, PluginFieldType::kINT64, 1});
         fields_.push_back({"eps", nullptr, PluginFieldType::kFLOAT32, 1});
         collection_ = {static_cast<int32_t>(fields_.size()), fields_.data()};
     }
@@ -275,10 +276,8 @@ private:
             op.eps = *static_cast<const float*>(f.data);
         } else if (f.type == PluginFieldType::kINT64 || f.type == PluginFieldType::kINT32) {
             const int64_t v = f.type == PluginFieldType::kINT64 ? *static_cast<const int64_t*>(f.data) : *static_cast<const int32_t*>(f.data);
-            int64_t* at = name == "n_in" ? &op.n_in : name == "n_kept" ? &op.n_kept : name == "n_folded" ? &op.n_folded
-                        : name == "n_prefix" ? &op.n_prefix : name == "by_score" ? &op.by_score : name == "sizes" ? &op.sizes
-                        : name == "decisions" ? &op.decisions : nullptr;
-            if (at) *at = v;
+            for (auto& [known, at] : op.counts())
+                if (name == known) *at = v;
         }
     }
     std::vector<PluginField> fields_;
