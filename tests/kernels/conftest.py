@@ -74,15 +74,16 @@ def inputs(op, kind="random", channels=64, heads=3, width=32, batch=2, dtype=tor
     return {"op": op.attributes, "x": x.to(dtype), "signal": signal, "size": size, "whole": whole, "exact": kind != "random"}
 
 
-def make(method, *counts, spoilt=None, check=True, by_score=0, **options):
+def make(method, *counts, spoilt=None, check=True, chip=80, by_score=0, **options):
     """A case as a table says it: a method and its counts, and options of `inputs`.
 
     spoilt: (tensor, value), one value of a tensor that is not finite. check: whether the kernels look for such.
+    chip: compute capability of the GPU that is none.
     """
     made = inputs(METHODS[method](*counts, **({"by_score": 1} if by_score else {})), **options)
     if spoilt:
         made[spoilt[0]].view(-1)[7] = spoilt[1]
-    return {**made, "check": check}
+    return {**made, "check": check, "chip": chip}
 
 
 def gap(case):
