@@ -1,7 +1,8 @@
-"""Photos to input tensors, by a file's own preprocessing and with timm's own transforms."""
+"""Photos to input tensors, by a file's own preprocessing, as timm does it."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -35,26 +36,49 @@ def find_images(said: str | Path | list[str | Path]) -> list[Path]:
 
 def crop(path: Path, preprocess: Preprocess):
     """The part of a photo that the model sees: PIL image of the input's size, RGB. Raises: UsageError when it is no image."""
-    from PIL import Image
-    from timm.data.transforms_factory import transforms_imagenet_eval
+    return fit(open_image(path), preprocess)
 
-    shape = transforms_imagenet_eval(
-        preprocess.size,
-        preprocess.crop,
-        preprocess.crop_mode,
-        interpolation=preprocess.interpolation,
-        mean=preprocess.mean,
-        std=preprocess.std,
-        normalize=False,
-    ).transforms[:-1]
+
+def open_image(path: Path):
+    """A photo as it is to be looked at: PIL image, RGB, turned as its EXIF says. Raises: UsageError when it is no image."""
+    from PIL import Image, ImageOps
+
     try:
         with Image.open(path) as image:
-            image = image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise UsageError(f"images: {path} cannot be read as an image ({type(e).__name__}: {e})") from None
-    for step in shape:
-        image = step(image)
-    return image
+
+
+def fit(image, preprocess: Preprocess):
+    """The part of an RGB image that the model sees, resized, cropped and padded as timm does it: PIL image of the input's size.
+
+    Args:
+        image: PIL image.
+        preprocess: of the file.
+    """
+    from PIL import Image, ImageOps
+
+    filters = {f.name.lower(): f for f in Image.Resampling}
+    height, width = preprocess.size
+    scaled_h, scaled_w = (math.floor(n / preprocess.crop) for n in preprocess.size)
+    w, h = image.size
+    if preprocess.crop_mode == "squash":
+        target = scaled_w, scaled_h
+    elif preprocess.crop_mode == "center" and scaled_h == scaled_w:
+        target = (scaled_w, int(scaled_w * h / w)) if w <= h else (int(scaled_w * w / h), scaled_w)
+    else:
+        ratio = (max if preprocess.crop_mode == "border" else min)(h / scaled_h, w / scaled_w)
+        target = round(w / ratio), round(h / ratio)
+    image = image.resize(target, filters[preprocess.interpolation])
+    w, h = image.size
+    if w < width or h < height:
+        fill = tuple(round(255 * m) for m in preprocess.mean) if preprocess.crop_mode == "border" else 0
+        more_w, more_h = max(width - w, 0), max(height - h, 0)
+        image = ImageOps.expand(image, (more_w // 2, more_h // 2, more_w - more_w // 2, more_h - more_h // 2), fill)
+        w, h = image.size
+    left, top = round((w - width) / 2), round((h - height) / 2)
+    return image.crop((left, top, left + width, top + height))
 
 
 def normalise(image, preprocess: Preprocess) -> np.ndarray:

@@ -10,6 +10,7 @@ from torch import nn
 from . import reducers
 from .models import vit
 from .apply import apply_eager, follow
+from .margins import RowMargins, row_margins
 from .plan import MergePlan, Signals, lift
 from .schedule import Schedule
 
@@ -23,6 +24,7 @@ class ReferenceResult:
     plans: the merge plan of every step, in order. size: [B, N] input tokens per final token.
     regrets: with replayed decisions, per step [B]: how far they are from the reference's own (see the reducer).
     departs: with observed tokens, per stage [B]: how far they are from what the reference makes of those before them.
+    margins: when they are asked for, per step: how clear each row's part of the decision is.
     """
 
     output: torch.Tensor
@@ -32,6 +34,7 @@ class ReferenceResult:
     plans: list[MergePlan] = field(default_factory=list)
     regrets: list[torch.Tensor] = field(default_factory=list)
     departs: dict[str, torch.Tensor] = field(default_factory=dict)
+    margins: list[RowMargins] | None = None
 
 
 class ReducedViT(nn.Module):
@@ -58,12 +61,14 @@ class ReducedViT(nn.Module):
         replay: list[MergePlan] | None = None,
         observed: dict[str, torch.Tensor] | None = None,
         rounding: float = 0.0,
+        margins: bool = False,
     ) -> ReferenceResult:
         """Compute, deciding itself or, with `replay`, under the given plans (one per step), whose regret is then measured.
 
         observed: tokens behind stages, as somebody else has them, by stage name (see `stages`; any shape of B N C values). Each is
         compared with what the reference makes of the tokens before it, and goes on in its place: errors do not add up.
         rounding: of a number they are kept in, relative; what it explains is no departure (a stage may add less than that).
+        margins: also measure how clear every decision is.
         """
         m = self.model
         x, _ = vit.embed(m, m.patch_embed(image))
@@ -72,7 +77,7 @@ class ReducedViT(nn.Module):
         batch, n, _ = x.shape
         size, at = torch.ones(batch, n, 1, dtype=x.dtype), torch.arange(n).expand(batch, n)
         rope, place = vit.rotary_table(m), at
-        out = ReferenceResult(x, x, at, size[..., 0])
+        out = ReferenceResult(x, x, at, size[..., 0], margins=[] if margins else None)
         x = _compare("embed", x, None, seen, out)
         steps, options = self.schedule.by_site, self.schedule.options
         for i, block in enumerate(m.blocks):
@@ -127,6 +132,8 @@ class ReducedViT(nn.Module):
         plan = reducer.reference(signals, step, given)
         if given is not None:
             out.regrets.append(reducer.regret(signals, step, plan))
+        if out.margins is not None:
+            out.margins.append(row_margins(signals, step, plan=plan, signal=signal_of(self.schedule, step)))
         out.plans.append(plan)
         place = place.gather(1, plan.keep[..., 0])  # a token stands where it stood; one made of others stands nowhere
         place = torch.cat([place, place.new_full((len(x), plan.n_extra), self.schedule.n_tokens)], 1)
@@ -167,6 +174,13 @@ def received(attention: torch.Tensor, n_prefix: int, of: str) -> torch.Tensor:
     """
     rows = attention[:, :, 0] if of == "class" else attention.mean(2)
     return _lifted(rows.mean(1)[..., None], n_prefix)
+
+
+def signal_of(schedule: Schedule, step) -> str | None:
+    """What a step looks at, as `Precision.near_tie` names it. Args: schedule, and a step of it."""
+    need = next(iter(getattr(reducers.get(schedule.method), "NEEDS", ())), None)
+    attention = "mean_attention" if schedule.options.get("score") == "mean" else "class_attention"
+    return {"metric": "keys", "attention": attention, "head": "score_head", None: None}[need]
 
 
 def _lifted(score, n_prefix):
