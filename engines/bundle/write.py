@@ -177,10 +177,9 @@ def _against_reference(path: Path, photo, values: dict, manifest: Manifest, prov
 
 def _photo(path: Path, manifest: Manifest):
     """A photo as it is stored: RGB or grey, its short side at most PHOTO_SIDE times the input's."""
-    from ..images import open_image
+    from ..images import read_image
 
-    image = open_image(path)
-    image = image if manifest.preprocessing.channels == 3 else image.convert("L")
+    image = read_image(path, manifest.preprocessing.channels)
     side = PHOTO_SIDE * max(manifest.preprocessing.size)
     if min(image.size) > side:
         ratio = side / min(image.size)
