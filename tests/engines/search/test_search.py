@@ -133,7 +133,7 @@ def test_a_search_that_was_stopped_goes_on_where_it_was(search, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options, words",
+    "request_, words",
     [
         ({"share": 1.5}, "wanted a number between"),
         ({"share": 0.01}, "wanted a number between"),
@@ -142,6 +142,6 @@ def test_a_search_that_was_stopped_goes_on_where_it_was(search, tmp_path):
         ({"labels": [10] * 12}, "0 to 9"),
     ],
 )
-def test_what_cannot_be_searched_is_refused(search, options, words):
+def test_what_cannot_be_searched_is_refused(search, request_, words):
     with pytest.raises(UsageError, match=words):
-        search(**options)
+        search(**request_)
