@@ -237,7 +237,7 @@ def attend(block: BlockParts, x: Tensor, *, size: Tensor | None = None, rope: Te
     """
     y = block.norm1(x)
     q, k, v = block.split_heads(y)
-    turned_q, turned_k = (t if rope is None else _rotated(t, rope, half=block.half) for t in (q, k))
+    turned_q, turned_k = (t if rope is None else rotated(t, rope, half=block.half) for t in (q, k))
     logits = (turned_q * block.scale) @ turned_k.mT
     if size is not None:
         logits = logits + size.log()[:, None, :, 0].unsqueeze(2)
@@ -247,8 +247,14 @@ def attend(block: BlockParts, x: Tensor, *, size: Tensor | None = None, rope: Te
     return Attended(x + _scaled(out, block.gamma1), k, weights)
 
 
-def _rotated(x: Tensor, rope: Tensor, *, half: bool) -> Tensor:
-    """x [B, heads, N, D] turned pair by pair: pairs are (i, i + D/2) with half, else (2i, 2i + 1)."""
+def rotated(x: Tensor, rope: Tensor, *, half: bool) -> Tensor:
+    """Queries or keys turned by the rotary embedding of their tokens.
+
+    Args:
+        x: [B, heads, N, D].
+        rope: [B, heads or 1, N, 2 D], sines then cosines.
+        half: pairs of channels are (i, i + D/2), else (2i, 2i + 1).
+    """
     sin, cos = rope.chunk(2, -1)
     if half:
         low, high = x.chunk(2, -1)

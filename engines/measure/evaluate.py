@@ -8,7 +8,6 @@ from typing import Callable, Iterable, Iterator, NamedTuple
 
 from ...export.errors import EngineError, UsageError
 from ...export.inspection import Inspection
-from ...export.provenance import Provenance
 
 BATCH = 16  # images read at once for a file that takes any number
 
@@ -121,7 +120,8 @@ def evaluate(
     if not 0 <= shard < shards:
         raise UsageError(f"shard {shard} of {shards}: wanted 0 to {shards - 1}")
     if not isinstance(images, list):
-        images = labelled(Path(images), inspection.provenance, limit=limit)
+        provenance = inspection.provenance
+        images = labelled(Path(images), provenance.dims["classes"], labels=provenance.labels, limit=limit)
     part = [LabelledImage(Path(photo), label) for photo, label in images[shard::shards]]
     models = {}
     if reference or dense:
@@ -154,12 +154,15 @@ def check_same_classes(inspections: list[Inspection]) -> None:
             )
 
 
-def labelled(folder: Path, provenance: Provenance, *, limit: int | None = None) -> list[LabelledImage]:
+def labelled(
+    folder: Path, n_classes: int, *, labels: tuple[str, ...] = (), limit: int | None = None
+) -> list[LabelledImage]:
     """Images and their classes from a folder with a folder for each class.
 
     Args:
         folder: its folders are named by class index or by label; or there is one for each class, in alphabetical order.
-        provenance: of the file, which knows the classes.
+        n_classes: of the classifier.
+        labels: names of the classes, when known.
         limit: at most so many images, spread evenly; None for all.
     Raises:
         UsageError: there are no such folders, they have no images, or their names say no class.
@@ -173,7 +176,7 @@ def labelled(folder: Path, provenance: Provenance, *, limit: int | None = None) 
     names = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
     if not names:
         raise UsageError(f"images {folder} has no folders: wanted one for each class, with its images")
-    index = _class_indices(names, provenance, folder)
+    index = _class_indices(names, n_classes, labels=labels, folder=folder)
     photos = {
         n: sorted(p for p in (folder / n).iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()) for n in names
     }
@@ -185,19 +188,18 @@ def labelled(folder: Path, provenance: Provenance, *, limit: int | None = None) 
     return [images[i * len(images) // limit] for i in range(limit)]
 
 
-def _class_indices(names: list[str], provenance: Provenance, folder: Path) -> dict[str, int]:
+def _class_indices(names: list[str], n_classes: int, *, labels: tuple[str, ...], folder: Path) -> dict[str, int]:
     """Class folder -> class index: by number, by label, or in order."""
-    n = provenance.dims["classes"]
-    if all(name.isascii() and name.isdigit() and len(name) < 9 and int(name) < n for name in names):
+    if all(name.isascii() and name.isdigit() and len(name) < 9 and int(name) < n_classes for name in names):
         return {name: int(name) for name in names}
-    labels = {label: i for i, label in enumerate(provenance.labels)}
-    if all(name in labels for name in names):
-        return {name: labels[name] for name in names}
-    if len(names) == n:
+    by_label = {label: i for i, label in enumerate(labels)}
+    if all(name in by_label for name in names):
+        return {name: by_label[name] for name in names}
+    if len(names) == n_classes:
         return {name: i for i, name in enumerate(names)}
     raise UsageError(
-        f"images {folder} has {len(names)} folders ({', '.join(names[:3])}, ...), the model {n} classes: name them by index "
-        f"(0 to {n - 1}) or by label, or have one for each class"
+        f"images {folder} has {len(names)} folders ({', '.join(names[:3])}, ...), the model {n_classes} classes: name them by index "
+        f"(0 to {n_classes - 1}) or by label, or have one for each class"
     )
 
 

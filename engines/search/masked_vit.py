@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...export.models import vit
+from ...export.models import as_plain
+from ...export.models.plain_vit import BlockParts
+from ...export.reference import rotated
 from .selectors import Selector, masked_softmax
 
 
@@ -20,28 +22,31 @@ class MaskedTokens:
         size: [B, N, 1] input tokens that each stands for.
         mask: [B, N] 1 for tokens that are there, with the gradient of their chances.
         n_present: how many are there, in every image.
+        place: [B, N] where each stands in the image, a row of the rotary table.
     """
 
     x: Tensor
     size: Tensor
     mask: Tensor
     n_present: int
+    place: Tensor
 
 
 class MaskedViT(nn.Module):
     """A frozen ViT with two selectors a block, in the training form: every token stays and a mask says which ones count.
 
     Args:
-        model: a plain ViT with a class token; its weights are not trained.
+        model: a plain ViT (see `models.FAMILIES`) with a class token; its weights are not trained.
         granularity: patches between two candidates of a selector.
         fixed_last: the last block keeps every token as the first one does (models that pool over patches).
     """
 
     def __init__(self, model: nn.Module, *, granularity: int = 4, fixed_last: bool = False):
         super().__init__()
-        self.model = model.eval().requires_grad_(False)
-        n_patches, depth = model.patch_embed.num_patches, len(model.blocks)
-        self.n_prefix = model.num_prefix_tokens
+        self.plain = as_plain(model)
+        self.module = self.plain.module.eval().requires_grad_(False)
+        self.n_tokens, self.n_prefix, depth = self.plain.size
+        n_patches = self.n_tokens - self.n_prefix
 
         def selector(block: int) -> Selector:
             still = block == 0 or (fixed_last and block == depth - 1)
@@ -50,11 +55,6 @@ class MaskedViT(nn.Module):
 
         self.prune = nn.ModuleList(selector(b) for b in range(depth))
         self.merge = nn.ModuleList(selector(b) for b in range(depth))
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens into the first block."""
-        return self.n_prefix + self.model.patch_embed.num_patches
 
     def kept(self) -> list[tuple[Tensor, Tensor]]:
         """(after pruning, after merging) of every block, as scalars with a gradient."""
@@ -67,23 +67,25 @@ class MaskedViT(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Image [B, 3, H, W] -> logits or features, with a gradient to the selectors."""
-        model = self.model
-        x, rope = vit.embed(model, model.patch_embed(image))
-        if rope is not None:
-            raise NotImplementedError
-        x = model.norm_pre(x)
+        x, table = self.plain.embed(image), self.plain.rotary()
         ones = torch.ones_like(x[..., :1])
-        tokens = MaskedTokens(x, ones, ones[..., 0], self.n_tokens)
-        for i, block in enumerate(model.blocks):
-            tokens = self.block(i, vit.parts(block), tokens)
-        return self.pool(tokens)
+        place = torch.arange(self.n_tokens, device=x.device).expand(len(x), -1)
+        tokens = MaskedTokens(x, ones, ones[..., 0], self.n_tokens, place)
+        for i, parts in enumerate(self.plain.blocks()):
+            rope = None if table is None else table[i % len(table)][:, tokens.place].transpose(0, 1)
+            tokens = self._block(i, parts, tokens, rope=rope)
+        return self._pool(tokens)
 
-    def block(self, index: int, parts: vit.BlockParts, tokens: MaskedTokens) -> MaskedTokens:
+    def _block(self, index: int, parts: BlockParts, tokens: MaskedTokens, *, rope: Tensor | None) -> MaskedTokens:
         """One block: masked attention, sorting, pruning and merging by mask, MLP."""
-        q, k, v = vit.split_heads(parts, parts.norm1(tokens.x))
+        y = parts.norm1(tokens.x)
+        q, k, v = parts.split_heads(y)
+        if rope is not None:
+            q, k = (rotated(t, rope, half=parts.half) for t in (q, k))
         logits = (q * parts.scale) @ k.mT + tokens.size.log()[:, None, None, :, 0]
         attention = masked_softmax(logits, tokens.mask)
-        out = parts.proj((attention @ v).transpose(1, 2).flatten(2))
+        out = parts.norm((attention @ v).transpose(1, 2).flatten(2))
+        out = parts.proj(out if parts.gate is None else out * parts.gate(y).sigmoid())
         x = tokens.x + (out if parts.gamma1 is None else out * parts.gamma1)
         tokens = self._sorted(x, attention, tokens)
         tokens = self._pruned(self.prune[index], tokens)
@@ -98,8 +100,13 @@ class MaskedViT(nn.Module):
         order = score.sort(dim=1, descending=True, stable=True).indices + self.n_prefix
         prefix = torch.arange(self.n_prefix, device=x.device).expand(len(x), -1)
         order = torch.cat([prefix, order], 1)
-        row = lambda t: t.gather(1, order[..., None].expand(-1, -1, t.shape[-1]))  # noqa: E731
-        return MaskedTokens(row(x), row(tokens.size), tokens.mask.gather(1, order), tokens.n_present)
+        x = x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
+        size, mask, place = (
+            tokens.size.gather(1, order[..., None]),
+            tokens.mask.gather(1, order),
+            tokens.place.gather(1, order),
+        )
+        return MaskedTokens(x, size, mask, tokens.n_present, place)
 
     def _pruned(self, selector: Selector, tokens: MaskedTokens) -> MaskedTokens:
         n_kept = int(selector.kept())
@@ -132,11 +139,11 @@ class MaskedViT(nn.Module):
         tokens.n_present = n_kept
         return tokens
 
-    def pool(self, tokens: MaskedTokens) -> Tensor:
-        """Class token, or the mean over the patches that are there, by size; then the classifier."""
-        model, rows = self.model, self.model.norm(tokens.x)
-        if getattr(model, "global_pool", "token") != "avg":
-            return model.forward_head(rows)
+    def _pool(self, tokens: MaskedTokens) -> Tensor:
+        """Prefix rows, or the mean over the patches that are there, by size; then the classifier."""
+        pooling, rows = self.plain.pooling, self.plain.norm(tokens.x)
+        if not pooling.average:
+            return pooling.forward(rows)
         weight = (tokens.size[..., 0] * tokens.mask)[:, self.n_prefix :, None]
         pooled = (rows[:, self.n_prefix :] * weight).sum(1) / weight.sum(1).detach()
-        return model.head(model.fc_norm(pooled))
+        return pooling.classifiers[0](pooling.norm(pooled))

@@ -24,9 +24,12 @@ from torch.nn import functional as F
 
 from ...export import macs
 from ...export.errors import UsageError
+from ...export.models import as_plain
+from ...export.models.plain_vit import PlainViT
 from ...export.schedule import Schedule
 from .cost import BlockCost, expected_macs
 from .masked_vit import MaskedViT
+from .state import SearchState
 
 SPREAD = 20.0  # of the first distribution over 256 patches, in patches
 BUDGET_WEIGHT = 5.0  # of the squared relative distance from the budget
@@ -108,21 +111,25 @@ def learn_rates(
         UsageError: the target cannot be reached or is no reduction, there are too few images, or the model cannot be searched.
     """
     model = loaded.module
-    masked = MaskedViT(model, granularity=settings.granularity, fixed_last=_pools_patches(model))
-    budget = _Budget.of_model(loaded, masked, target)
+    plain = as_plain(model)
+    _check_model(plain)
+    masked = MaskedViT(model, granularity=settings.granularity, fixed_last=plain.pooling.average)
+    budget = _Budget.of_model(plain, target)
     _check(loaded, n_images, labels=labels, settings=settings)
     _start_on_a_line(masked, budget)
     parameters = [p for p in masked.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=RATE)
     losses: list[float] = []
-    state = _State(resume, _request(loaded, n_images, target, settings))
+    state = SearchState(resume, _request(loaded, n_images, target, settings))
     first = state.read(parameters, optimizer, losses)
     for step in range(first, settings.steps):
         rows = _rows(step, n_images, settings)
         pixels = torch.from_numpy(np.ascontiguousarray(images(rows)))
         for group in optimizer.param_groups:
             group["lr"] = LAST_RATE + (RATE - LAST_RATE) * (1 + math.cos(math.pi * step / settings.steps)) / 2
-        distance = _distance(model, masked(pixels), pixels, labels=None if labels is None else [labels[i] for i in rows])
+        distance = _distance(
+            model, masked(pixels), pixels, labels=None if labels is None else [labels[i] for i in rows]
+        )
         over = expected_macs(masked.kept(), masked.n_tokens, cost=budget.cost) / budget.target - 1
         optimizer.zero_grad()
         (distance + BUDGET_WEIGHT * over.square()).backward()
@@ -149,12 +156,8 @@ class _Budget:
     depth: int
 
     @classmethod
-    def of_model(cls, loaded, masked: MaskedViT, target: int) -> "_Budget":
-        from ...export.models import vit
-
-        dims = vit.dims(loaded.module)
-        depth = len(loaded.module.blocks)
-        n, prefix = masked.n_tokens, masked.n_prefix
+    def of_model(cls, plain: PlainViT, target: int) -> "_Budget":
+        dims, (n, prefix, depth) = plain.dims, plain.size
         dense = macs.count(dims, Schedule("none", n, prefix, depth))
         budget = cls(BlockCost.of_dims(dims), dims, target, dense, n, prefix, depth)
         least = budget.macs_of([n] + [prefix + 1] * (depth - 1), [n] + [prefix + 1] * (depth - 1))
@@ -172,9 +175,9 @@ class _Budget:
     def schedule(self, prune: list[int], merge: list[int]) -> Schedule:
         """DiffRate's schedule with these counts."""
         return Schedule.parse(
-            method="diffrate",
-            depth=self.depth,
+            "diffrate",
             n_tokens=self.n_tokens,
+            depth=self.depth,
             n_prefix=self.n_prefix,
             rates={"prune_kept": prune, "merge_kept": merge},
             score="class",
@@ -183,9 +186,13 @@ class _Budget:
 
 def _check(loaded, n_images: int, *, labels, settings: SearchSettings) -> None:
     if n_images < settings.batch:
-        raise UsageError(f"{n_images} images: wanted at least {settings.batch}, better some hundreds like those the model will see")
+        raise UsageError(
+            f"{n_images} images: wanted at least {settings.batch}, better some hundreds like those the model will see"
+        )
     if min(settings.steps, settings.batch, settings.granularity) < 1:
-        raise UsageError(f"steps {settings.steps}, batch {settings.batch}, granularity {settings.granularity}: wanted 1 or more of each")
+        raise UsageError(
+            f"steps {settings.steps}, batch {settings.batch}, granularity {settings.granularity}: wanted 1 or more of each"
+        )
     if labels is not None:
         n = loaded.module.num_classes
         wrong = [c for c in labels if not 0 <= c < n]
@@ -197,8 +204,12 @@ def _check(loaded, n_images: int, *, labels, settings: SearchSettings) -> None:
             )
 
 
-def _pools_patches(model) -> bool:
-    return getattr(model, "global_pool", "token") == "avg"
+def _check_model(plain: PlainViT) -> None:
+    if not plain.has_class_token or plain.pooling.attention is not None:
+        raise UsageError(
+            "DiffRate sorts tokens by the attention of a class token and the search reads it at the end (or pools over patches): "
+            "this model has no class token, or pools by attention; take ToMe, which needs neither"
+        )
 
 
 def _start_on_a_line(masked: MaskedViT, budget: _Budget) -> None:
@@ -250,7 +261,9 @@ def _line(masked: MaskedViT, over: Tensor, losses: list[float]) -> str:
     return f"distance {sum(recent) / len(recent):.4f}, cost {1 + float(over.detach()):.3f} of the target, kept {merge}"
 
 
-def _result(masked: MaskedViT, budget: _Budget, losses: list[float], *, n_images: int, settings: SearchSettings) -> LearnedRates:
+def _result(
+    masked: MaskedViT, budget: _Budget, losses: list[float], *, n_images: int, settings: SearchSettings
+) -> LearnedRates:
     """The counts that were learned, scaled by one factor to the target exactly."""
     prune, merge = masked.counts()
     n, prefix = budget.n_tokens, budget.n_prefix
@@ -286,62 +299,3 @@ def _request(loaded, n_images: int, target: int, settings: SearchSettings) -> st
     """What was asked, as a hash: a state of another search is not taken up."""
     asked = [loaded.weights["sha256"], n_images, target, asdict(settings)]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-
-
-class _State:
-    """The search so far in a safetensors file: logits, Adam's moments, losses.
-
-    Args:
-        path: of the file; None keeps nothing.
-        request: hash of what is searched.
-    """
-
-    def __init__(self, path: str | Path | None, request: str):
-        self.path, self.request = None if path is None else Path(path), request
-
-    def read(self, parameters: list[Tensor], optimizer, losses: list[float]) -> int:
-        """Take up what is there; returns the steps that are done.
-
-        Raises:
-            UsageError: the file is of another search, or damaged.
-        """
-        if self.path is None or not self.path.is_file():
-            return 0
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self.path, "pt") as f:
-                about = f.metadata() or {}
-                tensors = {k: f.get_tensor(k) for k in f.keys()}
-        except (SafetensorError, OSError) as e:
-            raise UsageError(f"{self.path} is no state of a search ({e}): remove it to begin anew") from None
-        if about.get("request") != self.request:
-            raise UsageError(f"{self.path} is the state of another search (model, images, target or settings): remove it to begin anew")
-        step = int(about["step"])
-        with torch.no_grad():
-            for i, p in enumerate(parameters):
-                p.copy_(tensors[f"{i}.value"])
-                moments = {k: tensors[f"{i}.{k}"] for k in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
-        losses.extend(tensors["losses"].tolist())
-        return step
-
-    def write(self, step: int, parameters: list[Tensor], optimizer, losses: list[float]) -> None:
-        """Keep the state, aside and renamed."""
-        if self.path is None:
-            return
-        from safetensors.torch import save_file
-
-        tensors = {"losses": torch.tensor(losses)}
-        for i, p in enumerate(parameters):
-            kept = optimizer.state.get(p) or {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            tensors |= {f"{i}.value": p.detach().clone(), f"{i}.exp_avg": kept["exp_avg"].clone()}
-            tensors[f"{i}.exp_avg_sq"] = kept["exp_avg_sq"].clone()
-        aside = self.path.with_name(self.path.name + ".part")
-        save_file(tensors, aside, {"step": str(step), "request": self.request})
-        aside.replace(self.path)
-
-    def remove(self) -> None:
-        """The search is over."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)

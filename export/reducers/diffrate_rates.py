@@ -90,6 +90,8 @@ def read(path: str | Path) -> KeepCounts:
     """
     lists, where = {}, f"rates {str(path)[:200]}"
     for key, value in _pairs(path, where):
+        if key == "learned":  # how `rates learn` came to the counts
+            continue
         if key not in KEYS or KEYS[key] in lists:
             raise UsageError(f"{where}: {'unknown key' if key not in KEYS else 'a second'} {key[:40]!r}; {FORM}")
         lists[KEYS[key]] = value

@@ -40,7 +40,8 @@ def command(files, data, limit, runtime, reference, checkpoint, predictor, as_js
     check_same_classes(inspections)
     if not data.strip():
         raise UsageError("--images is empty: wanted a folder with a folder for each class (. for this one)")
-    images = labelled(Path(data), inspections[0].provenance, limit=limit)
+    provenance = inspections[0].provenance
+    images = labelled(Path(data), provenance.dims["classes"], labels=provenance.labels, limit=limit)
     out, rows = console(), []
     with stages(out) as progress:
         for file in files:
