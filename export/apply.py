@@ -2,35 +2,80 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from enum import Enum
+
 import torch
+from torch import Tensor
 
 from ..kernels import ops
-from .plan import MergePlan, row
+from .constants import bounded, row
+from .plan import MergePlan
 
-# A ToMe step over this many tokens or more is exported in the gather form: its cost grows with N C, that of the matmul form with N N C,
+
+class Form(Enum):
+    """How a static graph applies a plan whose layout leaves the choice (`StaticLayout.hosts`).
+
+    MATMUL: one one-hot matrix [K, N] times all rows, out of the plan's target column.
+    GATHER: kept rows are gathered, and the few folded ones added to them by a small one-hot matrix [R, K].
+    """
+
+    MATMUL = "matmul"
+    GATHER = "gather"
+
+
+# A step over this many tokens or more is exported in the gather form: its cost grows with N C, that of the matmul form with N N C,
 # but the matmul form is four nodes shorter. Set by measurement on DeiT-S (README, "Measured"): the values keep one image at 450
 # nodes and a dynamic batch under 563; a fixed batch has no such limit and takes the faster form everywhere.
 GATHER_FROM = {"single": 158, "dynamic": 115, "fixed": 0}
-SMALLEST = (
-    2.0**-100
-)  # a size that was zero or negative: its logarithm, -69, takes the token out of the attention, finitely
+# A size that was zero or negative: its logarithm, -69, takes the token out of the attention, finitely.
+SMALLEST = 2.0**-100
 
 
-def use_target(n_in: int, batch: str) -> bool:
-    """Whether a step over n_in tokens is exported in the matmul form. batch: "single" (one image), "fixed" or "dynamic"."""
-    return n_in < GATHER_FROM[batch]
+def choose_form(n_in: int, batch: str) -> Form:
+    """The form in which a step is exported.
+
+    Args:
+        n_in: tokens that come in.
+        batch: "single" (one image), "fixed" or "dynamic".
+    """
+    return Form.MATMUL if n_in < GATHER_FROM[batch] else Form.GATHER
 
 
-def apply_eager(plan: MergePlan, x: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reference: x [B, N, C] and size [B, N, 1] -> [B, K + n_extra, C] and [B, K + n_extra, 1], by a scatter with a reduction."""
+def lay_out(plan: MergePlan, form: Form, *, any_batch: bool) -> MergePlan:
+    """A static plan with the columns that a form needs; a plan whose layout names no hosts is complete as it is.
+
+    Args:
+        plan: of a reducer's `static`.
+        form: see `choose_form`.
+        any_batch: the batch is free in the graph.
+    Returns:
+        The plan with `dst`, and in the matmul form with `layout.target`; what is not used leaves the graph.
+    """
+    layout = plan.layout
+    if layout is None or layout.hosts is None:
+        return plan
+    if form is Form.MATMUL:  # a label is never above the row it names, so the smaller of the two is the label
+        names = bounded(layout.labels, plan.keep, torch.minimum, any_batch=any_batch)
+        layout = replace(layout, target=ops.put_rows(layout.hosts, plan.keep, names))
+    return replace(plan, dst=ops.take_rows(layout.hosts, plan.src), layout=layout)
+
+
+def apply_eager(plan: MergePlan, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Reference: a plan applied by a scatter with a reduction.
+
+    Args:
+        plan: row numbers, [B, .., 1].
+        x: tokens [B, N, C].
+        size: input tokens that each stands for [B, N, 1].
+    Returns:
+        Tokens [B, K + n_extra, C] and their sizes [B, K + n_extra, 1].
+    """
     rows = lambda t, index: t.gather(1, index.expand(-1, -1, t.shape[-1]))
     kept, kept_size = rows(x, plan.keep), rows(size, plan.keep)
     if plan.src is None:
         return kept, kept_size
-    one = torch.ones_like(plan.keep, dtype=x.dtype), torch.ones_like(plan.src, dtype=x.dtype)
-    w_keep, w_src = one if plan.w_src is None else (plan.w_keep if plan.w_keep is not None else one[0], plan.w_src)
-    if plan.by_size:
-        w_keep, w_src = kept_size, rows(size, plan.src)
+    w_keep, w_src = _weights(plan, kept_size, rows(size, plan.src), x.dtype)
     if plan.n_extra:
         kept, kept_size, w_keep = (
             torch.cat([t, t.new_zeros(len(t), plan.n_extra, t.shape[-1])], 1) for t in (kept, kept_size, w_keep)
@@ -42,34 +87,54 @@ def apply_eager(plan: MergePlan, x: torch.Tensor, size: torch.Tensor) -> tuple[t
     return fold(kept * w_keep, rows(x, plan.src) * w_src) / total, sizes.clamp(min=SMALLEST)
 
 
-def follow(plan: MergePlan, at: torch.Tensor, n: int) -> torch.Tensor:
-    """Positions after a reference plan of things at rows `at` [B, M] of n before it.
+def _weights(plan: MergePlan, kept_size: Tensor, src_size: Tensor, dtype) -> tuple[Tensor, Tensor]:
+    """What hosts and folded rows are multiplied by."""
+    if plan.combine == "size":
+        return kept_size, src_size
+    given = lambda weight, rows: torch.ones_like(rows, dtype=dtype) if weight is None else weight
+    return given(plan.w_keep, plan.keep), given(plan.w_src, plan.src)
 
-    -1 stays -1; a row that is dropped or squeezed becomes -1.
+
+def follow(plan: MergePlan, positions: Tensor, n: int, *, squeezes: bool = False) -> Tensor:
+    """Where things stand after a reference's plan.
+
+    Args:
+        plan: row numbers.
+        positions: [B, M] rows, among the n before the plan, at which M things stand; -1 for what is gone.
+        n: rows before the plan.
+        squeezes: a folded row counts as gone (`Reducer.squeezes`).
+    Returns:
+        [B, M] rows after the plan, -1 for what was gone or is dropped now.
     """
-    batch = at.shape[0]
-    where = torch.full((batch, n), -1, dtype=torch.int64)
-    where.scatter_(1, plan.keep[..., 0], torch.arange(plan.keep.shape[1]).expand(batch, -1))
-    if plan.src is not None and not plan.squeezed:
+    batch = positions.shape[0]
+    where = torch.full((batch, n), -1, dtype=torch.int64, device=positions.device)
+    where.scatter_(1, plan.keep[..., 0], torch.arange(plan.keep.shape[1], device=positions.device).expand(batch, -1))
+    if plan.src is not None and not squeezes:
         where.scatter_(1, plan.src[..., 0], plan.dst[..., 0])
-    return torch.where(at < 0, at, where.gather(1, at.clamp(min=0)))
+    return torch.where(positions < 0, positions, where.gather(1, positions.clamp(min=0)))
 
 
 def apply_static(
-    plan: MergePlan, x: torch.Tensor, size: torch.Tensor | None, to_attention: bool = True
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The same map without a reducing scatter: x [.., N, C], size [.., N, 1] or None -> [.., K + n_extra, C], sizes or None.
+    plan: MergePlan, x: Tensor, size: Tensor | None, to_attention: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """The same map without a reducing scatter.
 
-    to_attention: the new sizes go on to proportional attention, which takes them as a row; the numbers are the same.
+    Args:
+        plan: static, laid out.
+        x: tokens [.., N, C].
+        size: [.., N, 1], or None while every size is 1.
+        to_attention: the new sizes go on to proportional attention, which takes them as a row; the numbers are the same.
+    Returns:
+        Tokens [.., K + n_extra, C] and sizes [.., K + n_extra, 1], None when the plan does not follow them.
     """
-    if plan.target is not None:
+    if plan.layout is not None and plan.layout.target is not None:
         return _by_matmul(plan, x, size, to_attention)
     if plan.src is None:
         return _split(plan, x)[0], size if size is None else _split(plan, size)[0]
-    if plan.by_size:
+    if plan.combine == "size":
         return _by_size(plan, x, size)
     kept, folded = _split(plan, x)
-    if plan.n_extra:
+    if plan.combine == "sum":
         return torch.cat([kept, ops.matmul(plan.w_src, folded, True, False)], -2), None
     hit = _hit(plan)
     weight = hit if plan.w_src is None else hit * plan.w_src
@@ -84,7 +149,8 @@ def apply_static(
 
 def _hit(plan):
     """[.., R, K]: 1 where a folded row goes to an output row. A label names its output row, and hosts have the labels from 0 on."""
-    names = plan.labels or range(plan.keep.shape[-2])
+    labels = None if plan.layout is None else plan.layout.labels
+    names = labels or range(plan.keep.shape[-2])
     return ops.one_hot(plan.dst, [names.index(label) for label in range(max(names) + 1)], len(names))
 
 
@@ -94,15 +160,16 @@ def _ones(hit):
 
 def _split(plan, x):
     """Kept and folded rows of x."""
-    if plan.order is None:
+    if plan.layout is None or plan.layout.order is None:
         return ops.take_rows(x, plan.keep), None if plan.src is None else ops.take_rows(x, plan.src)
-    rows, n = ops.take_rows(x, plan.order), plan.keep.shape[-2]
+    rows, n = ops.take_rows(x, plan.layout.order), plan.keep.shape[-2]
     return (rows, None) if plan.src is None else rows.split([n, plan.src.shape[-2]], -2)
 
 
 def _by_matmul(plan, x, size, to_attention):
     """Weights [.., N, K]: the size of each input row in the column of its output row."""
-    hit = plan.target == row(plan.labels, plan.target)
+    target = plan.layout.target
+    hit = target == row(plan.layout.labels, target)
     weight = ops.to_float(hit) if size is None else torch.where(hit, size, row([0.0], size))
     n, kept = weight.shape[-2:]
     if to_attention:  # a row of ones from the left is also the faster product

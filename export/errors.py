@@ -23,6 +23,17 @@ class MissingPackageError(UsageError):
         )
 
 
+EXPORT_PACKAGES = ("torch", "torchvision", "timm", "onnxscript", "onnxsim", "onnx_ir", "ml_dtypes")
+
+
+def missing_export_package(error: ModuleNotFoundError) -> MissingPackageError | None:
+    """The error for a person, when what could not be imported is one of the packages that the extra `export` brings; else None."""
+    package = (error.name or "").split(".")[0]
+    if package not in EXPORT_PACKAGES:
+        return None
+    return MissingPackageError(package, "export,cpu", "this")
+
+
 class FailureError(RuntimeError):
     """Something failed that the user did not do wrong. Never raised itself: one of its kinds below is."""
 

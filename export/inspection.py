@@ -9,14 +9,24 @@ from pathlib import Path
 from .graph import checks
 from . import macs
 from .errors import UsageError
+from .files import weight_files
 from .provenance import Provenance, of_model
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """provenance: as stored. ops: node count per operator. size: bytes with weights. refusals: why TensorRT would refuse it.
+    """What a file is.
 
-    macs, macs_dense: multiply-accumulates per image, reduced and dense. batch: images per run, None for any number.
+    Attributes:
+        path: of the file.
+        provenance: as stored.
+        ops: nodes by operator, the most frequent first; of an engine none.
+        size: bytes, weights beside the file included.
+        refusals: why no engine can be built from it, or none worth having, by node; each says with which builder.
+        macs: multiply-accumulates per image.
+        macs_dense: those of the model without a reduction.
+        batch: images per run, None for any number.
+        files: all that must be kept together: the file itself first, then its weights or its sidecar.
     """
 
     path: Path
@@ -27,6 +37,7 @@ class Inspection:
     macs: int
     macs_dense: int
     batch: int | None
+    files: tuple[Path, ...]
 
     def to_json(self) -> dict:
         """Plain JSON values."""
@@ -47,7 +58,10 @@ class Inspection:
 
 
 def read_onnx(path: str | Path):
-    """The onnx.ModelProto of a file, weights left beside it. Raises: UsageError when it is missing or no ONNX file."""
+    """The onnx.ModelProto of a file, weights left beside it.
+
+    Raises: UsageError when it is missing or no ONNX file, or its weights are not where it says.
+    """
     import onnx
 
     if not str(path).strip():
@@ -65,15 +79,18 @@ def read_onnx(path: str | Path):
         model = None
     if model is None or not model.graph.node:
         raise UsageError(f"{path} is not an ONNX file (or is damaged): wanted one made with `tokexport onnx`")
+    weight_files(model, path)
     return model
 
 
 def _check_graph(path: Path, model, provenance: Provenance) -> None:
-    """Raises: UsageError when the graph is not the one the provenance speaks of: token counts, outputs or decisions differ."""
+    """Raises: UsageError when the graph is not the one the provenance speaks of."""
     schedule, wrong = provenance.schedule, []
     known = {o for n in model.graph.node for o in n.output}
     if checks.attention_tokens(model) != [n for n, _ in schedule.tokens_per_block()]:
         wrong.append("token counts")
+    if [i.name for i in model.graph.input] != ["image"]:
+        wrong.append("inputs")
     if tuple(o.name for o in model.graph.output) != provenance.outputs:
         wrong.append("outputs")
     named = {d.split(".")[0] for d in provenance.decisions}
@@ -85,38 +102,36 @@ def _check_graph(path: Path, model, provenance: Provenance) -> None:
         wrong.append("method")
     if wrong:
         raise UsageError(
-            f"{path}: the graph is not the one its provenance speaks of ({', '.join(wrong)}): it was changed, or made by "
-            f"another version; make it again with `tokexport onnx`"
+            f"{path}: the graph is not the one its provenance speaks of ({', '.join(wrong)}): it was changed, "
+            f"or made by another version; make it again with `tokexport onnx`"
         )
 
 
 def inspect(path: str | Path) -> Inspection:
-    """Look at an ONNX file made by tokexport.
+    """What an ONNX file made by tokexport is.
 
-    Raises: UsageError when it is missing, no ONNX file, or has no provenance; a graph TensorRT would refuse says so in that error.
+    Raises: UsageError when it is missing, no ONNX file, or has no provenance (what speaks against building an engine is
+    told then too).
     """
     path, model = Path(path), read_onnx(path)
-    refused = checks.refusals(model.graph)
+    refusals = checks.refusals(model.graph)
     try:
         provenance = of_model(model, str(path))
     except UsageError as e:
-        if refused:
-            raise UsageError(f"{e}\nTensorRT would refuse it besides: " + "; ".join(refused[:5])) from None
+        if refusals:
+            raise UsageError(f"{e}\nNor is it one to build engines from: " + "; ".join(refusals[:5])) from None
         raise
     _check_graph(path, model, provenance)
-    ops = dict(Counter(n.op_type for n in model.graph.node).most_common())
-    locations = {e.value for i in model.graph.initializer for e in i.external_data if e.key == "location"}
-    files = [path, *(path.parent / name for name in locations)]
-    size = sum(f.stat().st_size for f in files if f.exists())
-    first = model.graph.input[0].type.tensor_type.shape.dim[0]
+    files = (path, *weight_files(model, path))
     schedule = provenance.schedule
     return Inspection(
-        path,
-        provenance,
-        ops,
-        size,
-        refused,
-        macs.count(provenance.dims, schedule),
-        macs.count(provenance.dims, macs.dense(schedule)),
-        first.dim_value or None,
+        path=path,
+        provenance=provenance,
+        ops=dict(Counter(n.op_type for n in model.graph.node).most_common()),
+        size=sum(f.stat().st_size for f in files),
+        refusals=refusals,
+        macs=macs.count(provenance.dims, schedule),
+        macs_dense=macs.count(provenance.dims, macs.dense(schedule)),
+        batch=model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or None,
+        files=files,
     )

@@ -26,8 +26,8 @@ class Precision:
         in_file: whether an ONNX file can be in it (TF32 is a way to multiply float32, chosen when an engine is built).
         rounding: half a unit in the last place of the type that tokens are kept in between stages, relative.
         output_limit: outputs on equal decisions: largest difference over the image's own largest value.
-        near_tie: what a flipped near-tie may give away, by signal: "keys" a cosine, "class_attention", "mean_attention" and
-            "score_head" a difference of logarithms.
+        near_tie: what a flipped near-tie may give away, by the kind of signal: of a "metric" a cosine, of a "score" a difference of
+            logarithms.
         stage_limit: one stage, computed by the reference from the file's own input of it: difference over what the stage adds to
             the tokens; of merging and of the embedding over the tokens themselves, the worst row.
         help: one line for people.
@@ -45,8 +45,8 @@ class Precision:
     help: str
 
 
-def _near_tie(keys: float, score: float) -> dict[str, float]:
-    return {"keys": keys, "class_attention": score, "mean_attention": score, "score_head": score}
+def _near_tie(metric: float, score: float) -> dict[str, float]:
+    return {"metric": metric, "score": score}
 
 
 TABLE = {

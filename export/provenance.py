@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
+from typing import Any, Literal
 
+from . import macs, precisions
 from .errors import UsageError
+from .records import from_document, parse, to_document
 from .schedule import Schedule
 
-KEY = "tokexport"
+KEY = "tokexport"  # of the entry in an ONNX file's metadata
+WEIGHT_SOURCES = {"random": "seed", "checkpoint": "file", "pretrained": "file"}  # and what of `weights` names them
 
 
 @dataclass(frozen=True)
 class Preprocess:
     """From a photo to the input tensor, in timm's terms.
 
-    size: (height, width) in pixels. mean, std: per channel, for values in [0, 1]. crop: fraction of the resized image that is kept.
-    crop_mode: "center" (resize the short side to size / crop), "squash" (resize to size / crop) or "border" (pad).
+    Attributes:
+        size: (height, width) of the input tensor, in pixels.
+        mean: per channel, for values in [0, 1].
+        std: per channel, for values in [0, 1].
+        interpolation: "bicubic", "bilinear", ...
+        crop: fraction of the resized image that is kept, above 0.
+        crop_mode: "center" (resize the short side to size / crop), "squash" (resize to size / crop) or "border" (pad).
     """
 
     size: tuple[int, int]
@@ -24,82 +33,131 @@ class Preprocess:
     std: tuple[float, ...]
     interpolation: str = "bicubic"
     crop: float = 1.0
-    crop_mode: str = "center"
+    crop_mode: Literal["center", "squash", "border"] = "center"
+
+    def __post_init__(self):
+        if min(self.size) < 1 or self.crop <= 0:
+            raise UsageError(f"preprocess: size {self.size} and crop {self.crop} must be above 0")
+        if not self.mean or len(self.mean) != len(self.std) or 0 in self.std:
+            raise UsageError(
+                f"preprocess: mean {self.mean} and std {self.std}: wanted one of each a channel, no std of 0"
+            )
 
 
 @dataclass(frozen=True)
 class Provenance:
     """How a file was made.
 
-    version: of tokexport. model, model_kwargs: for timm. weights: see `LoadedModel`. schedule: the token counts. preprocess: of the images.
-    opset: of the graph. precision: "fp32", "fp16", "bf16" or "int8". outputs: names. dims: sizes the MACs are counted from.
-    labels: class names when known. decisions: names of the graph's values that hold the merge plans. calibration: images int8's
-    scales were measured on. activation: "softmax", "sigmoid" or "none", what makes probabilities of the logits.
+    Attributes:
+        version: of the tokexport that made it.
+        model: name of the model in its family.
+        model_kwargs: what the model was made with beside its name.
+        weights: where they are from: "source" (of WEIGHT_SOURCES), its "seed" or "file", "sha256", and "predictor", a
+            file of score heads.
+        schedule: the token counts.
+        preprocess: of the images.
+        opset: of the graph.
+        precision: a name of `precisions.TABLE`.
+        outputs: names, in order.
+        dims: sizes of the model that the MACs are counted from (`macs.count`), and "channels" of the image.
+        labels: class names when known.
+        decisions: names of the graph's values that hold the merge plans.
+        calibration: images that int8's scales were measured on.
+        family: whose model it is: "timm".
+        target: what the graph was written for.
+        activation: what makes probabilities of the classifier's outputs; null: not said, a softmax is taken.
+        input: of the graph: normalised float32 images, or uint8 ones of either layout.
+        tail: whether the last block computes all tokens or the class token alone.
     """
 
     version: str
     model: str
-    model_kwargs: dict
-    weights: dict
+    model_kwargs: dict[str, Any]
+    weights: dict[str, Any]
     schedule: Schedule
     preprocess: Preprocess
     opset: int
     precision: str
     outputs: tuple[str, ...]
-    dims: dict
+    dims: dict[str, Any]
     labels: tuple[str, ...] = ()
-    decisions: tuple[str, ...] = field(default=())
+    decisions: tuple[str, ...] = ()
     calibration: int = 0
-    activation: str | None = None
+    family: str = "timm"
+    target: Literal["portable", "cpu", "tensorrt"] = "portable"
+    activation: Literal["softmax", "sigmoid", "none"] | None = None
+    input: Literal["float32", "uint8-nhwc", "uint8-nchw"] = "float32"
+    tail: Literal["full", "class"] = "full"
+
+    def __post_init__(self):
+        precisions.get(self.precision)
+        named = WEIGHT_SOURCES.get(str(self.weights.get("source")))
+        if named not in self.weights or not isinstance(self.weights.get("sha256"), str):
+            raise UsageError(f"weights: wanted source ({', '.join(WEIGHT_SOURCES)}), its seed or file, and sha256")
+        if not 1 <= self.schedule.depth <= 10_000:
+            raise UsageError(f"schedule: {self.schedule.depth} blocks, wanted 1 to 10000")
+        self._check_dims()
+
+    def _check_dims(self) -> None:
+        whole = lambda v: type(v) is int and v >= 0
+        pairs = lambda v: isinstance(v, (list, tuple)) and all(len(p) == 2 and all(map(whole, p)) for p in v)
+        try:
+            wrong = [k for k, v in self.dims.items() if not (whole(v) or isinstance(v, str) or pairs(v))]
+            if not wrong and whole(self.dims["channels"]) and whole(self.dims["classes"]):
+                macs.count(self.dims, self.schedule)
+                return
+        except (KeyError, TypeError) as e:
+            wrong = [str(e)]
+        raise UsageError(f"dims: wanted the sizes that MACs are counted from, wrong: {', '.join(wrong)[:200]}")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Features that a reader must understand (`records.FEATURES`)."""
+        asked = {
+            "uint8_input": self.input != "float32",
+            "class_tail": self.tail == "class",
+            "activation": self.activation not in (None, "softmax"),
+        }
+        return tuple(name for name, needed in asked.items() if needed)
 
     def to_json(self) -> str:
         """One line of JSON; `from_json` takes it back."""
-        return json.dumps({**asdict(self), "schedule": self.schedule.to_json()})
-
-    def misfits(self) -> list[str]:
-        """Fields whose values are not of the kind they should be."""
-        numbers = lambda v, kind: all(isinstance(n, kind) and not isinstance(n, bool) for n in v)
-        s, w, p, d = self.schedule, self.weights, self.preprocess, self.dims
-        named = {"random": "seed", "checkpoint": "file", "pretrained": "file"}
-        sizes = ("width", "attn_width", "classes", "channels", "heads", "patches", "patch_values")
-        fits = {
-            "model": isinstance(self.model, str) and isinstance(self.model_kwargs, dict),
-            "weights": isinstance(w, dict) and named.get(w.get("source")) in w and isinstance(w.get("sha256"), str),
-            "schedule": isinstance(s.options, dict) and 1 <= s.depth <= 10_000,
-            "preprocess": len(p.size) == 2
-            and numbers(p.size, int)
-            and numbers([*p.mean, *p.std, p.crop], (int, float)),
-            "precision": self.precision in ("fp32", "fp16", "bf16", "int8") and numbers([self.calibration], int),
-            "dims": isinstance(d, dict)
-            and numbers([d.get(k) for k in sizes], int)
-            and all(len(m) == 2 and numbers(m, int) for m in d.get("mlp", [""])),
-            "outputs": numbers([*self.outputs, *self.labels, *self.decisions], str),
-        }
-        return [name for name, ok in fits.items() if not ok]
+        return json.dumps(to_document(self))
 
     @classmethod
-    def from_json(cls, text: str) -> "Provenance":
-        """Raises: UsageError when the text is no provenance of this version."""
-        try:
-            d = json.loads(text)
-            pre = d["preprocess"]
-            pre = Preprocess(**{**pre, **{k: tuple(pre[k]) for k in ("size", "mean", "std")}})
-            tuples = {k: tuple(d[k]) for k in ("outputs", "labels", "decisions")}
-            made = cls(**{**d, "schedule": Schedule.from_json(d["schedule"]), "preprocess": pre, **tuples})
-            wrong = made.misfits()
-            if wrong:
-                raise ValueError(f"{', '.join(wrong)} of the wrong kind")
-            return made
-        except (ValueError, KeyError, TypeError) as e:
-            raise UsageError(
-                f"provenance cannot be read ({type(e).__name__}: {e}): the file was made by another version of tokexport, "
-                f"or damaged"
-            ) from None
+    def from_json(cls, text: str, name: str = "provenance") -> "Provenance":
+        """A provenance as it was stored.
+
+        Args:
+            text: JSON.
+            name: of the file it is from, for messages.
+        Raises:
+            UsageError: it is no provenance, is damaged, or this version cannot read it (see `records`).
+        """
+        return from_document(cls, parse(text, name=f"the provenance in {name}"), name=name, remake="tokexport onnx")
 
 
 def of_model(onnx_model, path: str) -> Provenance:
-    """Provenance of an onnx.ModelProto. Raises: UsageError when it has none."""
+    """The provenance in an ONNX model.
+
+    Args:
+        onnx_model: onnx.ModelProto.
+        path: of its file, for messages.
+    Raises:
+        UsageError: it has none, or one that cannot be read.
+    """
     for entry in onnx_model.metadata_props:
         if entry.key == KEY:
-            return Provenance.from_json(entry.value)
+            return Provenance.from_json(entry.value, path)
     raise UsageError(f"{path} has no provenance: it was not made by tokexport; make it with `tokexport onnx`")
+
+
+def store(onnx_model, provenance: Provenance) -> None:
+    """Write a provenance into an onnx.ModelProto, in the place of all metadata that it has.
+
+    Args:
+        onnx_model: onnx.ModelProto, changed in place.
+        provenance: of the model.
+    """
+    del onnx_model.metadata_props[:]
+    onnx_model.metadata_props.add(key=KEY, value=provenance.to_json())

@@ -3,27 +3,51 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .errors import UsageError
 from .provenance import Provenance
 
+if TYPE_CHECKING:
+    from .models.load import LoadedModel
+
+FAMILIES = ("timm",)  # whose models can be made again
+
 
 def rebuild(
-    provenance: Provenance, path: Path, checkpoint: str | Path | None = None, predictor: str | Path | None = None
-):
-    """The model a file was made from, loaded. Raises: UsageError when its weights cannot be found or are not the same."""
+    provenance: Provenance,
+    path: Path,
+    *,
+    checkpoint: str | Path | None = None,
+    predictor: str | Path | None = None,
+) -> LoadedModel:
+    """The model a file was made from, loaded.
+
+    Args:
+        provenance: of the file.
+        path: of the file; weights are looked for beside it too.
+        checkpoint: its weights; None for where they were when the file was made.
+        predictor: its score heads, in the same way.
+    Raises:
+        UsageError: the model is of a family that is not known here, or its weights cannot be found or are not the same.
+    """
+    if provenance.family not in FAMILIES:
+        raise UsageError(
+            f"{path} was made from a model of {provenance.family[:40]!r}, which this version cannot make again "
+            f"({', '.join(FAMILIES)} only): upgrade tokexport"
+        )
     from .models.load import load_model
 
     weights, source = provenance.weights, {}
     if checkpoint or weights["source"] == "checkpoint":
-        source["checkpoint"] = checkpoint or _found(weights["file"], path, "--checkpoint")
+        source["checkpoint"] = checkpoint or _find_weights(weights["file"], path, "checkpoint")
     elif weights["source"] == "pretrained":
         source["pretrained"] = True
     else:
         source["seed"] = weights["seed"]
     if predictor or weights.get("predictor"):
-        source["predictor"] = predictor or _found(weights["predictor"], path, "--predictor")
-    if "checkpoint" in source:
+        source["predictor"] = predictor or _find_weights(weights["predictor"], path, "predictor")
+    if "checkpoint" in source:  # chosen when the file was made
         source |= {"weights": weights.get("set"), "pos_grid": tuple(weights["pos_grid"]) if "pos_grid" in weights else None}
     loaded = load_model(provenance.model, provenance.model_kwargs, **source)
     if loaded.weights["sha256"] != weights["sha256"]:
@@ -34,11 +58,12 @@ def rebuild(
     return loaded
 
 
-def _found(said: str, path: Path, option: str) -> Path:
-    """A file of weights where it was when the file at path was made, or beside it."""
-    found = next((p for p in (Path(said), path.parent / Path(said).name) if p.exists()), None)
-    if found is None:
+def _find_weights(stored: str, path: Path, argument: str) -> Path:
+    """A file or folder of weights where it was when the file at path was made, or beside it."""
+    places = (Path(stored), path.parent / Path(stored).name)
+    place = next((p for p in places if p.exists()), None)
+    if place is None:
         raise UsageError(
-            f"{path} was made from {said}, which is not there (nor beside the file): give it with {option}"
+            f"{path} was made from {stored}, which is not there (nor beside the file): give it as {argument}"
         )
-    return found
+    return place

@@ -1,207 +1,283 @@
-"""The oracle: the method as its paper writes it, on timm's own modules, eager, with argsort and scatter."""
+"""The oracle: the method as its paper writes it, on the model's own modules, eager, with argsort and scatter; on any device."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import reducers
-from .models import vit
 from .apply import apply_eager, follow
-from .plan import MergePlan, Signals, lift
+from .constants import lift
+from .models import as_plain
+from .models.plain_vit import BlockParts, PlainViT
+from .models.score_head import head_scores
+from .plan import ATTENTION_SIGNALS, MergePlan, Signals
 from .schedule import Schedule
+from .step import Step
 
 
 @dataclass
 class ReferenceResult:
     """What the reference computed for a batch.
 
-    output: logits or features [B, classes or C]. tokens: after the final norm [B, N, C].
-    sources: [B, N0] where each input token ended up, -1 when it is gone.
-    plans: the merge plan of every step, in order. size: [B, N] input tokens per final token.
-    regrets: with replayed decisions, per step [B]: how far they are from the reference's own (see the reducer).
-    departs: with observed tokens, per stage [B]: how far they are from what the reference makes of those before them.
+    Args:
+        output: logits or features [B, classes or C].
+        tokens: after the final norm [B, N, C].
+        sources: [B, N0] where each input token ended up, -1 when it is gone.
+        size: [B, N] input tokens per final token.
+        plans: the merge plan of every step, in order.
+        regrets: with replayed decisions, per step [B]: how far they are from the reference's own (see the reducer).
+        departs: with observed tokens, per stage [B]: how far they are from what the reference makes of those before them.
     """
 
-    output: torch.Tensor
-    tokens: torch.Tensor
-    sources: torch.Tensor
-    size: torch.Tensor
+    output: Tensor
+    tokens: Tensor
+    sources: Tensor
+    size: Tensor
     plans: list[MergePlan] = field(default_factory=list)
-    regrets: list[torch.Tensor] = field(default_factory=list)
-    departs: dict[str, torch.Tensor] = field(default_factory=dict)
+    regrets: list[Tensor] = field(default_factory=list)
+    departs: dict[str, Tensor] = field(default_factory=dict)
+
+
+class TokenState(NamedTuple):
+    """Tokens on their way through the blocks.
+
+    Args:
+        x: [B, N, C].
+        size: [B, N, 1] input tokens that each stands for.
+        sources: [B, N0] rows at which the input tokens are, -1 for what is gone.
+        place: [B, N] where each stands in the image, a row of the rotary table.
+    """
+
+    x: Tensor
+    size: Tensor
+    sources: Tensor
+    place: Tensor
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Tokens observed behind stages.
+
+    Args:
+        tokens: by stage name.
+        rounding: of the numbers they are kept in, relative.
+        departs: takes how far each stage departs [B], by its name.
+    """
+
+    tokens: dict[str, Tensor]
+    rounding: float
+    departs: dict[str, Tensor]
+
+    def replace(self, stage: str, x: Tensor, *, added_to: Tensor | None = None) -> Tensor:
+        """The observed tokens of a stage instead of the reference's, when there are any, after noting how far they depart.
+
+        Args:
+            stage: its name.
+            x: what the reference makes of the tokens before it [B, N, C].
+            added_to: tokens that the stage added to; the difference, less two roundings of the tokens, is then over what it added,
+                else it is over the tokens, the worst row.
+        """
+        if stage not in self.tokens:
+            return x
+        observed = self.tokens[stage].to(x).reshape(x.shape)
+        length = lambda a, dims: a.square().sum(dims).sqrt()
+        if added_to is None:
+            error = (length(observed - x, 2) / length(x, 2).clamp(min=1e-30)).amax(1)
+        else:
+            apart = (length(observed - x, (1, 2)) - 2 * self.rounding * length(x, (1, 2))).clamp(min=0)
+            error = apart / length(x - added_to, (1, 2)).clamp(min=1e-30)
+        self.departs[stage] = error.nan_to_num(torch.inf, torch.inf)
+        return observed
+
+
+class Run(NamedTuple):
+    """What one run of the reference carries along: decisions to replay, tokens observed, what is computed, the rotary table."""
+
+    replay: list[MergePlan] | None
+    seen: Observed
+    result: ReferenceResult
+    rope: Tensor | None
 
 
 class ReducedViT(nn.Module):
-    """A timm ViT with a schedule applied, eager: the reference as a module.
+    """A ViT with a schedule applied, eager: the reference as a module. The model is used as it is, never changed.
 
-    model: a plain timm ViT, used as it is (never changed). schedule: of the same model. heads: score heads, one a stage, of the
-    methods that have them (see `load.score_heads`).
-    `forward(image [B, 3, H, W])` gives logits (features without classes); `run` gives everything.
+    `forward(image [B, channels, H, W])` gives logits (features without classes); `run` gives everything.
+
+    Args:
+        model: a plain ViT (see `models.FAMILIES`), or a PlainViT.
+        schedule: of the same model.
+        heads: score heads, one a stage, of the methods that have them (see `score_heads`).
     """
 
-    def __init__(self, model: nn.Module, schedule: Schedule, heads: nn.ModuleList | None = None):
+    def __init__(self, model: nn.Module | PlainViT, schedule: Schedule, heads: nn.ModuleList | None = None):
         super().__init__()
-        vit.check_plain_vit(model)
-        vit.check_schedule(model, schedule, heads)
-        self.model, self.schedule, self.heads = model.eval(), schedule, heads
+        self.plain = as_plain(model)
+        self.plain.check_schedule(schedule, heads)
+        self.model, self.schedule, self.heads = self.plain.module.eval(), schedule, heads
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
+    def forward(self, image: Tensor) -> Tensor:
         return self.run(image).output
 
     @torch.no_grad()
     def run(
         self,
-        image: torch.Tensor,
+        image: Tensor,
         replay: list[MergePlan] | None = None,
-        observed: dict[str, torch.Tensor] | None = None,
+        observed: dict[str, Tensor] | None = None,
         rounding: float = 0.0,
     ) -> ReferenceResult:
-        """Compute, deciding itself or, with `replay`, under the given plans (one per step), whose regret is then measured.
+        """Compute, deciding itself or under given decisions.
 
-        observed: tokens behind stages, as somebody else has them, by stage name (see `stages`; any shape of B N C values). Each is
-        compared with what the reference makes of the tokens before it, and goes on in its place: errors do not add up.
-        rounding: of a number they are kept in, relative; what it explains is no departure (a stage may add less than that).
+        Args:
+            image: [B, channels, H, W], on the model's device.
+            replay: plans to apply instead of its own, one per step; their regret is measured.
+            observed: tokens behind stages, as somebody else has them, by stage name (see `stages`; any shape of B N C values). Each
+                is compared with what the reference makes of the tokens before it, and goes on in its place: errors do not add up.
+            rounding: of a number that the observed tokens are kept in, relative; what it explains is no departure (a stage may add
+                less than that).
         """
-        m = self.model
-        x, _ = vit.embed(m, m.patch_embed(image))
-        x = m.norm_pre(x)
-        seen = _Seen(observed or {}, rounding)
+        plain, steps = self.plain, self.schedule.by_site
+        x = plain.embed(image)
         batch, n, _ = x.shape
-        size, at = torch.ones(batch, n, 1, dtype=x.dtype), torch.arange(n).expand(batch, n)
-        rope, place = vit.rotary_table(m), at
-        out = ReferenceResult(x, x, at, size[..., 0])
-        x = _compare("embed", x, None, seen, out)
-        steps, options = self.schedule.by_site, self.schedule.options
-        for i, block in enumerate(m.blocks):
+        rows = torch.arange(n, device=x.device).expand(batch, n)
+        state = TokenState(x, x.new_ones(batch, n, 1), rows, rows)
+        result = ReferenceResult(x, x, rows, state.size[..., 0])
+        seen = Observed(observed or {}, rounding, result.departs)
+        run = Run(replay, seen, result, plain.rotary())
+        state = state._replace(x=seen.replace("embed", x))
+        for i, block in enumerate(plain.blocks()):
             if (i, "pre_block") in steps:
-                x, size, at, place = self._reduce(
-                    steps[i, "pre_block"], x, size, at, place, self._head_score(i, x), None, replay, out
-                )
-                x = _compare(f"block{i}.merge", x, None, seen, out)
-            p, before = vit.parts(block), x
-            turn = None if rope is None else rope[i % len(rope)][:, place].transpose(0, 1)
-            x, k, attention = attend(p, x, size if out.plans and options.get("prop_attn") else None, turn)
-            x = _compare(f"block{i}.attn", x, before, seen, out)
+                state = self._reduce(steps[i, "pre_block"], state, block=block, run=run)
+            attention = self._attend(i, state, block=block, run=run)
+            state = state._replace(x=seen.replace(f"block{i}.attn", attention.x, added_to=state.x))
             if (i, "post_attn") in steps:
-                score = received(attention, self.n_prefix, options.get("score", "class"))
-                x, size, at, place = self._reduce(
-                    steps[i, "post_attn"], x, size, at, place, score, k.mean(1), replay, out
-                )
-                x = _compare(f"block{i}.merge", x, None, seen, out)
-            before, x = x, x + _scaled(p.mlp(p.norm2(x)), p.gamma2)
-            x = _compare(f"block{i}.mlp", x, before, seen, out)
-        out.tokens = m.norm(x)
-        out.output, out.sources, out.size = self._head(out.tokens, size), at, size[..., 0]
-        return out
+                state = self._reduce(steps[i, "post_attn"], state, block=block, run=run, attention=attention)
+            x = state.x + _scaled(block.mlp(block.norm2(state.x)), block.gamma2)
+            state = state._replace(x=seen.replace(f"block{i}.mlp", x, added_to=state.x))
+        result.tokens = plain.norm(state.x)
+        result.output = self._head(result.tokens, state.size)
+        result.sources, result.size = state.sources, state.size[..., 0]
+        return result
 
-    def _head(self, tokens, size):
-        m, p = self.model, self.n_prefix
-        if not vit.pools_by_size(m, self.schedule):
-            return m.forward_head(tokens)
+    def _head(self, tokens: Tensor, size: Tensor) -> Tensor:
+        pooling, p = self.plain.pooling, self.plain.n_prefix
+        if not self.plain.pools_by_size(self.schedule):
+            return pooling.forward(tokens)
         pooled = (tokens * size)[:, p:].sum(1) / size[:, p:].sum(1)
-        return m.head(m.head_drop(m.fc_norm(pooled)))
+        return pooling.classifiers[0](pooling.norm(pooled))
 
-    @property
-    def n_prefix(self) -> int:
-        return self.model.num_prefix_tokens
+    def _attend(self, i: int, state: TokenState, *, block: BlockParts, run: Run) -> Attended:
+        size = state.size if run.result.plans and self.schedule.prop_attn else None
+        rope = None if run.rope is None else run.rope[i % len(run.rope)][:, state.place].transpose(0, 1)
+        return attend(block, state.x, size=size, rope=rope)
 
-    def _head_score(self, block, x):
-        """The head's log-probability to keep less that to drop, prefix tokens lifted, [B, N, 1].
+    def _signals(self, step: Step, state: TokenState, *, block: BlockParts, run: Run, attention) -> Signals:
+        """What a step looks at: keys and attention are the block's own, or those that it would compute of the tokens before it."""
+        x, p, metric, score = state.x, self.plain.n_prefix, None, None
+        if step.signal in ATTENTION_SIGNALS and attention is None:
+            attention = self._attend(step.block, state, block=block, run=run)
+        if step.signal == "keys":
+            keys = attention.keys.mean(1)
+            metric = keys / keys.norm(dim=-1, keepdim=True)
+        elif step.signal == "score_head":
+            score = head_scores(self.heads[step.layer], x, n_prefix=p)
+        elif step.signal is not None:
+            score = received(attention.weights, n_prefix=p, of=step.signal)
+        return Signals(x, p, self.plain.has_class_token, state.size, metric, score)
 
-        The authors sort by the first alone: the same order, until it is so near 0 that float32 cannot tell tokens apart.
-        """
-        stage = self.schedule.options["at"].index(block)
-        keep, drop = self.heads[stage](x[:, self.n_prefix :]).split(1, -1)
-        score = keep - drop
-        return _lifted(torch.cat([score.new_zeros(len(x), self.n_prefix, 1), score], 1), self.n_prefix)
-
-    def _reduce(self, step, x, size, at, place, score, metric, replay, out):
-        """One reduction of tokens x, their sizes, where input tokens are (at) and where tokens stand in the image (place)."""
-        reducer = reducers.get(self.schedule.method)
-        unit = None if metric is None else metric / metric.norm(dim=-1, keepdim=True)
-        signals = Signals(x, self.n_prefix, vit.has_class_token(self.model), size, unit, score)
-        given = None if replay is None else replay[len(out.plans)]
+    def _reduce(self, step: Step, state: TokenState, *, block: BlockParts, run: Run, attention=None) -> TokenState:
+        """One reduction; attention: of the block, after it."""
+        reducer, result = reducers.get(self.schedule.method), run.result
+        signals = self._signals(step, state, block=block, run=run, attention=attention)
+        given = None if run.replay is None else run.replay[len(result.plans)]
         plan = reducer.reference(signals, step, given)
         if given is not None:
-            out.regrets.append(reducer.regret(signals, step, plan))
-        out.plans.append(plan)
-        place = place.gather(1, plan.keep[..., 0])  # a token stands where it stood; one made of others stands nowhere
-        place = torch.cat([place, place.new_full((len(x), plan.n_extra), self.schedule.n_tokens)], 1)
-        return (*apply_eager(plan, x, size), follow(plan, at, step.n_in), place)
+            result.regrets.append(reducer.regret(signals, step, plan))
+        result.plans.append(plan)
+        place = state.place.gather(1, plan.keep[..., 0])  # a token stands where it stood; one made of others nowhere
+        place = torch.cat([place, place.new_full((len(place), plan.n_extra), self.schedule.n_tokens)], 1)
+        x, size = apply_eager(plan, state.x, state.size)
+        x = run.seen.replace(f"block{step.block}.merge", x)
+        return TokenState(x, size, follow(plan, state.sources, step.n_in, squeezes=reducer.squeezes), place)
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """Tokens observed behind stages, and the relative rounding of the numbers they are kept in."""
+class Attended(NamedTuple):
+    """What the attention half of a block computes.
 
-    tokens: dict[str, torch.Tensor]
-    rounding: float
-
-
-def _compare(name: str, x: torch.Tensor, before: torch.Tensor | None, seen: _Seen, out: ReferenceResult):
-    """The observed tokens of a stage in place of x, when there are any, after noting how far they depart.
-
-    before: tokens the stage added to; the difference, less two roundings of the tokens, is then over what it added, else it is over the
-    tokens, the worst row.
+    Args:
+        x: tokens after the attention residual [B, N, C].
+        keys: [B, heads, N, D], not rotated.
+        weights: the attention [B, heads, N, N].
     """
-    if name not in seen.tokens:
-        return x
-    found = seen.tokens[name].to(x.dtype).reshape(x.shape)
-    length = lambda a, dims: a.square().sum(dims).sqrt()
-    if before is None:
-        error = (length(found - x, 2) / length(x, 2).clamp(min=1e-30)).amax(1)
-    else:
-        apart = (length(found - x, (1, 2)) - 2 * seen.rounding * length(x, (1, 2))).clamp(min=0)
-        error = apart / length(x - before, (1, 2)).clamp(min=1e-30)
-    out.departs[name] = error.nan_to_num(torch.inf, torch.inf)
-    return found
+
+    x: Tensor
+    keys: Tensor
+    weights: Tensor
 
 
-def received(attention: torch.Tensor, n_prefix: int, of: str) -> torch.Tensor:
-    """Attention every token receives, mean over heads, prefix tokens lifted: [B, heads, N, N] -> [B, N, 1].
+def attend(block: BlockParts, x: Tensor, *, size: Tensor | None = None, rope: Tensor | None = None) -> Attended:
+    """The attention half of a block.
 
-    of: "class", from the class token; "mean", the mean over all tokens.
+    Args:
+        block: its parts.
+        x: tokens [B, N, C].
+        size: [B, N, 1] for proportional attention (log(size) on the logits, after scaling), or None.
+        rope: rotary embedding of these tokens [B, heads or 1, N, 2 D], or None.
     """
-    rows = attention[:, :, 0] if of == "class" else attention.mean(2)
-    return _lifted(rows.mean(1)[..., None], n_prefix)
-
-
-def _lifted(score, n_prefix):
-    return score + torch.tensor(lift(score.shape[1], n_prefix), dtype=score.dtype)[:, None]
-
-
-def attend(p: vit.BlockParts, x: torch.Tensor, size: torch.Tensor | None, rope: torch.Tensor | None = None):
-    """Attention half of a block, x [B, N, C] -> x after its residual, the keys [B, heads, N, D] and the attention [B, heads, N, N].
-
-    size: [B, N, 1] for proportional attention (log(size) on the logits, after scaling), or None. rope: rotary embedding of these
-    tokens [B, heads or 1, N, 2 D], or None; the keys that are returned are not rotated.
-    """
-    from timm.layers import apply_rot_embed_cat
-
-    y = p.norm1(x)
-    q, k, v = vit.split_heads(p, y)
-    turn = lambda t: t if rope is None else apply_rot_embed_cat(t, rope, half=p.half)
-    logits = (turn(q) * p.scale) @ turn(k).mT
+    y = block.norm1(x)
+    q, k, v = block.split_heads(y)
+    turned_q, turned_k = (t if rope is None else _rotated(t, rope, half=block.half) for t in (q, k))
+    logits = (turned_q * block.scale) @ turned_k.mT
     if size is not None:
         logits = logits + size.log()[:, None, :, 0].unsqueeze(2)
-    attention = logits.softmax(-1)
-    out = p.norm((attention @ v).transpose(1, 2).flatten(2))
-    out = p.proj(out if p.gate is None else out * p.gate(y).sigmoid())
-    return x + _scaled(out, p.gamma1), k, attention
+    weights = logits.softmax(-1)
+    out = block.norm((weights @ v).transpose(1, 2).flatten(2))
+    out = block.proj(out if block.gate is None else out * block.gate(y).sigmoid())
+    return Attended(x + _scaled(out, block.gamma1), k, weights)
 
 
-def _scaled(x, gamma):
+def _rotated(x: Tensor, rope: Tensor, *, half: bool) -> Tensor:
+    """x [B, heads, N, D] turned pair by pair: pairs are (i, i + D/2) with half, else (2i, 2i + 1)."""
+    sin, cos = rope.chunk(2, -1)
+    if half:
+        low, high = x.chunk(2, -1)
+        return x * cos + torch.cat([-high, low], -1) * sin
+    return x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], -1).reshape(x.shape) * sin
+
+
+def received(weights: Tensor, *, n_prefix: int, of: str) -> Tensor:
+    """Attention that every token receives, mean over heads, prefix tokens lifted.
+
+    Args:
+        weights: [B, heads, N, N].
+        n_prefix: prefix tokens at the head of the sequence.
+        of: "class_attention", from the class token; "mean_attention", the mean over all tokens.
+    Returns:
+        [B, N, 1].
+    """
+    rows = weights[:, :, 0] if of == "class_attention" else weights.mean(2)
+    return rows.mean(1)[..., None] + weights.new_tensor(lift(weights.shape[-1], n_prefix))[:, None]
+
+
+def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
     return x if gamma is None else x * gamma
 
 
-def reduce_model(model: nn.Module, schedule: Schedule, heads: nn.ModuleList | None = None) -> ReducedViT:
+def reduce_model(
+    model: nn.Module | PlainViT, schedule: Schedule, heads: nn.ModuleList | None = None
+) -> ReducedViT:
     """The eager reference of a model under a schedule.
 
-    model: a plain timm ViT. schedule: from `Schedule.parse` with the model's own token counts. heads: the score heads of dTPS and
-    DynamicViT, from `score_heads(loaded, schedule)`.
-    Raises: UsageError when the model is no plain ViT, or the schedule or the heads are for another one.
+    Args:
+        model: a plain ViT, on any device.
+        schedule: from `loaded.schedule`, or `Schedule.parse` with the model's own token counts.
+        heads: the score heads of dTPS and DynamicViT, from `score_heads(loaded, schedule)`.
+    Raises:
+        UsageError: the model is no plain ViT, or the schedule or the heads are for another one.
     """
     return ReducedViT(model, schedule, heads)

@@ -2,56 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
+from . import reducers
 from .errors import UsageError
+from .step import ModelSize, Step
+from .records import decode, encode
 
-
-@dataclass(frozen=True)
-class Step:
-    """One reduction inside (or before) one block.
-
-    block: index of the block, from 0.
-    site: "post_attn" (after the attention residual, before norm2) or "pre_block" (before norm1).
-    n_in: tokens that come in, prefix tokens included.
-    n_kept: input rows that survive as rows of their own.
-    n_out: tokens that go out: n_kept plus any extra (fused) token.
-    n_folded: input rows that are folded into the rows that go out; all that are not kept by default. The rest is dropped.
-    """
-
-    block: int
-    site: str
-    n_in: int
-    n_kept: int
-    n_out: int
-    n_folded: int | None = None
-
-    def __post_init__(self):
-        if self.n_folded is None:
-            object.__setattr__(self, "n_folded", self.n_in - self.n_kept)
-        if self.site not in ("post_attn", "pre_block"):
-            raise UsageError(f"step site {self.site!r}: wanted post_attn or pre_block")
-        if not 1 <= self.n_kept <= self.n_out <= self.n_in:
-            raise UsageError(
-                f"block {self.block}: cannot go from {self.n_in} tokens to {self.n_kept} kept, {self.n_out} out"
-            )
-        if not 0 <= self.n_folded <= self.n_in - self.n_kept or self.n_out - self.n_kept > min(self.n_folded, 1):
-            raise UsageError(
-                f"block {self.block}: cannot fold {self.n_folded} of {self.n_in} tokens, {self.n_kept} kept, {self.n_out} out"
-            )
+POOLS = ("auto", "size", "mean")
 
 
 @dataclass(frozen=True)
 class Schedule:
     """Token counts of one reduced model.
 
-    method: a name of the reducer table.
-    n_tokens: tokens entering block 0, prefix tokens included.
-    n_prefix: class, distillation and register tokens at the head of the sequence.
-    depth: number of blocks.
-    options: what the method was asked for (JSON values), e.g. {"r": [13, ...], "prop_attn": true}.
-    steps: the reductions that change something, in block order.
-    notes: what was cut or scaled on the way from the request to the steps, in words.
+    Args:
+        method: a name of the reducer table.
+        n_tokens: tokens entering block 0, prefix tokens included.
+        n_prefix: class, distillation and register tokens at the head of the sequence.
+        depth: number of blocks.
+        options: what the method was asked for (JSON values), e.g. {"r": [13, ...], "prop_attn": true}; a record, which no part of
+            the model reads.
+        steps: the reductions that change something, in block order, at most one a block.
+        notes: what was cut or scaled on the way from the request to the steps, in words.
+        prop_attn: add log(token size) to the attention logits.
+        pool: "size" to weigh an average pool by token size, "mean" for the model's own, "auto" for the one or the other by model.
+        n_layers: layers that were trained for the steps' signal (score heads); a stage without a step has one as well.
+    Raises:
+        UsageError: a field is out of range, or the steps do not follow each other.
     """
 
     method: str
@@ -61,21 +39,51 @@ class Schedule:
     options: dict = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
     notes: tuple[str, ...] = ()
+    prop_attn: bool = False
+    pool: str = "mean"
+    n_layers: int = 0
 
     def __post_init__(self):
-        n = self.n_tokens
-        order = {"pre_block": 0, "post_attn": 1}
-        last = (-1, 0)
+        reducers.get(self.method)
+        for name, least in (("n_tokens", 1), ("n_prefix", 0), ("depth", 1), ("n_layers", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UsageError(f"schedule: {name} is {value!r}, wanted a whole number from {least} on")
+        if self.n_prefix > self.n_tokens:
+            raise UsageError(f"schedule: {self.n_prefix} prefix tokens of {self.n_tokens} tokens in all")
+        if self.pool not in POOLS:
+            raise UsageError(f"pool {self.pool!r}: wanted one of {', '.join(POOLS)}")
+        self._check_steps()
+
+    def _check_steps(self) -> None:
+        n, last = self.n_tokens, -1
         for s in self.steps:
             if not 0 <= s.block < self.depth:
                 raise UsageError(
                     f"schedule: block {s.block} of a model with {self.depth} blocks (0 to {self.depth - 1})"
                 )
-            if (s.block, order[s.site]) <= last:
+            if s.block == last:
+                raise UsageError(
+                    f"schedule: block {s.block} has two steps; wanted one a block, since its decisions are named after it"
+                )
+            if s.block < last:
                 raise UsageError(f"schedule: steps out of order at block {s.block}")
             if s.n_in != n:
                 raise UsageError(f"schedule: block {s.block} expects {s.n_in} tokens and gets {n}")
-            last, n = (s.block, order[s.site]), s.n_out
+            if s.n_kept < self.n_prefix:
+                raise UsageError(
+                    f"schedule: block {s.block} keeps {s.n_kept} tokens, fewer than the {self.n_prefix} prefix tokens"
+                )
+            if s.layer is not None and s.layer >= self.n_layers:
+                raise UsageError(
+                    f"schedule: block {s.block} reads layer {s.layer} of {self.n_layers} (n_layers) trained for its signal"
+                )
+            last, n = s.block, s.n_out
+
+    @property
+    def size(self) -> ModelSize:
+        """The model the counts are for."""
+        return ModelSize(self.n_tokens, self.n_prefix, self.depth)
 
     @property
     def n_final(self) -> int:
@@ -89,57 +97,51 @@ class Schedule:
 
     def tokens_per_block(self) -> list[tuple[int, int]]:
         """(tokens in the attention, tokens in the MLP) of every block."""
-        n, out, at = self.n_tokens, [], self.by_site
+        n, tokens, sites = self.n_tokens, [], self.by_site
         for b in range(self.depth):
-            n = at[b, "pre_block"].n_out if (b, "pre_block") in at else n
-            m = at[b, "post_attn"].n_out if (b, "post_attn") in at else n
-            out.append((n, m))
+            n = sites[b, "pre_block"].n_out if (b, "pre_block") in sites else n
+            m = sites[b, "post_attn"].n_out if (b, "post_attn") in sites else n
+            tokens.append((n, m))
             n = m
-        return out
+        return tokens
 
     def to_json(self) -> dict:
         """Plain JSON values; `from_json` takes them back."""
-        return {**asdict(self), "steps": [asdict(s) for s in self.steps], "notes": list(self.notes)}
+        return encode(self)
 
     @classmethod
     def from_json(cls, data: dict) -> "Schedule":
         """Raises UsageError when a field is missing or does not fit."""
-        try:
-            return cls(**{**data, "steps": tuple(Step(**s) for s in data["steps"]), "notes": tuple(data["notes"])})
-        except (TypeError, KeyError) as e:
-            raise UsageError(f"not a schedule: {e}") from None
+        return decode(cls, data, name="not a schedule")
 
     @classmethod
-    def parse(
-        cls,
-        r: str | int | tuple | list | None = None,
-        *,
-        method: str = "tome",
-        depth: int,
-        n_tokens: int,
-        n_prefix: int = 1,
-        **options,
-    ) -> "Schedule":
-        """Schedule of a method from its options, each as typed at the command line or as a Python value.
+    def parse(cls, method: str, *, n_tokens: int, depth: int, n_prefix: int = 1, **options) -> "Schedule":
+        """The schedule of a method from its options, each as typed at the command line or as a Python value.
 
-        r: ToMe's r as "13", "13:-1" (r and inflection) or "8,8,4" (one value a block), or the Python forms 13, (13, -1.0), [8, 8, 4].
-        depth, n_tokens, n_prefix: of the model (DeiT-S: 12, 197, 1).
-        options: prop_attn (ToMe, DiffRate: add log(token size) to the attention logits); keep_rate, at (EViT, eTPS, dTPS, DynamicViT:
-        "0.7" or one rate a stage; blocks from 0); fuse (EViT); rates (DiffRate: "deit_small@2.9", a file or a dictionary); score
-        ("class", or "mean" for models without a class token). What is None takes the method's default.
-        Raises: UsageError for an option the method does not have, or a value the model cannot serve.
-        Source: the module of the method in `export/reducers`.
+        `loaded.schedule(method, **options)` fills in the numbers of the model.
+
+        Args:
+            method: a name of the reducer table: "tome", "evit", ..., or "none".
+            n_tokens: tokens entering block 0, prefix tokens included (DeiT-S at 224 pixels: 197).
+            depth: number of blocks.
+            n_prefix: class, distillation and register tokens.
+            options: the method's own (`reducers.TABLE[method].options` lists them with their help), e.g. r=13, r="13:-1",
+                keep_rate=0.7, at=[3, 6, 9]. What is None takes the method's default.
+        Returns:
+            The schedule; its `notes` say what was cut or scaled.
+        Raises:
+            UsageError: an option that the method does not have or that is missing, or a value that the model cannot serve.
         """
-        from . import reducers
-
-        given = {k: v for k, v in {"r": r, **options}.items() if v is not None}
-        reducers.check_options(method, given)
-        reducer = reducers.get(method)
-        if reducer is None:
-            return cls("none", n_tokens, n_prefix, depth)
-        if given.get("score", "class") not in ("class", "mean"):
-            raise UsageError(
-                f"score {given['score']!r}: wanted class (attention of the class token) or mean (mean attention received)"
-            )
-        options, steps, notes = reducer.steps({**reducer.OPTIONS, **given}, n_tokens, n_prefix, depth)
-        return cls(method, n_tokens, n_prefix, depth, options, tuple(steps), tuple(notes))
+        reducer, size = reducers.get(method), ModelSize(n_tokens, n_prefix, depth)
+        cls(method, *size)  # sizes that cannot be are told before options that do not fit them
+        counts = reducer.steps(reducers.check_options(method, options, size), size)
+        return cls(
+            method,
+            *size,
+            counts.options,
+            tuple(counts.steps),
+            tuple(counts.notes),
+            counts.prop_attn,
+            counts.pool,
+            counts.n_layers,
+        )

@@ -11,40 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from .cases import DEIT, KWARGS, METHOD_CASES, TINY
+
 GOLDEN = Path(__file__).parent / "golden"
-KWARGS = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 6, "num_heads": 4, "num_classes": 10}
-TINY = {
-    "tiny_vit": ("vit_tiny_patch16_224", {}),
-    "tiny_vit_nocls": ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg"}),
-    "tiny_vit_distilled": ("deit_tiny_distilled_patch16_224", {}),
-}
-AT = {"at": (1, 3, 4)}
-# Every method on the tiny models (65 tokens, 6 blocks); after the method's name, what is special.
-METHOD_CASES = {
-    "none": {},
-    "tome": {"r": 8},
-    "evit": AT,
-    "evit no-fuse": {**AT, "fuse": False},
-    "etps": AT,
-    "dtps": AT,
-    "dynamicvit": AT,
-    "diffrate": {"rates": {"prune_kept": [65, 60, 50, 42, 34, 20], "merge_kept": [65, 55, 46, 38, 30, 12]}},
-    "diffrate prune": {"rates": {"prune_kept": [65, 60, 50, 42, 34, 20], "merge_kept": [65, 60, 50, 42, 34, 20]}},
-    "diffrate merge": {"rates": {"prune_kept": [65, 65, 60, 50, 40, 30], "merge_kept": [65, 60, 50, 40, 30, 30]}},
-    "diffrate up and down": {"rates": {"prune_kept": [60, 64, 50, 58, 40, 65], "merge_kept": [55, 60, 45, 52, 38, 60]}},
-}
-# Every method at its paper's main setting on DeiT-S.
-DEIT = {
-    "none": {},
-    "tome": {"r": 13},
-    "evit": {},
-    "etps": {},
-    "dtps": {},
-    "dynamicvit": {},
-    "diffrate": {"rates": "deit_small@2.9"},
-}
-DINOV2 = {**{m: {} for m in DEIT}, "tome": {"r": "13"}, "diffrate": {"rates": "deit_small@2.9"}}
 FAST_FIRST = (
+    "test_house",
     "test_schedule",
     "test_counts",
     "test_rates",
@@ -124,19 +95,12 @@ def tiny():
 def schedule_of():
     """schedule_of(module, r, ...) -> Schedule with the counts of a timm model: ToMe's r, or method=... and its options, or nothing."""
     from tokexport import Schedule
-    from tokexport.export.models import vit
+    from tokexport.export.models import as_plain
 
     def schedule(module, r=None, prop_attn=None, method=None, **options):
         method = method or ("none" if r is None else "tome")
-        return Schedule.parse(
-            r,
-            method=method,
-            depth=len(module.blocks),
-            n_tokens=vit.n_tokens(module),
-            n_prefix=module.num_prefix_tokens,
-            prop_attn=None if r is None else prop_attn,
-            **options,
-        )
+        prop_attn = None if r is None else prop_attn
+        return Schedule.parse(method, **as_plain(module).size._asdict(), r=r, prop_attn=prop_attn, **options)
 
     return schedule
 
@@ -239,7 +203,7 @@ def dinov2(exported_large, tmp_path_factory):
 @pytest.fixture(scope="session")
 def dinov2_how():
     """A row of options per method for `dinov2`."""
-    return DINOV2
+    return DEIT
 
 
 @pytest.fixture(scope="session")

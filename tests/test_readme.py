@@ -1,100 +1,146 @@
-"""Every command of the README's quick start runs, in order, in one folder; its Python example too."""
+"""What the README and docs/ say is true: the quick start runs, in order, in one folder; tables are those of the code."""
 
+import io
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
+from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
 from pathlib import Path
 
+import click
 import pytest
+from tokexport.export import errors, precisions
+from tokexport.export.reducers import TABLE as METHODS
+from tokexport.tools import cli
 
-from tokexport.engines.parity import limits as tolerances
-from tokexport.export.reducers import METHODS
-
-README = (Path(__file__).parents[1] / "README.md").read_text()
-pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = {
+    path.name: path.read_text()
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
+}
 
 
 def blocks(kind):
-    return [b for b in re.findall(rf"```{kind}\n(.*?)```", README, re.S)]
+    return re.findall(rf"```{kind}\n(.*?)```", README, re.S)
 
 
-def test_the_quick_start_works(tmp_path):
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+def run(monkeypatch, *arguments):
+    """(exit code, stdout, stderr) of a command line, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    monkeypatch.setattr("sys.argv", ["tokexport", *arguments])
+    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code or 0, out.getvalue(), err.getvalue()
+
+
+def test_the_quick_start_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("tokexport ")]
-    assert len(lines) >= 4
+    assert len(lines) >= 8
     for line in lines:
-        args = shlex.split(line.split("  #")[0])[1:]
-        if args[0] == "bench":
-            args += ["--seconds", "1"]
-        out = subprocess.run(
-            [sys.executable, "-m", "tokexport", *args],
-            cwd=tmp_path,
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert out.returncode == 0, f"{line}\n{out.stderr}"
-        if "--offline" in args:  # all methods, each with its picture
-            assert "All files agree" in out.stderr and out.stderr.count("100.0%") >= 6
+        arguments = shlex.split(line, comments=True)[1:]
+        if arguments[0] == "bench":
+            arguments += ["--seconds", "1"]
+        code, _, err = run(monkeypatch, *arguments)
+        assert code == 0, f"{line}\n{err}"
+        if "--offline" in arguments:  # all methods, each with its picture
+            assert "All files agree" in err and err.count("100.0%") >= 6
             assert all((tmp_path / f"offline/digits_{m}.png").stat().st_size > 5_000 for m in METHODS if m != "none")
 
 
-def test_the_python_example_works(tmp_path):
+def test_the_python_example_works(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (code,) = blocks("python")
-    out = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert out.returncode == 0 and "passed" in out.stdout, out.stderr
+    exec(compile(code, "README.md", "exec"), {})
+    assert "passed" in capsys.readouterr().out
 
 
-def rows(first):
-    """Cells of the README's table whose header line starts so, by their first cell."""
-    table = README[README.index(first) :].split("\n\n")[0].splitlines()
-    return {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in (table[0], *table[2:])}
+@pytest.mark.slow
+def test_the_demo_does_all_it_says(tmp_path, monkeypatch):
+    """What `make demo` runs: files verified on real weights and photos, timed on both runtimes, and drawn."""
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(monkeypatch, "demo", "-o", "out", "--json")
+    assert code == 0, err
+    figures = json.loads(out)
+    assert all(report["passed"] for report in figures["verify"].values())
+    assert {row["runtime"] for row in figures["speed"]} == {"ONNX Runtime", "OpenVINO"}
+    assert all((tmp_path / picture).stat().st_size > 10_000 for picture in figures["pictures"])
+
+
+def cells(page, first):
+    """Cells of the table whose header line starts so, by their first cell."""
+    lines = page[page.index(first) :].split("\n\n")[0].splitlines()
+    return {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in (lines[0], *lines[2:])}
 
 
 def test_the_limits_of_verify_are_those_of_the_code():
-    table = rows("| | fp32 | tf32, fp16 ")
+    table = cells(PAGES["verify.md"], "| | fp32 | tf32, fp16 ")
+    named = [name for names in table[""] for name in names.split(", ")]
+    assert sorted(named) == sorted(precisions.TABLE)
     for column, names in enumerate(table[""]):
-        for precision in names.split(", "):
-            near = tolerances.NEAR_TIE[precision]
+        for row in map(precisions.get, names.split(", ")):
             limits = {
-                "outputs": [tolerances.TOLERANCE[precision]],
-                "one stage": [tolerances.STAGE[precision]],
-                "near-tie": [near["metric"], near["attention"]],
+                "outputs": [row.output_limit],
+                "one stage": [row.stage_limit],
+                "near-tie": [row.near_tie["metric"], row.near_tie["score"]],
             }
-            assert near["attention"] == near["head"]
-            for row, wanted in limits.items():
-                assert [float(v) for v in table[row][column].split("; ")] == wanted, (precision, row)
+            for title, wanted in limits.items():
+                assert [float(v) for v in table[title][column].split("; ")] == wanted, (row.name, title)
 
 
-def test_make_targets_named_in_the_readme_exist():
-    makefile = (Path(__file__).parents[1] / "Makefile").read_text()
-    for target in set(re.findall(r"`?make ([a-z-]+)`?", README)):
-        assert re.search(rf"^{target}:", makefile, re.M), target
+def test_exit_codes_are_those_of_the_command_line(monkeypatch):
+    names = {
+        name: int(code.split(",")[0])
+        for code, (_, cell) in cells(README, "| code ").items()
+        if code != "code"
+        for name in re.findall(r"`(\w+Error)`", cell)
+    }
+    kinds = {n for n, e in vars(errors).items() if isinstance(e, type) and issubclass(e, Exception)} - {"FailureError"}
+    assert names.keys() == kinds
+    for name, code in names.items():
+        kind = getattr(errors, name)
+        error = kind("torch", "export,cpu", "this") if kind is errors.MissingPackageError else kind("a reason")
+        monkeypatch.setattr(cli.group, "main", lambda error=error, **_: (_ for _ in ()).throw(error))
+        assert run(monkeypatch)[::2] == (code, f"Error: {error}\n"), name
 
 
-def test_the_demo_does_all_it_says(tmp_path):
-    """What `make demo` runs: files verified on real weights and photos, timed on both engines, and drawn."""
-    out = subprocess.run(
-        [sys.executable, "-m", "tokexport", "demo", "-o", "out", "--json"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert out.returncode == 0, out.stderr
-    found = json.loads(out.stdout)
-    assert all(report["passed"] for report in found["verify"].values())
-    assert {row["runtime"] for row in found["speed"]} == {"ONNX Runtime", "OpenVINO"}
-    assert all((tmp_path / picture).stat().st_size > 10_000 for picture in found["pictures"])
+def test_make_targets_that_are_named_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for page in PAGES.values():
+        for target in set(re.findall(r"(?:`|    )make ([a-z-]+)", page)):
+            assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_links_and_files_that_are_named_exist():
+    for name, page in PAGES.items():
+        folder = ROOT if (ROOT / name).exists() else ROOT / "docs"
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page):
+            assert (folder / target).exists(), (name, target)
+        for target in re.findall(r"`((?:tools|engines|export|kernels|tests|docs|requirements)/[\w./]+\.\w+)`", page):
+            assert (ROOT / target).exists() or "NAME" in target, (name, target)
+
+
+def test_every_command_line_in_a_page_has_known_options():
+    known = {
+        name: {
+            o
+            for p in import_module(f"tokexport.tools.commands.{name}").command.params
+            if isinstance(p, click.Option)
+            for o in (*p.opts, *p.secondary_opts)
+        }
+        for name in cli.COMMANDS
+    }
+    lines = [
+        match
+        for page in PAGES.values()
+        for match in re.findall(r"(?:^|[`;]\s?|do )tokexport ([a-z]+)((?: [^`;\n]+)?)", page, re.M)
+    ]
+    assert len(lines) > 15
+    for name, rest in lines:
+        assert name in known, name
+        assert {o.split("=")[0] for o in re.findall(r"(?<= )--?[a-z][\w-]*", rest.split("  #")[0])} <= known[name] | {
+            "--help",
+            "--r",
+        }, (name, rest)

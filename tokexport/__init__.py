@@ -5,15 +5,24 @@ The public names are loaded when they are first used, so `import tokexport` and 
 
 from importlib import import_module
 
-_HOME = {
-    "load_model": "export.models.load",
-    "Schedule": "export.schedule",
-    "reduce_model": "export.reference",
-    "export_onnx": "export.graph.export",
-    "inspect": "export.inspection",
-    "verify": "engines.parity.verify",
-    "open_runner": "engines.runners",
-    "UsageError": "export.errors",
+_HOME = {  # public name: its module, and the name it has there
+    "load_model": ("export.models.load", "load_model"),
+    "Schedule": ("export.schedule", "Schedule"),
+    "reduce_model": ("export.reference", "reduce_model"),
+    "export_onnx": ("engines.onnx_export", "export_onnx"),
+    "quantize": ("engines.quantize", "quantize"),
+    "build_engine": ("engines.tensorrt.build", "build_engine"),
+    "inspect": ("engines.files", "inspect_file"),
+    "open_runner": ("engines.runners", "open_runner"),
+    "verify": ("engines.parity.verify", "verify"),
+    "evaluate": ("engines.measure.evaluate", "evaluate"),
+    "UsageError": ("export.errors", "UsageError"),
+    "MissingPackageError": ("export.errors", "MissingPackageError"),
+    "FailureError": ("export.errors", "FailureError"),
+    "EngineError": ("export.errors", "EngineError"),
+    "BuildError": ("export.errors", "BuildError"),
+    "StorageError": ("export.errors", "StorageError"),
+    "GraphError": ("export.errors", "GraphError"),
 }
 
 __all__ = ["__version__", *_HOME]
@@ -26,7 +35,13 @@ def __getattr__(name: str):
         return version("tokexport")
     if name not in _HOME:
         raise AttributeError(f"module 'tokexport' has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    module, attribute = _HOME[name]
+    try:
+        return getattr(import_module(f".{module}", __name__), attribute)
+    except ModuleNotFoundError as e:
+        from .export.errors import missing_export_package
+
+        raise missing_export_package(e) or e from None
 
 
 def __dir__():

@@ -9,7 +9,7 @@ from importlib import import_module
 
 import click
 
-from ..export.errors import FailureError, UsageError
+from ..export.errors import FailureError, UsageError, missing_export_package
 
 COMMANDS = {
     "onnx": "Export a ViT, reduced or not, to a static ONNX file.",
@@ -23,6 +23,14 @@ COMMANDS = {
     "rates": "List the keep counts published with DiffRate.",
     "demo": "Export, verify, time and draw ToMe on real weights and photos.",
 }
+EXIT_CODES = {
+    0: "Done, or passed.",
+    1: "A check failed, or a job went on past inputs that were broken.",
+    2: "Wrong use, a file that is foreign, damaged or newer, or a package that is missing.",
+    3: "A runtime, a builder, the disk or the export failed, or memory ran out.",
+    130: "Interrupted.",
+    143: "Terminated.",
+}
 
 
 class _Lazy(click.Group):
@@ -35,6 +43,8 @@ class _Lazy(click.Group):
     def format_commands(self, ctx, formatter):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+        with formatter.section("Exit codes"):
+            formatter.write_dl([(str(code), words) for code, words in EXIT_CODES.items()])
 
 
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -44,31 +54,41 @@ def group():
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done or passed, 1 a check failed, 2 wrong use or a missing package, 3 a runtime, builder or disk failed,
-    130 interrupted, 143 terminated."""
+    """Entry point; ends with one of EXIT_CODES. What lies aside is cleared away on SIGTERM as on any other exit."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(
-            signal.SIGTERM, lambda *_: sys.exit(143)
-        )  # what lies aside is cleared away, as it is on any other exit
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         sys.exit(group.main(standalone_mode=False) or 0)
+    except click.exceptions.Exit as e:
+        sys.exit(e.exit_code)
     except click.exceptions.Abort:
         click.echo("Interrupted.", err=True)
         sys.exit(130)
     except click.ClickException as e:
         e.show()
         sys.exit(e.exit_code)
-    except click.exceptions.Exit as e:
-        sys.exit(e.exit_code)
-    except UsageError as e:
-        click.echo(f"Error: {e}", err=True)
-        sys.exit(2)
-    except OSError as e:
-        click.echo(f"Error: {str(e.filename)[:80] if e.filename else 'input or output'}: {e.strerror or e}", err=True)
-        sys.exit(2)
-    except FailureError as e:
-        click.echo(f"Error: {e}", err=True)
-        sys.exit(3)
-    except MemoryError:
-        click.echo("Error: out of memory: give a smaller --batch or a smaller model", err=True)
-        sys.exit(2)
+    except Exception as e:
+        code, text = _judge(e)
+        click.echo(f"Error: {text}", err=True)
+        sys.exit(code)
+
+
+def _judge(error: Exception) -> tuple[int, str]:
+    """The exit code and the text of an error; one that is nobody's but ours is raised again, with its traceback."""
+    if isinstance(error, UsageError):
+        return 2, str(error)
+    if isinstance(error, FailureError):
+        return 3, str(error)
+    if isinstance(error, ModuleNotFoundError):
+        missing = missing_export_package(error)
+        if missing is None:
+            raise error
+        return 2, str(missing)
+    if isinstance(error, OSError):
+        from ..export.files import is_disk_error
+
+        place = str(error.filename)[:80] if error.filename else "input or output"
+        return 3 if is_disk_error(error) else 2, f"{place}: {error.strerror or error}"
+    if isinstance(error, MemoryError):
+        return 3, "out of memory: give a smaller --batch or a smaller model"
+    raise error

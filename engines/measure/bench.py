@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..runners import open_runner
+from ...export import reducers
 from ...export.errors import UsageError
 from ...export.inspection import Inspection, inspect
 from .timing import ratio, until_sure
@@ -23,23 +24,14 @@ def export(
     folder: Path, loaded, method: str, options: dict, batch: int | None, opset: int = 20, dtype: str = "fp32"
 ) -> Path:
     """A file in folder of a loaded model under a method."""
-    from ...export.models import vit
     from ...export.graph.export import export_onnx
-    from ...export.schedule import Schedule
 
     if dtype == "int8":
         raise UsageError(
             "an int8 file is compared with a dense int8 file that was calibrated on the same images: give it with --dense"
         )
-    model = loaded.module
-    schedule = Schedule.parse(
-        method=method,
-        depth=len(model.blocks),
-        n_tokens=vit.n_tokens(model),
-        n_prefix=model.num_prefix_tokens,
-        **options,
-    )
-    said = ".".join(f"{k}={v}" for k, v in options.items() if k in ("r", "keep_rate")).replace("/", "_")
+    schedule = loaded.schedule(method, **options)
+    said = ".".join(f"{k}={v}" for k, v in options.items() if k in reducers.swept()).replace("/", "_")
     path = folder / ".".join(filter(None, [method, said, str(batch or "dynamic"), str(opset), dtype, "onnx"]))
     return path if path.exists() else export_onnx(loaded, schedule, path, batch=batch, opset=opset, dtype=dtype).path
 
@@ -134,7 +126,7 @@ def break_even(measured: list[dict]) -> dict[tuple[str, str], int | None]:
 
 def agreement(path: Path, dense: Path, runtime: str, image: np.ndarray) -> dict:
     """A file's outputs against the dense model's on images: mean cosine, and top1 (None without classes)."""
-    from ..parity.compare import cosines, top
+    from ..parity.outputs import cosines, top
     from ..runners import in_batches
 
     outputs = []
@@ -142,7 +134,7 @@ def agreement(path: Path, dense: Path, runtime: str, image: np.ndarray) -> dict:
         with open_runner(p, runtime) as runner:
             name = inspect(p).provenance.outputs[0]
             outputs.append(in_batches(runner, image)[name].astype(np.float64))
-    return {"cosine": float(cosines(*outputs).mean()), "top1": top(*outputs, 1) if name == "logits" else None}
+    return {"cosine": float(cosines(*outputs).mean()), "top1": float(top(*outputs, 1).mean()) if name == "logits" else None}
 
 
 def machine() -> dict:

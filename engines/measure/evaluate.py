@@ -77,7 +77,7 @@ def evaluate(
             from ...export.reference import ReducedViT
             from ...export.models.score_head import score_heads
 
-            loaded = rebuild(p, found.path, checkpoint, predictor)
+            loaded = rebuild(p, found.path, checkpoint=checkpoint, predictor=predictor)
             eager = ReducedViT(loaded.module, p.schedule, score_heads(loaded, p.schedule))
             if p.schedule.steps:
                 runs[f"reference, {p.schedule.method}"] = lambda image: eager(torch.from_numpy(image)).numpy()

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ...export.graph import stages
-from ..parity.bisect import PARTS
+from ..parity.report import PARTS
 from ..runners import OPENVINO
 
 RUNTIMES = ("ort", "openvino")

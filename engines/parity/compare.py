@@ -3,296 +3,238 @@
 Token reduction decides between tokens; of two almost equal ones, another order of additions may choose the other, and outputs then
 differ by far more than rounding. So the reference is replayed with the decisions of the file: numbers are compared like with like,
 and each decision is judged by what it gives away in the reference's own scores. A little is a flipped near-tie, more is a fault.
+
+A comparison is a running sum: images are added in chunks, and only sums and the worst of them stay.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from ...export.provenance import Provenance
-from .limits import TOLERANCE, near_tie
+from .decisions import decided_alike, near_tie_limit, token_maps
+from .outputs import kind_of
+from .report import BlockParity, Cost, Flip, ImageParity, OutputParity
+from .sides import Side, replay
+from .sums import BlockSum, CostSum, OutputSum
+from .worst import Worst
+
+KEPT = 64  # images and flips that are told one by one
+NAMED = 3  # images named in one fault
 
 
-@dataclass(frozen=True)
-class OutputParity:
-    """One output against the other side's on equal decisions.
+class Chunk(NamedTuple):
+    """Images that are compared at once.
 
-    max_rel: max_abs over the largest value of all images. cosine: the lowest of all images. Of logits also: kl, the largest
-    Kullback-Leibler divergence of the class probabilities (nats); top1, share of images with the same likeliest class; top5, mean
-    share of the five likeliest that are the same.
+    Attributes:
+        start: index of the first of them.
+        names: B of them.
+        images: [B, 3, H, W].
     """
 
-    name: str
-    max_abs: float
-    max_rel: float
-    cosine: float
-    kl: float | None
-    top1: float | None
-    top5: float | None
-    passed: bool
+    start: int
+    names: list[str]
+    images: np.ndarray
+
+
+class WorstChunk(NamedTuple):
+    """A chunk's images [B, 3, H, W] and what the file made of them."""
+
+    images: np.ndarray
+    side: Side
 
 
 @dataclass(frozen=True)
-class Flip:
-    """Decisions of one block that differ from the other side's. margin: what is given away (see the reducer), near 0 for a near-tie."""
+class Judged:
+    """A chunk with its decisions judged.
 
-    image: str
-    block: int
-    margin: float
-    passed: bool
+    Attributes:
+        alike: [B, steps] decided like the other side.
+        differs: [B, steps] decided otherwise, or given something away.
+        margins: [B, steps] what is given away; 0 where nothing differs.
+        wanted: what the file's outputs are compared with, name -> [B, ...].
+        rows: [K] images with a difference.
+        other, other_wanted: of those, the other file's outputs, and the reference's under that file's decisions; None without one.
+    """
 
-
-@dataclass(frozen=True)
-class ImageParity:
-    """One image. verdict: "equal" decisions, "flipped" near-ties, or "failed". max_rel, cosine: of the output on equal decisions, over
-    this image's largest value. flips: reductions decided otherwise."""
-
-    image: str
-    verdict: str
-    max_rel: float
-    cosine: float
-    flips: int
-
-
-@dataclass
-class Side:
-    """What one side computed for a chunk. plans: decisions, one per step. output [B, C]. sources [B, N0] or None."""
-
-    plans: list
-    output: np.ndarray
-    sources: np.ndarray | None
+    alike: np.ndarray
+    differs: np.ndarray
+    margins: np.ndarray
+    wanted: dict[str, np.ndarray]
+    rows: np.ndarray
+    other: dict[str, np.ndarray] | None = None
+    other_wanted: dict[str, np.ndarray] | None = None
 
 
-@dataclass
 class Comparison:
-    """Adds up chunks. precision: of the looser side. two_files: the other side is a file too, whose decisions are judged as well.
+    """Adds up chunks of images.
 
-    got, wanted: per chunk, as computed; replayed: what got is compared with, on equal decisions. equal: per block, whether each image
-    is decided alike. margins: (image, block) -> what a difference gives away. others: the other file's outputs and the reference's under
-    its decisions, of chunks with differences.
+    Args:
+        provenance: of the file.
+        precision: of the looser side; its limits are used.
+        outputs: names of the outputs that are compared, the main one first.
+        other_file: the other side is a file too, whose decisions are judged by themselves as well.
     """
 
-    provenance: Provenance
-    precision: str
-    two_files: bool = False
-    names: list[str] = field(default_factory=list)
-    got: list[Side] = field(default_factory=list)
-    wanted: list[Side] = field(default_factory=list)
-    replayed: list[Side] = field(default_factory=list)
-    equal: dict[int, list] = field(default_factory=dict)
-    margins: dict[tuple[str, int], float] = field(default_factory=dict)
-    others: list[tuple] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
+    def __init__(self, provenance: Provenance, precision: str, *, outputs: tuple[str, ...], other_file: bool = False):
+        schedule = provenance.schedule
+        self.schedule, self.precision, self.names, self.other_file = schedule, precision, outputs, other_file
+        self.limits = np.array([near_tie_limit(precision, s) for s in schedule.steps])
+        self.verdicts = Counter({"equal": 0, "flipped": 0, "failed": 0})
+        self.n_flips = 0
+        self._outputs = [OutputSum(name, kind_of(name), precision) for name in outputs]
+        self._other_outputs = [OutputSum(name, kind_of(name), precision) for name in outputs]
+        self._blocks = [BlockSum(s.block, float(limit)) for s, limit in zip(schedule.steps, self.limits)]
+        self._images, self._flips, self._chunks = Worst(KEPT), Worst(KEPT), Worst(1)
+        self._costs = {name: CostSum(kind_of(outputs[0]).classes) for name in ("reference", "dense")}
+        self._faults: list[str] = []
+        self._not_finite: list[str] = []
 
-    @property
-    def near_tie(self) -> float:
-        return near_tie(self.precision, self.provenance.schedule.method)
+    def add(self, reference, chunk: Chunk, *, side: Side, wanted: Side, reach: np.ndarray) -> None:
+        """One chunk.
 
-    def add(self, reference, image: np.ndarray, got: Side, wanted: Side, names: list[str]) -> None:
-        """One chunk. reference: the eager model, which judges decisions that differ."""
+        Args:
+            reference: the eager model, which judges decisions that differ.
+            chunk: the images.
+            side: what the file made of them.
+            wanted: what the other side did.
+            reach: [B] of the classifiers, see `sides.run_with_reach`.
+        """
+        judged = self._judge(reference, chunk.images, side, wanted)
+        errors = [s.add(side.outputs[s.name], judged.wanted[s.name], reach) for s in self._outputs]
+        failed = np.any([e.failed for e in errors], 0)
+        if judged.other is not None:
+            for s in self._other_outputs:
+                failed[judged.rows] |= s.add(judged.other[s.name], judged.other_wanted[s.name], reach[judged.rows]).failed
+        wrong = judged.differs & ~(judged.margins <= self.limits)  # a margin that is no number is wrong
+        failed |= wrong.any(1)
+        self._note_not_finite(chunk.names, wanted)
+        for k, block in enumerate(self._blocks):
+            block.add(judged.alike[:, k], judged.margins[:, k])
+        rel = np.max([e.max_rel for s, e in zip(self._outputs, errors) if not s.kind.exact], 0)
+        cosine = np.min([e.cosine for e in errors], 0)
+        maps = self._maps(side, wanted)
+        for i in range(len(chunk.names)):
+            self._add_image(chunk, i, judged, bool(failed[i]), (float(rel[i]), float(cosine[i])), maps)
+        worst = max((float(f), float(r)) for f, r in zip(failed, rel))
+        self._chunks.add(worst, WorstChunk(chunk.images, side))
+
+    def add_cost(self, name: str, side: Side, wanted: np.ndarray) -> None:
+        """The file's main output for a chunk against another model's.
+
+        Args:
+            name: "reference" or "dense".
+            side: what the file made of the chunk.
+            wanted: [B, classes or C] what the model did.
+        """
+        self._costs[name].add(side.outputs[self.names[0]], wanted)
+
+    def _judge(self, reference, images: np.ndarray, side: Side, wanted: Side) -> Judged:
+        """Compare decisions; where they differ, ask the reference what they give away and what it computes under them."""
         import torch
 
-        steps, like = self.provenance.schedule.steps, wanted
-        same = [[_same(a, b, i) for a, b in zip(got.plans, wanted.plans)] for i in range(len(names))]
-        for step, column in zip(steps, zip(*same)):
-            self.equal.setdefault(step.block, []).extend(column)
-        if not all(map(all, same)):
-            like, regrets = replay(reference, image, got.plans)
-            if self.two_files:  # the other file is judged by itself as well
-                other, more = replay(reference, image, wanted.plans)
-                regrets = [torch.maximum(a, b) for a, b in zip(regrets, more)]
-                self.others.append((wanted.output, other.output, list(names)))
-            for k, step in enumerate(steps):
-                for i, name in enumerate(names):
-                    if (regrets[k][i] > 0 and not self.two_files) or not _same(got.plans[k], wanted.plans[k], i):
-                        self.margins[name, step.block] = max(
-                            float(regrets[k][i]), self.margins.get((name, step.block), 0.0)
-                        )
-            rows = [
-                all(row) for row in same
-            ]  # where both decide alike they are compared with each other, not through the reference
-            pick = lambda a, b: (
-                None if a is None or b is None else np.where(np.reshape(rows, (-1, *[1] * (a.ndim - 1))), a, b)
-            )
-            like = Side(got.plans, pick(wanted.output, like.output), pick(wanted.sources, like.sources))
-        if not np.isfinite(wanted.output).all():
-            bad = [n for n, row in zip(names, wanted.output) if not np.isfinite(row).all()]
-            self.faults.append(f"what it is compared with is not finite on {', '.join(bad[:3])}")
-        self.names += names
-        for kept, new in ((self.got, got), (self.wanted, wanted), (self.replayed, like)):
-            kept.append(new)
+        n_steps = len(self.limits)
+        alike = decided_alike(side.plans, wanted.plans).numpy() if n_steps else np.ones((len(images), 0), bool)
+        rows = np.flatnonzero(~alike.all(1))
+        differs, margins = np.zeros(alike.shape, bool), np.zeros(alike.shape)
+        if not len(rows):
+            return Judged(alike, differs, margins, wanted.outputs, rows)
+        some = torch.from_numpy(rows)
+        own = replay(reference, images[rows], plans=side.of_images(some).plans)
+        regrets, other, other_wanted = own.regrets, None, None
+        if self.other_file:  # the other file is judged by itself as well
+            other = wanted.of_images(some)
+            judged = replay(reference, images[rows], plans=other.plans)
+            regrets = np.maximum(regrets, judged.regrets)
+            other, other_wanted = other.outputs, judged.side.outputs
+        gives = ~(regrets <= 0) & (not self.other_file)  # after an earlier flip, a plan that is the same may give something away
+        differs[rows] = ~alike[rows] | gives
+        margins[rows] = np.where(differs[rows], regrets, 0.0)
+        # where both decide alike they are compared with each other, not through the reference
+        like = {name: _put(wanted.outputs[name], rows, own.side.outputs[name]) for name in self.names}
+        return Judged(alike, differs, margins, like, rows, other, other_wanted)
+
+    def _add_image(self, chunk: Chunk, i: int, judged: Judged, failed: bool, figures: tuple, maps) -> None:
+        """Count one image of a chunk and keep it when it is among the worst. figures: its max_rel and cosine."""
+        index, name, (max_rel, cosine) = chunk.start + i, chunk.names[i], figures
+        steps = np.flatnonzero(judged.differs[i])
+        verdict = "failed" if failed else "flipped" if len(steps) else "equal"
+        self.verdicts[verdict] += 1
+        given = steps[judged.margins[i, steps] != 0]  # the others differ only because an earlier one does
+        for k in given if len(given) else steps[:1]:
+            margin, limit = float(judged.margins[i, k]), float(self.limits[k])
+            self.n_flips += 1
+            flip = Flip(index, name, self.schedule.steps[k].block, margin, limit)
+            self._flips.add((not flip.passed, margin / limit if limit else margin), flip)
+        row = ImageParity(index, name, verdict, max_rel, cosine, len(steps))
+        where = None if maps is None else np.stack([m[i] for m in maps])
+        self._images.add((failed, verdict == "flipped", max_rel), (row, where))
+
+    def _maps(self, side: Side, wanted: Side) -> list[np.ndarray] | None:
+        """Where each input token ends up, on both sides [B, N0]; None without reductions."""
+        if not len(self.limits):
+            return None
+        return [token_maps(s.plans, self.schedule)[-1] for s in (side, wanted)]
+
+    def _note_not_finite(self, names: list[str], wanted: Side) -> None:
+        finite = np.isfinite(wanted.outputs[self.names[0]]).reshape(len(names), -1).all(1)
+        self._not_finite += [n for n, ok in zip(names, finite) if not ok][: NAMED - len(self._not_finite)]
+
+    def add_fault(self, words: str) -> None:
+        """Something that no tie explains. words: for people."""
+        self._faults.append(words)
+
+    @property
+    def faults(self) -> list[str]:
+        """What no tie explains, in words."""
+        names = ", ".join(self._not_finite)
+        return self._faults + ([f"what it is compared with is not finite on {names}"] if names else [])
 
     @property
     def share(self) -> float | None:
-        """Share of (image, reduction) pairs decided alike."""
-        all_of = [v for column in self.equal.values() for v in column]
-        return sum(all_of) / len(all_of) if all_of else None
+        """Share of (image, reduction) pairs decided alike; None without reductions, or images."""
+        n = sum(b.n for b in self._blocks)
+        return sum(b.equal for b in self._blocks) / n if n else None
 
     @property
+    def worst_chunk(self) -> WorstChunk | None:
+        """The chunk with the worst image; None without images."""
+        return next(iter(self._chunks.items()), None)
+
     def flips(self) -> list[Flip]:
-        """Every flip that gives something away; plans that differ only because an earlier one did give away nothing."""
-        found = [Flip(name, block, m, m <= self.near_tie) for (name, block), m in self.margins.items()]
-        return [f for f in found if f.margin > 0] or found[:1]
+        """The worst flips. Plans that differ only because an earlier one did give away nothing and are left out."""
+        return self._flips.items()
 
     def outputs(self) -> list[OutputParity]:
-        """Every output, on equal decisions."""
-        if not self.got:
-            return []
-        join = lambda sides, what: np.concatenate([getattr(s, what) for s in sides])
-        name, rows = self.provenance.outputs[0], []
-        if self.got[0].sources is not None and self.replayed[0].sources is not None:
-            rows.append(_same_rows(join(self.got, "sources"), join(self.replayed, "sources")))
-        limit = TOLERANCE[self.precision]
-        if self.others:
-            found = output_parity(name, *(np.concatenate([o[i] for o in self.others]) for i in range(2)), limit)
-            rows.append(replace(found, name=f"{name} of the other file"))
-        return [output_parity(name, join(self.got, "output"), join(self.replayed, "output"), limit), *rows]
+        """A row for every output that was compared; of two files, rows of the other one under its own decisions too."""
+        rows = [s.parity() for s in self._outputs if s.n]
+        return rows + [s.parity(f"{s.name} of the other file") for s in self._other_outputs if s.n]
 
     def images(self) -> list[ImageParity]:
-        """Every image."""
-        rows, flips = [], self.flips
-        differ = {name for name, _ in self.margins}
-        limit, first = TOLERANCE[self.precision], self.provenance.outputs[0]
-        broken = {
-            n
-            for a, b, names in self.others
-            for n, x, y in zip(names, a, b)
-            if not output_parity(first, x[None], y[None], limit).passed
-        }
-        for side, like, start in zip(self.got, self.replayed, np.cumsum([0] + [len(s.output) for s in self.got])):
-            for i, (a, b) in enumerate(zip(side.output, like.output)):
-                name = self.names[start + i]
-                found = output_parity(self.provenance.outputs[0], a[None], b[None], TOLERANCE[self.precision])
-                wrong = not found.passed or name in broken or any(f.image == name and not f.passed for f in flips)
-                verdict = "failed" if wrong else "flipped" if name in differ else "equal"
-                rows.append(
-                    ImageParity(name, verdict, found.max_rel, found.cosine, sum(n == name for n, _ in self.margins))
-                )
-        return rows
+        """The worst images, failed ones first, then flipped ones."""
+        return [row for row, _ in self._images.items()]
+
+    def maps(self) -> dict[int, np.ndarray]:
+        """By index of the worst images: where each input token ended up, the file's row, then the other side's [2, N0]."""
+        return {row.index: where for row, where in self._images.items() if where is not None}
+
+    def blocks(self) -> list[BlockParity]:
+        """A row for every reduction."""
+        return [b.parity() for b in self._blocks if b.n]
+
+    def cost(self) -> dict[str, Cost]:
+        """By model; without those whose outputs, or the file's, are not all finite."""
+        costs = {name: s.cost() for name, s in self._costs.items()}
+        return {name: cost for name, cost in costs.items() if cost is not None}
 
 
-def replay(reference, image: np.ndarray, plans: list) -> tuple[Side, list]:
-    """The reference under given decisions, and what each gives away, per step [B]."""
-    import torch
-
-    out = reference.run(torch.from_numpy(image), replay=plans)
-    return Side(plans, out.output.numpy(), out.sources.numpy()), out.regrets
-
-
-def run_reference(reference, image: np.ndarray) -> Side:
-    """The reference deciding itself."""
-    import torch
-
-    out = reference.run(torch.from_numpy(image))
-    return Side(out.plans, out.output.numpy(), out.sources.numpy())
-
-
-def read_side(got: dict[str, np.ndarray], provenance: Provenance) -> Side | str:
-    """A file's outputs and decisions for a chunk; a sentence when its decisions are no plan."""
-    import torch
-
-    plans, output = [], got[provenance.outputs[0]]
-    for step in provenance.schedule.steps:
-        name = f"block{step.block}."
-        part = {k.removeprefix(name): torch.from_numpy(v) for k, v in got.items() if k.startswith(name)}
-        if step.n_in == 1 and not part:  # nothing to decide: the graph has it as a constant
-            part = {
-                "keep": torch.zeros(len(output), 1, 1, dtype=torch.int64),
-                "src": torch.zeros(len(output), 0, 1, dtype=torch.int64),
-            }
-        plan = _plan(part, step, provenance.schedule)
-        if plan is None:
-            what = (
-                ""
-                if np.isfinite(output).all()
-                else "; its output is not finite (verify --bisect names the first such stage)"
-            )
-            return f"block {step.block}: the decisions of the file are no plan (a row is kept twice, lost, or has no host){what}"
-        plans.append(plan)
-    return Side(plans, output, got.get("sources"))
-
-
-def token_maps(side: Side, schedule) -> list[np.ndarray]:
-    """Row of each input token after every step under a side's decisions, -1 when it is gone: one [B, N0] a step."""
-    import torch
-
-    from ...export import reducers
-    from ...export.apply import follow
-
-    at, out = torch.arange(schedule.n_tokens).expand(len(side.output), -1), []
-    for step, plan in zip(schedule.steps, side.plans):
-        at = follow(replace(plan, squeezed=schedule.method in reducers.SQUEEZE), at, step.n_in)
-        out.append(at.numpy())
+def _put(values: np.ndarray, rows: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """A copy of values [B, ...] with some rows replaced."""
+    out = values.copy()
+    if out.shape[1:] == new.shape[1:]:  # of another shape it fails as it is
+        out[rows] = new
     return out
-
-
-def _plan(part: dict, step, schedule):
-    """Columns of a static plan [B, .., 1], by name, as a plan of row numbers; None when they are none."""
-    import torch
-
-    from ...export import reducers
-    from ...export.plan import MergePlan
-
-    order = part["order"] if "order" in part else torch.cat([part["keep"], part["src"]], 1)
-    rows = order[..., 0].sort(-1).values
-    if (
-        rows.shape[1] != step.n_kept + step.n_folded
-        or rows.min() < 0
-        or rows.max() >= step.n_in
-        or not (rows.diff() > 0).all()
-    ):
-        return None
-    keep, src = order[:, : step.n_kept], order[:, step.n_kept :]
-    if not step.n_folded:
-        return MergePlan(keep)
-    if step.n_out > step.n_kept:
-        return MergePlan(keep, src, torch.full_like(src, step.n_kept), n_extra=1)
-    label = part["dst"] if "dst" in part else part["target"].gather(1, src)
-    reducer = reducers.get(schedule.method)
-    names = reducer.labels(step, schedule.n_prefix) if hasattr(reducer, "labels") else range(step.n_kept)
-    hit = label == torch.tensor(list(names))
-    return MergePlan(keep, src, hit.to(torch.int8).argmax(-1, keepdim=True)) if hit.any(-1).all() else None
-
-
-def _same(a, b, i: int) -> bool:
-    """Whether two plans keep, fold and host alike for image i; the order in which rows are folded is no decision."""
-    pairs = lambda p: set() if p.src is None else {(int(s), int(d)) for s, d in zip(p.src[i, :, 0], p.dst[i, :, 0])}
-    return bool((a.keep[i] == b.keep[i]).all()) and pairs(a) == pairs(b)
-
-
-def _same_rows(got: np.ndarray, wanted: np.ndarray) -> OutputParity:
-    wrong = float((got != wanted).mean()) if got.shape == wanted.shape else 1.0
-    return OutputParity("sources", wrong, wrong, 1.0 - wrong, None, None, None, wrong == 0)
-
-
-def output_parity(name: str, got: np.ndarray, wanted: np.ndarray, tolerance: float) -> OutputParity:
-    """Logits or features [B, C] of two sides."""
-    if got.shape != wanted.shape or not np.isfinite(got).all() or not np.isfinite(wanted).all():
-        return OutputParity(name, float("inf"), float("inf"), 0.0, float("inf"), 0.0, 0.0, False)
-    a, b = got.astype(np.float64), wanted.astype(np.float64)
-    max_abs = float(np.abs(a - b).max())
-    max_rel = max_abs / max(float(np.abs(b).max()), 1e-12)
-    classes = (_divergence(b, a), top(a, b, 1), top(a, b, 5)) if name == "logits" else (None, None, None)
-    return OutputParity(name, max_abs, max_rel, float(cosines(a, b).min()), *classes, max_rel <= tolerance)
-
-
-def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine of every row [B, C] -> [B]."""
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return (a * b).sum(1) / np.maximum(norms, 1e-30)
-
-
-def top(a: np.ndarray, b: np.ndarray, k: int) -> float:
-    """Mean share of the k likeliest classes of a that are also among those of b."""
-    k = min(k, a.shape[1])
-    best = lambda v: np.argsort(-v, axis=1, kind="stable")[:, :k]
-    return float(np.mean([len(set(x) & set(y)) / k for x, y in zip(best(a), best(b))]))
-
-
-def _divergence(p: np.ndarray, q: np.ndarray) -> float:
-    """The largest Kullback-Leibler divergence of the rows' softmax, KL(p || q), in nats."""
-    log = lambda v: v - v.max(1, keepdims=True) - np.log(np.exp(v - v.max(1, keepdims=True)).sum(1, keepdims=True))
-    p, q = log(p), log(q)
-    return float((np.exp(p) * (p - q)).sum(1).max())

@@ -22,8 +22,8 @@ def open_plan(path: Path, outputs: tuple[str, ...] = (), cuda_graph: bool = Fals
     Raises: UsageError when there is no GPU or another one, the runtime is missing or of another version, or the engine does not load.
     """
     found = read_sidecar(path)
-    name, words = found.runtime["name"], runtimes.PACKAGES[found.runtime["name"]][2]
-    missing = [o for o in outputs if o not in found.outputs]
+    name, words = found.builder.name, found.builder.words
+    missing = [o for o in outputs if o not in found.output_names]
     if missing:
         raise UsageError(
             f"{path} does not give the merge decisions ({missing[0]}, ...): build it with `tokexport trt --decisions`"
@@ -38,15 +38,15 @@ def open_plan(path: Path, outputs: tuple[str, ...] = (), cuda_graph: bool = Fals
     if not torch.cuda.is_available():
         raise UsageError(f"{path}: PyTorch {torch.__version__} cannot use the GPU here: install a PyTorch with CUDA")
     here = "".join(map(str, torch.cuda.get_device_capability()))
-    if found.compute_capability and here not in found.compute_capability:
+    if here not in found.compute_capability:
         raise UsageError(
             f"{path} is for compute capability {', '.join(found.compute_capability)}, this GPU "
             f"({torch.cuda.get_device_name()}) has {here}: build it with --compute-capability {here}"
         )
     runtime = runtimes.load(name)
-    if runtime.version != found.runtime["version"]:
+    if runtime.version != found.builder.version:
         raise UsageError(
-            f"{path} was built by {words} {found.runtime['version']}, here is {runtime.version}: build it again"
+            f"{path} was built by {words} {found.builder.version}, here is {runtime.version}: build it again"
         )
     return _Plan(runtime, path, found, cuda_graph).runner()
 

@@ -2,307 +2,201 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import subprocess
-import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable, ContextManager, Sequence
 
+from ...export import precisions
 from ...export.errors import UsageError
-from ...export.inspection import inspect
-from ...export.files import check_output
+from ...export.files import aside, check_output, sha256_of
+from ...export.inspection import Inspection, inspect
 from . import runtime as runtimes
-from .sidecar import PRECISIONS, EngineFile, read_sidecar, sha256_of, sidecar
+from .process import Built, run_child
+from .request import BuildOptions, BuildRequest, BuildTask, make_request, resolve_precision
+from .sidecar import ENDING, Builder, EngineFile, read_sidecar, sidecar, write_sidecar
 
-PROFILE = (1, 8, 32)
+Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """engine: what was built, None for a dry run. layers: of the network. cached: an identical engine was there. seconds: of building."""
+    """What `build_engine` did.
+
+    Attributes:
+        path: of the engine.
+        engine: what its sidecar says, None for a dry run.
+        layers: of the typed network, {kind: {type: count}}.
+        cached: whether an identical engine was there and nothing was built.
+        seconds: of building.
+        warnings: of the builder, each once.
+        builder: what built it.
+    """
 
     path: Path
     engine: EngineFile | None
-    layers: dict
+    layers: dict[str, dict[str, int]]
     cached: bool
     seconds: float
-    warnings: list[str]
-    runtime: str
+    warnings: tuple[str, ...]
+    builder: Builder
 
 
 def build_engine(
-    onnx_path: str | Path,
-    path: str | Path | None = None,
-    precision: str | None = None,
-    builder: str = "auto",
-    capabilities: tuple[str, ...] = (),
-    profile: tuple[int, int, int] | None = None,
-    timing_cache: str | Path | None = None,
-    opt_level: int | None = None,
-    workspace: int = 0,
-    version_compatible: bool = False,
+    path: str | Path,
+    output: str | Path | None = None,
+    *,
     dry_run: bool = False,
     force: bool = False,
-    progress: Callable[[str, float], None] = lambda stage, share: None,
-    calibration: list[str | Path] = (),
-    decisions: bool = False,
+    progress: Progress = lambda stage, share: None,
+    **options: Any,
 ) -> BuildResult:
-    """Build a TensorRT engine in a process of its own.
+    """Build a TensorRT engine in a process of its own; an identical one that is there already is taken as it is.
 
-    onnx_path: a file made by `export_onnx`. path: of the engine, default the file's name with .plan; PATH.json lies beside it.
-    precision: one of PRECISIONS, default the file's own; a float32 file is typed first (see `precision`). runtime: "auto", "rtx" or
-    "tensorrt". capabilities: for TensorRT-RTX, e.g. ("86", "89"); without them a GPU must be there. profile: smallest, best and
-    largest batch of a dynamic one, default 1, 8, 32. timing_cache: a file, default beside the engine; TensorRT-RTX has none.
-    opt_level: 0 to 5. workspace: bytes, 0 for the builder's own choice. version_compatible: runs on later versions too.
-    dry_run: parse and report only. force: replace the engine. calibration: images or folders that "int8" is calibrated on.
-    decisions: the engine also gives the merge decisions, by which `verify` judges it.
-    progress: called with a stage and the share that is done.
-    Raises: UsageError, and nothing is written, for wrong options, a file that TensorRT refuses, or when the builder fails or crashes.
+    Args:
+        path: ONNX file made by `export_onnx`.
+        output: of the engine, default the file's name with .plan; OUTPUT.json lies beside it.
+        dry_run: parse and report only.
+        force: replace what is at output.
+        progress: called with a stage and the share of it that is done, 0 to 1.
+        options: fields of `BuildOptions`: precision, builder, capabilities, profile, calibration, decisions, ...
+    Raises:
+        UsageError: wrong options, a file that no engine can be built from, or a builder that is missing.
+        BuildError, StorageError: the builder refused, failed or crashed, or the disk did; nothing is written.
     """
-    onnx_path = Path(onnx_path)
-    found = inspect(onnx_path)
-    if found.refusals:
-        raise UsageError(f"{onnx_path}: TensorRT would refuse it: " + "; ".join(found.refusals[:5]))
-    name = runtimes.choose(builder)
-    request = {
-        "runtime": name,
-        "precision": _precision(precision, found),
-        "capabilities": list(capabilities),
-        "profile": _profile(profile, found),
-        "opt_level": opt_level,
-        "workspace": workspace,
-        "version_compatible": version_compatible,
-        "outputs": [*found.provenance.outputs, *(found.provenance.decisions if decisions else ())],
-    }
-    calibration = _calibration(calibration, request["precision"], found)
-    request["calibration"] = [sha256_of(p) for p in calibration]
-    _check(request, name, timing_cache, dry_run)
-    path = Path(onnx_path.with_suffix(".plan") if path is None else path)
-    version = _version(name)
-    key = hashlib.sha256(json.dumps([request, version, sha256_of(onnx_path)], sort_keys=True).encode()).hexdigest()
-    if not dry_run:
-        if path.suffix == ".onnx":
-            raise UsageError(
-                f"output {path}: an engine is no ONNX file: wanted another suffix, e.g. {path.with_suffix('.plan')}"
-            )
-        same = None if force else _cached(path, key)
-        if same:
-            return BuildResult(
-                path, same, same.layers, True, 0.0, same.warnings, f"{runtimes.PACKAGES[name][2]} {version}"
-            )
-        check_output(path, force, [onnx_path, *calibration])
-        check_output(sidecar(path), force, [onnx_path, *calibration])
-    cache = timing_cache or (path.with_suffix(".timing") if name == "tensorrt" else None)
-    folder = path.parent if not dry_run else None
-    with tempfile.TemporaryDirectory(prefix=".tokexport-", dir=folder) as aside:
-        progress("typing the graph", 0.0)
-        source = _typed(onnx_path, found, request["precision"], Path(aside), calibration)
-        plan = Path(aside) / path.name
-        out, warnings = _child(
-            {
-                **request,
-                "onnx": str(source),
-                "plan": str(plan),
-                "timing_cache": str(cache) if cache else None,
-                "dry_run": dry_run,
-            },
-            progress,
-        )
-        words = f"{runtimes.PACKAGES[name][2]} {out['version']}"
-        if dry_run:
-            return BuildResult(path, None, out["layers"], False, 0.0, warnings, words)
-        made = EngineFile(
-            json.loads(found.provenance.to_json()),
-            {"name": name, "version": out["version"]},
-            list(capabilities),
-            request["precision"],
-            out["layers"],
-            request["profile"],
-            found.batch,
-            request["outputs"],
-            out["size"],
-            sha256_of(plan),
-            key,
-            str(onnx_path),
-            warnings,
-        )
-        beside = Path(aside) / sidecar(path).name
-        beside.write_text(json.dumps(asdict(made), indent=1))
-        os.replace(beside, sidecar(path))
-        os.replace(plan, path)
-    return BuildResult(path, made, out["layers"], False, out["seconds"], warnings, words)
-
-
-def _precision(said: str | None, found) -> str:
-    own = found.provenance.precision
-    if said is None or said == own:
-        return own
-    if said not in PRECISIONS:
-        raise UsageError(f"precision {said!r}: wanted one of {', '.join(PRECISIONS)}")
-    if own != "fp32":
+    inspection, asked = inspect(path), BuildOptions(**options)
+    if inspection.refusals:
+        raise UsageError(f"{path} is no file to build engines from: " + "; ".join(inspection.refusals[:5]))
+    images = _calibration_images(inspection, asked)
+    request = make_request(inspection, asked, images=images, dry_run=dry_run)
+    place = Path(path).with_suffix(".plan") if output is None else Path(output)
+    if place.suffix == ".onnx":
         raise UsageError(
-            f"{found.path} is {own} already: --{said} needs the fp32 file it could be made from (tokexport onnx --dtype fp32)"
+            f"output {place}: an engine is no ONNX file: wanted another suffix, e.g. {place.with_suffix('.plan')}"
         )
-    return said
+    job = _Job(inspection, request, images, None if asked.timing_cache is None else Path(asked.timing_cache), progress)
+    if dry_run:
+        if output is not None:  # what is wrong with it is told now, not after a build
+            check_output(output, True, job.inputs, beside=(ENDING,))
+        return job.dry_run(place)
+    return job.build(place, force)
 
 
-def _calibration(said, precision: str, found) -> list[Path]:
-    """The images to calibrate on; none when there is nothing to calibrate."""
-    if precision != "int8" or found.provenance.precision == "int8":
-        if said:
-            raise UsageError(
-                f"--calib goes with --int8 and an fp32 file, this is {found.provenance.precision} to {precision}: leave it out"
+@dataclass(frozen=True)
+class _Job:
+    """One request for an engine of one file."""
+
+    inspection: Inspection
+    request: BuildRequest
+    images: Sequence[Path]
+    timing_cache: Path | None
+    progress: Progress
+
+    @property
+    def inputs(self) -> list[Path]:
+        """What is read, and so never replaced."""
+        return [*self.inspection.files, *self.images]
+
+    def dry_run(self, output: Path) -> BuildResult:
+        """Parse and count, in a temporary folder."""
+        with tempfile.TemporaryDirectory() as folder:
+            task = BuildTask(self.request, str(self._typed(Path(folder))), "", dry_run=True)
+            built, warnings = run_child(task, self.progress)
+        return BuildResult(
+            output, None, built.layers, False, 0.0, warnings, Builder(self.request.builder, built.version)
+        )
+
+    def build(self, output: Path, force: bool) -> BuildResult:
+        """The engine that is there, when it is the one that is asked for, or a new one."""
+        version, source_sha256 = runtimes.installed_version(self.request.builder), sha256_of(*self.inspection.files)
+        key = self.request.key(version, source_sha256)
+        known = None if force else _cached(output, key)
+        if known:
+            return BuildResult(output, known, known.layers, True, 0.0, known.warnings, known.builder)
+        check_output(output, force, self.inputs, beside=(ENDING,))
+        if self.timing_cache:
+            check_output(self.timing_cache, True, [*self.inputs, output, sidecar(output)], beside=())
+            if self.timing_cache.resolve() in (output.resolve(), sidecar(output).resolve()):
+                raise UsageError(f"timing-cache {self.timing_cache} is where the engine goes: wanted another name")
+        with aside(output, beside=(ENDING,)) as new, self._new_timing_cache() as new_cache:
+            task = BuildTask(
+                self.request,
+                str(self._typed(new.parent)),
+                str(new),
+                str(self.timing_cache) if self.timing_cache else None,
+                str(new_cache) if new_cache else None,
             )
+            built, warnings = run_child(task, self.progress)
+            engine = self._engine_file(new, built, warnings, key=key, source_sha256=source_sha256)
+            write_sidecar(new, engine)
+        return BuildResult(output, engine, built.layers, False, built.seconds, warnings, engine.builder)
+
+    def _new_timing_cache(self) -> ContextManager[Path | None]:
+        return aside(self.timing_cache) if self.timing_cache else nullcontext()
+
+    def _typed(self, folder: Path) -> Path:
+        """The file itself, or a copy in the precision of the request in a folder."""
+        source, wanted = self.inspection.path, precisions.get(self.request.precision)
+        self.progress("typing the graph", 0.0)
+        if not wanted.in_file or wanted.name == self.inspection.provenance.precision:
+            return source.resolve()
+        typed = folder / "typed.onnx"
+        if self.images:
+            from ..quantize import quantize
+
+            quantize(source, typed, calibration=self.images, progress=lambda stage: self.progress(stage, 0.0))
+        else:
+            from ...export.graph.precision import write_as
+
+            write_as(source, typed, wanted.name)
+        return typed
+
+    def _engine_file(
+        self, new: Path, built: Built, warnings: tuple[str, ...], *, key: str, source_sha256: str
+    ) -> EngineFile:
+        """What the sidecar of the engine that was just built says."""
+        request, inspection = self.request, self.inspection
+        return EngineFile(
+            provenance=inspection.provenance,
+            builder=Builder(request.builder, built.version),
+            compute_capability=(request.gpu.compute_capability,) if request.gpu else request.capabilities,
+            gpu=request.gpu,
+            precision=request.precision,
+            layers=built.layers,
+            inputs=built.inputs,
+            outputs=built.outputs,
+            profile=request.profile,
+            batch=inspection.batch,
+            size=new.stat().st_size,
+            sha256=sha256_of(new),
+            request=key,
+            source=str(inspection.path),
+            source_sha256=source_sha256,
+            warnings=warnings,
+        )
+
+
+def _calibration_images(inspection: Inspection, options: BuildOptions) -> list[Path]:
+    """The images to calibrate on; none when there is nothing to calibrate."""
+    own, wanted = inspection.provenance.precision, resolve_precision(inspection, options.precision)
+    if wanted == own or precisions.get(wanted).product_type != "INT8":
+        if options.calibration:
+            raise UsageError(f"calib goes with int8 and an fp32 file, this is {own} to {wanted}: leave it out")
         return []
-    if not said:
-        raise UsageError("--int8 needs --calib IMAGES: a folder of some tens of images like those the model will see")
+    if not options.calibration:
+        raise UsageError(
+            f"{wanted} needs calib, images: a folder of some tens of images like those that the model will see"
+        )
     from ..images import find_images
 
-    return find_images(said)
-
-
-def _profile(said, found) -> list[int] | None:
-    if found.batch:
-        if said not in (None, (found.batch,) * 3):
-            raise UsageError(
-                f"{found.path} is for batch {found.batch}: --batch {':'.join(map(str, said))} needs a file with a dynamic batch"
-            )
-        return None
-    low, best, high = said or PROFILE
-    if not 1 <= low <= best <= high:
-        raise UsageError(
-            f"--batch {low}:{best}:{high}: wanted smallest:best:largest, each 1 or more and none below the one before"
-        )
-    return [low, best, high]
-
-
-def _check(request: dict, name: str, timing_cache, dry_run: bool) -> None:
-    """Raises: UsageError for what this runtime or this machine cannot do."""
-    words = runtimes.PACKAGES[name][2]
-    level = request["opt_level"]
-    if level is not None and not 0 <= level <= 5:
-        raise UsageError(f"--opt-level {level}: wanted 0 to 5")
-    if name == "tensorrt":
-        if request["capabilities"]:
-            raise UsageError(
-                "--compute-capability: TensorRT builds for the GPU it runs on only; TensorRT-RTX (--builder rtx) builds for others"
-            )
-        if not runtimes.gpus() and not dry_run:
-            raise UsageError(
-                "TensorRT builds engines on the GPU they are for, and there is none here: use --builder rtx with "
-                "--compute-capability, or --dry-run"
-            )
-        return
-    if timing_cache:
-        raise UsageError(
-            "--timing-cache: TensorRT-RTX times nothing while it builds and has no such cache; leave it out"
-        )
-    if request["version_compatible"]:
-        raise UsageError("--version-compatible is TensorRT's: an engine of TensorRT-RTX runs on its own version")
-    if request["capabilities"]:
-        known = runtimes.load(name).capabilities
-        wrong = [c for c in request["capabilities"] if c not in known]
-        if wrong or len(set(request["capabilities"])) < len(request["capabilities"]):
-            raise UsageError(
-                f"--compute-capability {','.join(request['capabilities'])}: {words} knows {', '.join(known)}, each once"
-            )
-    elif not runtimes.gpus() and not dry_run:
-        known = ",".join(runtimes.load(name).capabilities)
-        raise UsageError(
-            f"there is no GPU here: say which ones the engine is for, with --compute-capability {known} or some of them"
-        )
-
-
-def _version(name: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    for package in ("tensorrt-rtx-cu13", "tensorrt_rtx") if name == "rtx" else ("tensorrt",):
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            continue
-    return runtimes.load(name).version
+    return find_images(list(options.calibration))
 
 
 def _cached(path: Path, key: str) -> EngineFile | None:
     """The engine that is there already, when it was asked for in the same words and is whole."""
     try:
-        found = read_sidecar(path)
+        engine = read_sidecar(path)
     except UsageError:
         return None
-    return found if found.request == key else None
-
-
-def _typed(path: Path, found, precision: str, folder: Path, calibration: list[Path]) -> Path:
-    """The file itself, or a copy in another precision in folder."""
-    if precision in ("tf32", found.provenance.precision):
-        return path.resolve()
-    if precision == "int8":
-        from ..quantize import quantize
-
-        quantize(path, calibration, folder / "typed.onnx")
-        return folder / "typed.onnx"
-    from ...export.graph.precision import write_as
-
-    write_as(path, folder / "typed.onnx", precision)
-    return folder / "typed.onnx"
-
-
-def _child(request: dict, progress) -> tuple[dict, list[str]]:
-    """Run `child`; its result and the warnings, each once. Raises: UsageError with its error, or when it crashed."""
-    read, write = os.pipe()
-    with tempfile.TemporaryFile("w+") as asked, tempfile.TemporaryFile("w+") as chatter:
-        json.dump(request, asked)
-        asked.seek(0)
-        child = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", f"{__package__}.child", str(write)],
-            stdin=asked,
-            stdout=chatter,
-            stderr=chatter,
-            pass_fds=(write,),
-        )
-        os.close(write)
-        try:
-            with os.fdopen(read) as channel:
-                result, error, logs = _listen(channel, progress)
-            code = child.wait()
-        except BaseException:
-            child.kill()
-            child.wait()
-            raise
-        chatter.seek(0)
-        last = chatter.read().strip().splitlines()[-1:]
-    warnings = list(dict.fromkeys(text for severity, text in logs if severity == "WARNING"))
-    errors = list(dict.fromkeys(text for severity, text in logs if severity != "WARNING"))
-    if result is None:
-        why = (
-            error
-            or f"the builder {f'crashed (signal {-code})' if code < 0 else f'ended with {code}'}{': ' + last[0] if last else ''}"
-        )
-        raise UsageError("\n  ".join([f"no engine was built: {why}", *(e[:500] for e in errors[:5])]))
-    return result, warnings
-
-
-def _listen(channel, progress) -> tuple[dict | None, str | None, list]:
-    """The child's messages until it ends."""
-    result, error, logs, open_phases = None, None, [], {}
-    for line in channel:
-        message = json.loads(line)
-        if "phase" in message:
-            name, parent, steps = message["phase"]
-            open_phases[name] = [0, max(steps, 1)]
-        elif "step" in message:
-            open_phases.setdefault(message["step"][0], [0, 1])[0] = message["step"][1]
-        elif "done" in message:
-            open_phases.pop(message["done"], None)
-        elif "log" in message:
-            logs.append(message["log"])
-        result, error = message.get("result", result), message.get("error", error)
-        if open_phases:
-            done, steps = next(iter(open_phases.values()))
-            progress(f"building: {next(reversed(open_phases)).lower()}", done / steps)
-    return result, error, logs
+    return engine if engine.request == key else None

@@ -1,4 +1,4 @@
-"""TensorRT 10 and 11 and TensorRT-RTX as one: which is there, what it lacks, and networks that are strongly typed in all of them."""
+"""TensorRT 10 and 11 and TensorRT-RTX as one: which is there, what it lacks; networks are strongly typed in all."""
 
 from __future__ import annotations
 
@@ -6,20 +6,43 @@ import ctypes
 import importlib.util
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any, NamedTuple
 
 from ...export.errors import MissingPackageError, UsageError
 
-PACKAGES = {"rtx": ("tensorrt_rtx", "rtx", "TensorRT-RTX"), "tensorrt": ("tensorrt", "trt", "TensorRT")}
+
+class Package(NamedTuple):
+    """Where a builder comes from: `module` is imported, `extra` brings it, `words` are what people call it."""
+
+    module: str
+    extra: str
+    words: str
+    distributions: tuple[str, ...]  # names of it in the registry
+
+
+PACKAGES = {
+    "rtx": Package("tensorrt_rtx", "rtx", "TensorRT-RTX", ("tensorrt-rtx-cu13", "tensorrt_rtx")),
+    "tensorrt": Package("tensorrt", "trt", "TensorRT", ("tensorrt",)),
+}
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of cuda.h
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as the driver tells it: `compute_capability` without the point, e.g. "89"."""
+
+    name: str
+    compute_capability: str
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """An installed TensorRT. name: "rtx" or "tensorrt". words: what people call it. trt: the module."""
+    """An installed TensorRT: `name` "rtx" or "tensorrt", `words` what people call it, `trt` the module."""
 
     name: str
     words: str
     version: str
-    trt: object
+    trt: Any
 
     @property
     def ahead_of_time(self) -> bool:
@@ -28,7 +51,7 @@ class Runtime:
 
     @property
     def capabilities(self) -> dict[str, object]:
-        """Compute capabilities engines can be built for without such a GPU: {"86": ComputeCapability.SM86, ...}; empty for TensorRT."""
+        """What engines can be built for without such a GPU: {"86": ComputeCapability.SM86, ...}."""
         if not self.ahead_of_time:
             return {}
         return {
@@ -43,38 +66,73 @@ class Runtime:
 
 def gpus() -> int:
     """NVIDIA GPUs that the driver shows; 0 without a driver. Asks the driver itself: no CUDA package is imported."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return 0
+    driver = _driver()
     count = ctypes.c_int()
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+    if driver is None or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
 
 
-def choose(said: str = "auto") -> str:
-    """The runtime that is meant: "rtx" or "tensorrt". "auto": TensorRT where it and a GPU are there, TensorRT-RTX otherwise.
+def current_gpu() -> Gpu | None:
+    """The GPU that engines are built on, the first that the driver shows; None without one."""
+    if not gpus():
+        return None
+    driver, device, name = _driver(), ctypes.c_int(), ctypes.create_string_buffer(256)
+    driver.cuDeviceGet(ctypes.byref(device), 0)
+    driver.cuDeviceGetName(name, len(name), device)
+    digits = []
+    for attribute in (_MAJOR, _MINOR):
+        value = ctypes.c_int()
+        driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+        digits.append(str(value.value))
+    return Gpu(name.value.decode(errors="replace"), "".join(digits))
+
+
+def _driver():
+    """NVIDIA's driver library, initialised; None where it is not, or has no GPU."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    return driver if driver.cuInit(0) == 0 else None
+
+
+def choose(builder: str = "auto") -> str:
+    """The builder that is meant; of "auto" TensorRT where it and a GPU are there, TensorRT-RTX otherwise.
 
     Raises: UsageError for another word, MissingPackageError when it is not installed.
     """
-    if said not in ("auto", *PACKAGES):
-        raise UsageError(f"--builder {said!r}: wanted auto, {', '.join(PACKAGES)}")
-    there = [name for name, (package, _, _) in PACKAGES.items() if importlib.util.find_spec(package)]
-    if said == "auto":
-        said = "tensorrt" if "tensorrt" in there and ("rtx" not in there or gpus()) else "rtx"
-    if said not in there:
-        raise MissingPackageError(*PACKAGES[said][:2], f"building engines with {PACKAGES[said][2]}")
-    return said
+    if builder not in ("auto", *PACKAGES):
+        raise UsageError(f"builder {builder!r}: wanted auto, {', '.join(PACKAGES)}")
+    installed = [name for name, package in PACKAGES.items() if importlib.util.find_spec(package.module)]
+    if builder == "auto":
+        builder = "tensorrt" if "tensorrt" in installed and ("rtx" not in installed or gpus()) else "rtx"
+    if builder not in installed:
+        package = PACKAGES[builder]
+        raise MissingPackageError(package.module, package.extra, f"building engines with {package.words}")
+    return builder
 
 
 def load(name: str) -> Runtime:
-    """Import the runtime that `choose` named. Raises: UsageError when its libraries do not load."""
-    package, _, words = PACKAGES[name]
+    """Import the TensorRT that `choose` named. Raises: UsageError when its libraries do not load."""
+    package = PACKAGES[name]
     try:
-        trt = import_module(package)
+        trt = import_module(package.module)
     except Exception as e:
         raise UsageError(
-            f"{words} is installed but cannot be loaded ({type(e).__name__}: {e}): it needs NVIDIA's own libraries"
+            f"{package.words} is installed but cannot be loaded ({type(e).__name__}: {e}): "
+            f"it needs NVIDIA's own libraries"
         ) from None
-    return Runtime(name, words, trt.__version__, trt)
+    return Runtime(name, package.words, trt.__version__, trt)
+
+
+def installed_version(name: str) -> str:
+    """The version of an installed TensorRT, from its package where that tells it: importing it takes a second."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    for distribution in PACKAGES[name].distributions:
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return load(name).version

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from . import stages
-from ..errors import GraphError
+from ..errors import GraphError, UsageError
 from ..schedule import Schedule
+from . import stages
 
 # Why a TensorRT build fails on these, or is not static.
 BANNED = {
@@ -19,40 +19,55 @@ BANNED = {
     "SequenceConstruct": "TensorRT has no sequences",
 }
 SCATTERS = ("ScatterElements", "ScatterND", "Scatter")
-TOPK_LIMIT = 3840
+# What a reduction in a scatter meets, by runtime and version.
+SCATTER_WORDS = {
+    "ScatterElements": "TensorRT-RTX and TensorRT up to 9 refuse it; TensorRT from 10 routes it to a bundled plugin (no BF16, no INT8, "
+    "a fusion barrier)",
+    "ScatterND": "TensorRT-RTX and every TensorRT refuse it",
+    "Scatter": "TensorRT-RTX and every TensorRT refuse it",
+}
+TOPK_LIMIT = 3840  # of TensorRT and TensorRT-RTX; ONNX Runtime and OpenVINO have none
 
 
 def refusals(graph) -> list[str]:
-    """Reasons, one per node, why a TensorRT build would refuse an onnx.GraphProto; empty when it would not."""
-    import numpy as np
-    from onnx import numpy_helper
+    """Reasons, one per node, why TensorRT-RTX or a TensorRT would refuse an onnx.GraphProto; empty when none would."""
+    reasons, sorts = [], sort_sizes(graph)
+    for node in graph.node:
+        what = f"{node.op_type} {node.name!r}"
+        if node.op_type in BANNED:
+            reasons.append(f"{what}: {BANNED[node.op_type]}")
+        if node.op_type in SCATTERS:
+            reduction = next((a.s.decode() for a in node.attribute if a.name == "reduction"), "none")
+            if reduction != "none":
+                reasons.append(
+                    f"{what}: a scatter with reduction={reduction!r} (express it as a one-hot matrix product): "
+                    f"{SCATTER_WORDS[node.op_type]}"
+                )
+        k = sorts.get(node.output[0], 0) if node.output else 0
+        if k > TOPK_LIMIT:
+            reasons.append(f"{what}: k = {k}, TensorRT and TensorRT-RTX take at most {TOPK_LIMIT}")
+        if node.domain not in ("", "ai.onnx"):
+            reasons.append(f"{what}: operator of domain {node.domain!r}")
+        for a in node.attribute:
+            for sub in [a.g] if a.HasField("g") else list(a.graphs):
+                reasons += refusals(sub)
+    return reasons
 
-    single = [i for i in graph.initializer if i.data_type == 7 and list(i.dims) in ([], [1])]
+
+def sort_sizes(graph) -> dict[str, int]:
+    """k of every TopK of an onnx.GraphProto whose k is a constant, by the name of its first output."""
+    import numpy as np
+    from onnx import TensorProto, numpy_helper
+
+    single = [i for i in graph.initializer if i.data_type == TensorProto.INT64 and list(i.dims) in ([], [1])]
     constants = {i.name: numpy_helper.to_array(i) for i in single}
     for node in graph.node:
         for a in node.attribute if node.op_type == "Constant" else ():
             value = {"value_ints": list(a.ints), "value_int": [a.i]}.get(a.name, [])
             value = numpy_helper.to_array(a.t) if a.name == "value" else value
             constants[node.output[0]] = np.reshape(value, -1)
-    out = []
-    for node in graph.node:
-        said = f"{node.op_type} {node.name!r}"
-        if node.op_type in BANNED:
-            out.append(f"{said}: {BANNED[node.op_type]}")
-        if node.op_type in SCATTERS:
-            reduction = next((a.s.decode() for a in node.attribute if a.name == "reduction"), "none")
-            if reduction != "none":
-                out.append(f"{said}: a scatter with reduction={reduction!r} (express it as a one-hot matrix product)")
-        if node.op_type == "TopK" and node.input[1] in constants:
-            k = int(constants[node.input[1]].reshape(-1)[0])
-            if k > TOPK_LIMIT:
-                out.append(f"{said}: k = {k}, at most {TOPK_LIMIT}")
-        if node.domain not in ("", "ai.onnx"):
-            out.append(f"{said}: operator of domain {node.domain!r}")
-        for a in node.attribute:
-            for sub in [a.g] if a.HasField("g") else list(a.graphs):
-                out += refusals(sub)
-    return out
+    sorts = [n for n in graph.node if n.op_type == "TopK" and n.input[1] in constants]
+    return {n.output[0]: int(constants[n.input[1]].reshape(-1)[0]) for n in sorts}
 
 
 def attention_tokens(model) -> list[int]:
@@ -64,27 +79,63 @@ def attention_tokens(model) -> list[int]:
         v.name: [d.dim_value if d.HasField("dim_value") else -1 for d in v.type.tensor_type.shape.dim]
         for v in (*model.graph.value_info, *model.graph.output)
     }
-    out: dict[str, int] = {}
+    tokens: dict[str, int] = {}
     for node in model.graph.node:
         stage = stages.of_node(node.name)
         if stage.endswith(".attn"):
-            out.setdefault(stage, 1)
+            tokens.setdefault(stage, 1)
             if node.op_type == "Softmax":
                 shape = shapes.get(node.output[0], [])
-                out[stage] = shape[-1] if len(shape) == 4 and shape[-1] == shape[-2] else -1
-    return list(out.values())
+                tokens[stage] = shape[-1] if len(shape) == 4 and shape[-1] == shape[-2] else -1
+    return list(tokens.values())
 
 
 def check_graph(model, schedule: Schedule) -> None:
-    """Make sure an exported onnx.ModelProto is static, free of banned nodes, and has the schedule's token counts.
+    """Make sure an exported graph is static, free of banned nodes, and has the schedule's token counts.
 
-    Raises: GraphError that lists everything that is wrong.
+    Args:
+        model: onnx.ModelProto with shapes.
+        schedule: it was made under.
+    Raises:
+        UsageError: a block sorts more tokens than TensorRT can.
+        GraphError: lists everything else that is wrong.
     """
+    largest = max(sort_sizes(model.graph).values(), default=0)
+    if largest > TOPK_LIMIT:
+        raise UsageError(
+            f"a block sorts {largest} tokens, more than TensorRT and TensorRT-RTX can ({TOPK_LIMIT}): give a smaller image "
+            f"or a larger patch"
+        )
     wrong = refusals(model.graph)
     wanted = [n for n, _ in schedule.tokens_per_block()]
-    found = attention_tokens(model)
-    if found != wanted:
-        wrong.append(f"tokens in the attention of each block are {found}, the schedule has {wanted}")
+    tokens = attention_tokens(model)
+    if tokens != wanted:
+        wrong.append(f"tokens in the attention of each block are {tokens}, the schedule has {wanted}")
+    _refuse(wrong)
+
+
+def check_decisions(names: tuple[str, ...], schedule: Schedule) -> None:
+    """Make sure that every decision can be read back from an exported graph.
+
+    Args:
+        names: of decisions that are in the graph: block3.order, block3.dst, ...
+        schedule: it was made under.
+    Raises:
+        GraphError: lists the parts that are missing.
+    """
+    wrong = []
+    for step in schedule.steps:
+        if step.n_in == 1:  # of one token nothing is left to decide
+            continue
+        parts = {name.partition(".")[2] for name in names if name.startswith(f"block{step.block}.")}
+        if "order" not in parts and not {"keep", "src"} <= parts:
+            wrong.append(f"block {step.block}: which rows stay is not in the graph ({', '.join(sorted(parts)) or 'nothing'})")
+        if step.n_folded and step.n_out == step.n_kept and not parts & {"dst", "target"}:
+            wrong.append(f"block {step.block}: where folded rows go is not in the graph")
+    _refuse(wrong)
+
+
+def _refuse(wrong: list[str]) -> None:
     if wrong:
         raise GraphError(
             "the exported graph is not what was asked for (a defect of tokexport, please report it):\n  "

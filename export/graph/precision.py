@@ -1,7 +1,8 @@
-"""Precision is decided in the graph: TensorRT 11 and TensorRT-RTX build strongly typed networks, without flags for FP16 or BF16.
+"""Precision is decided in the graph: TensorRT 11 and TensorRT-RTX build strongly typed networks, without flags for it.
 
-A typed file has its trunk (embedding, attention, MLP, head) in fp16 or bf16; decisions, sizes and merging stay in float32 (see
-`stages`), and so do the input and the outputs. A Cast stands only where a value goes from one to the other, once for each value.
+A typed file has its trunk (embedding, attention, MLP, head) in a low type; decisions, sizes and merging stay in float32
+(see `stages`), and so do the input and the outputs. A Cast stands only where a value goes from one to the other, once
+for each value. Which type a precision has is said by its row of `precisions.TABLE`.
 """
 
 from __future__ import annotations
@@ -9,112 +10,181 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from . import stages
+from .. import precisions
 from ..errors import UsageError
-from ..provenance import KEY, of_model
 from ..files import read_model, write_model
-
-FP16_MAX = 65504.0
-DTYPES = ("fp32", "fp16", "bf16")
+from ..provenance import of_model, store
 
 
-def convert(proto, weights: dict, dtype: str):
-    """A float32 graph of tokexport in another precision: (onnx.ModelProto, weights).
+def graph_precisions() -> tuple[str, ...]:
+    """Precisions that a float32 graph can be converted to, float32 itself among them; int8 takes calibration too."""
+    return tuple(
+        name for name, row in precisions.TABLE.items() if row.in_file and row.product_type == row.tensorrt_type
+    )
 
-    proto: onnx.ModelProto without its large weights. weights: those, {name: onnx_ir tensor}. dtype: one of DTYPES.
-    Raises: UsageError for a graph whose nodes have no stages, one that is typed already, or a weight that fp16 cannot hold.
+
+def convert(proto, weights: dict, precision: str):
+    """A float32 graph of tokexport in another precision.
+
+    Args:
+        proto: onnx.ModelProto without its large weights.
+        weights: those, {name: onnx_ir tensor}.
+        precision: one of `graph_precisions`.
+    Returns:
+        (onnx.ModelProto, weights) as they came in.
+    Raises:
+        UsageError: the nodes have no stages, the graph is typed already, or a weight is more than the low type can
+        hold.
     """
     import onnx
-    from onnx import TensorProto, helper
 
-    if dtype == "fp32":
-        return proto, weights
-    low, high = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}[dtype], TensorProto.FLOAT
-    types = _types(proto, weights)
-    if any(t in (TensorProto.FLOAT16, TensorProto.BFLOAT16) for t in types.values()):
-        raise UsageError("the graph has fp16 or bf16 in it already: give the float32 file")
-    if not all(stages.of_node(n.name) for n in proto.graph.node):
-        raise UsageError(
-            "the graph's nodes do not say what part of the model they are: make the file again with this version of tokexport"
-        )
-    out = onnx.ModelProto()
-    out.CopyFrom(proto)
-    graph = out.graph
-    small = {i.name: i for i in graph.initializer}
-    typed, made = {v.name: high for v in graph.input}, {}
-    nodes, initializers, new_weights = [], {}, {}
-    results = {o.name for o in graph.output}
-
-    def cast(name, to, stage):
-        made[name, to] = f"{name}.{_word(to)}"
-        nodes.append(helper.make_node("Cast", [name], [made[name, to]], name=f"{stage}/Cast_{name}", to=to))
-
-    def constant(name, to):
-        """The name of an initializer in one type: its own in float32."""
-        new = made.setdefault((name, to), name if to == high else f"{name}.{_word(to)}")
-        if name in weights:
-            new_weights[new] = weights[name] if to == high else _as(weights[name].numpy(), dtype, name, new)
-        elif to == high:
-            initializers[new] = small[name]
-        else:
-            from onnx_ir.serde import serialize_tensor
-
-            initializers[new] = serialize_tensor(_as(onnx.numpy_helper.to_array(small[name]), dtype, name, new))
-        return new
-
-    for node in graph.node:
-        to = high if stages.in_fp32(node.name) else low
-        for i, name in enumerate(node.input):
-            if types.get(name) != high:
-                if name in small:
-                    initializers[name] = small[name]
-                elif name in weights:
-                    new_weights[name] = weights[name]
-                continue
-            if name in small or name in weights:
-                node.input[i] = constant(name, to)
-            elif typed[name] != to or (name, to) in made:
-                if (name, to) not in made:
-                    cast(name, to, stages.of_node(node.name))
-                node.input[i] = made[name, to]
-        for a in node.attribute:
-            if node.op_type == "Cast" and a.name == "to" and a.i == high:
-                a.i = to
-        for i, name in enumerate(node.output):
-            if types.get(name) == high:
-                typed[name] = to
-                if name in results and to != high:  # what a caller reads stays float32
-                    node.output[i] = made[name, to] = f"{name}.{_word(to)}"
-        nodes.append(node)
-    initializers |= {n: small[n] for n in results if n in small}
-    for name in results:
-        if typed.get(name, high) != high:
-            nodes.append(helper.make_node("Cast", [made[name, low]], [name], name=f"head/Cast_{name}", to=high))
-    del graph.value_info[:]
-    _replace(graph.node, _turned_products(nodes, set(made.values())))
-    _replace(graph.initializer, list(initializers.values()))
-    inferred = _with_shapes(out, new_weights)
-    return inferred, new_weights
+    low = onnx.TensorProto.DataType.Value(precisions.get(precision).onnx_type)
+    return (proto, weights) if low == onnx.TensorProto.FLOAT else _TypedGraph(proto, weights, low).result()
 
 
-def write_as(path: Path, to: Path, dtype: str) -> int:
-    """Write a float32 file of tokexport in another precision; returns its bytes.
+def write_as(path: Path, output: Path, precision: str) -> int:
+    """Write a float32 file of tokexport in another precision.
 
-    to: written aside and renamed, whatever is there. Raises: UsageError as `convert`.
+    Args:
+        path: of the float32 file.
+        output: written aside and renamed, whatever is there.
+        precision: one of `graph_precisions`.
+    Returns:
+        Its bytes.
+    Raises:
+        UsageError: as `convert`.
     """
-    proto, weights = convert(*read_model(path), dtype)
-    made = replace(of_model(proto, str(path)), precision=dtype)
-    del proto.metadata_props[:]
-    proto.metadata_props.add(key=KEY, value=made.to_json())
-    return write_model(proto, weights, to)
+    proto, weights = convert(*read_model(path), precision)
+    store(proto, replace(of_model(proto, str(path)), precision=precision))
+    return write_model(proto, weights, output)
+
+
+class _TypedGraph:
+    """One pass over a float32 graph that gives each node the type of its stage.
+
+    Node by node, in order: float32 constants that it reads are converted, values that were made in the other type are
+    cast (`_read`); what it makes is noted as being of its type, and cast back where a caller reads it (`_write`).
+
+    Example: `x = MatMul(a, w)` in block0.attn and `_, i = TopK(x)` in block0.match, of a float32 input a, become in
+    fp16 `a.fp16 = Cast(a)`, `x = MatMul(a.fp16, w.fp16)`, `x.fp32 = Cast(x)`, `_, i = TopK(x.fp32)`.
+    """
+
+    def __init__(self, proto, weights: dict, low: int):
+        import onnx
+
+        self.high, self.low = onnx.TensorProto.FLOAT, low
+        self.types = _value_types(proto, weights)  # of the float32 graph
+        if {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, low} & set(self.types.values()):
+            raise UsageError("the graph has fp16 or bf16 in it already: give the float32 file")
+        if not all(stages.of_node(n.name) for n in proto.graph.node):
+            raise UsageError(
+                "the graph's nodes do not say what part of the model they are: make the file again with this version"
+            )
+        self.model = onnx.ModelProto()
+        self.model.CopyFrom(proto)
+        self.small = {i.name: i for i in self.model.graph.initializer}
+        self.large = weights
+        self.outputs = {o.name for o in self.model.graph.output}
+        self.made_in = {v.name: self.high for v in self.model.graph.input}  # the type each value is in
+        self.copies: dict[tuple[str, int], str] = {}  # (value, type) -> its name in that type, where it is not its own
+        self.nodes: list = []
+        self.new_small: dict = {}
+        self.new_large: dict = {}
+
+    def result(self) -> tuple:
+        """(onnx.ModelProto, weights) in the low type."""
+        for node in self.model.graph.node:
+            wanted = self.high if stages.in_fp32(node.name) else self.low
+            for i, name in enumerate(node.input):
+                node.input[i] = self._read(name, wanted, stages.of_node(node.name))
+            for attribute in node.attribute:
+                if node.op_type == "Cast" and attribute.name == "to" and attribute.i == self.high:
+                    attribute.i = wanted
+            self.nodes.append(node)
+            for i, name in enumerate(node.output):
+                node.output[i] = self._write(name, wanted, stages.of_node(node.name))
+        self.new_small |= {name: self.small[name] for name in self.outputs if name in self.small}
+        del self.model.graph.value_info[:]
+        _replace(self.model.graph.node, _turned_products(self.nodes, set(self.copies.values())))
+        _replace(self.model.graph.initializer, list(self.new_small.values()))
+        return _with_shapes(self.model, self.new_large), self.new_large
+
+    def _read(self, name: str, wanted: int, stage: str) -> str:
+        """The name under which a node of this type and stage reads a value."""
+        is_float = self.types.get(name) == self.high
+        if name in self.small or name in self.large:
+            return self._constant(name, wanted if is_float else None)
+        if not is_float:
+            return name
+        if (name, wanted) not in self.copies and self.made_in[name] != wanted:
+            self._cast(name, self._name_in(name, wanted), wanted, stage)
+        return self.copies.get((name, wanted), name)
+
+    def _write(self, name: str, made_in: int, stage: str) -> str:
+        """The name under which a node makes a value; what callers read is cast to float32 and keeps its name."""
+        if self.types.get(name) != self.high:
+            return name
+        self.made_in[name] = made_in
+        if name not in self.outputs or made_in == self.high:
+            return name
+        low_name = self._name_in(name, made_in)
+        self._cast(low_name, name, self.high, stage, of=name)
+        self.copies[name, self.high] = name
+        return low_name
+
+    def _name_in(self, name: str, wanted: int) -> str:
+        return self.copies.setdefault((name, wanted), f"{name}.{_short_name(wanted)}")
+
+    def _cast(self, source: str, result: str, to: int, stage: str, of: str = "") -> None:
+        from onnx import helper
+
+        self.nodes.append(helper.make_node("Cast", [source], [result], name=f"{stage}/Cast_{of or source}", to=to))
+
+    def _constant(self, name: str, wanted: int | None) -> str:
+        """The name of a constant in a type, its own in float32 or when it is none of floats (None)."""
+        store = self.new_large if name in self.large else self.new_small
+        if wanted != self.low:
+            store[name] = self.large[name] if name in self.large else self.small[name]
+            return name
+        new_name = self._name_in(name, wanted)
+        if new_name not in store:
+            store[new_name] = self._converted(name, new_name)
+        return new_name
+
+    def _converted(self, name: str, new_name: str):
+        """A float32 constant in the low type: an onnx_ir tensor for a large one, else an onnx.TensorProto."""
+        import ml_dtypes
+        import numpy as np
+        import onnx_ir
+        from onnx import numpy_helper
+        from onnx_ir.serde import serialize_tensor
+
+        array = self.large[name].numpy() if name in self.large else numpy_helper.to_array(self.small[name])
+        dtype = onnx_ir.DataType(self.low).numpy()
+        limit, largest = float(ml_dtypes.finfo(dtype).max), float(np.abs(array).max(initial=0))
+        if largest > limit:
+            raise UsageError(
+                f"weight {name} has values up to {largest:.3g}, more than {_short_name(self.low)} can hold "
+                f"({limit:g}): use bf16"
+            )
+        tensor = onnx_ir.tensor(array.astype(dtype), name=new_name)
+        return tensor if name in self.large else serialize_tensor(tensor)
+
+
+def _short_name(onnx_type: int) -> str:
+    """What the first precision with this type is called: "fp32", "fp16", "bf16"."""
+    import onnx
+
+    type_name = onnx.TensorProto.DataType.Name(onnx_type)
+    return next(name for name, row in precisions.TABLE.items() if row.onnx_type == type_name)
 
 
 def _turned_products(nodes: list, casts: set[str]) -> list:
     """Products A^T B of which B has just been cast, as (B^T A)^T.
 
-    TensorRT-RTX 1.7 cannot build the first form (a check in its Myelin, tactic.cpp:2418, fails); the second is the same sum.
+    TensorRT-RTX 1.7 cannot build the first form (a check in its Myelin, tactic.cpp:2418, fails); the second is the same
+    sum. It can go when a newer TensorRT-RTX builds `test_every_method_is_built_in_every_precision` without it.
     """
     from onnx import helper
 
@@ -130,37 +200,19 @@ def _turned_products(nodes: list, casts: set[str]) -> list:
     return out
 
 
-def _replace(field, items):
-    items = [type(i).FromString(i.SerializeToString()) for i in items]
+def _replace(field, items: list) -> None:
+    """Put items, some of which may lie in the field itself, in the place of all that a repeated field holds."""
+    copies = [type(i).FromString(i.SerializeToString()) for i in items]
     del field[:]
-    field.extend(items)
+    field.extend(copies)
 
 
-def _word(to: int) -> str:
-    return {1: "fp32", 10: "fp16", 16: "bf16"}[to]
-
-
-def _as(array: np.ndarray, dtype: str, name: str, new: str):
-    """An array as an onnx_ir tensor in fp16 or bf16."""
-    import ml_dtypes
-    import onnx_ir as ir
-
-    if dtype == "fp16" and array.size and np.abs(array).max() > FP16_MAX:
-        raise UsageError(
-            f"weight {name} has values up to {np.abs(array).max():.3g}, more than fp16 can hold ({FP16_MAX:g}): use bf16"
-        )
-    return ir.tensor(array.astype(np.float16 if dtype == "fp16" else ml_dtypes.bfloat16), name=new)
-
-
-def _types(proto, weights: dict) -> dict[str, int]:
+def _value_types(proto, weights: dict) -> dict[str, int]:
     """Element type of every value of a graph."""
     graph = _with_shapes(proto, weights).graph
     types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.input, *graph.output)}
-    return {
-        **types,
-        **{i.name: i.data_type for i in graph.initializer},
-        **{n: int(t.dtype) for n, t in weights.items()},
-    }
+    types |= {i.name: i.data_type for i in graph.initializer}
+    return types | {name: int(tensor.dtype) for name, tensor in weights.items()}
 
 
 def _with_shapes(proto, weights: dict):

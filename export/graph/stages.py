@@ -9,10 +9,12 @@ FP32 = ("match", "merge")  # decisions, sizes and weighted sums stay in float32 
 _IN_BLOCK = {"norm2": "mlp", "mlp": "mlp", "unit": "match", "bias": "match", "score": "match"}
 
 
-def of_scopes(scopes: list[str], before: str, at: list[int] = ()) -> str:
-    """The stage of a node from the names of the `StaticViT` modules it was traced in, outermost first, its own name last.
+def of_scopes(scopes: list[str], before: str) -> str:
+    """The stage of a node, from the names of the `StaticViT` modules that it was traced in.
 
-    before: the stage of the node before it, which a node outside any module shares. at: the blocks of the score heads.
+    Args:
+        scopes: those names, outermost first, the node's own name last.
+        before: the stage of the node before it, which a node outside any module shares.
     """
     path = scopes[-2].split(".") if len(scopes) > 2 else []
     if not path:
@@ -21,10 +23,10 @@ def of_scopes(scopes: list[str], before: str, at: list[int] = ()) -> str:
         return f"block{path[1]}.{_IN_BLOCK.get(path[2] if len(path) > 2 else '', 'attn')}"
     if path[0] in FP32:
         return f"block{path[1]}.{path[0]}"
+    if path[0] in ("signals", "score_heads"):  # keyed by the block that they stand in
+        return f"block{path[1]}.match"
     if path[0] == "share":  # of tokens in a pool by size
         return "head.merge"
-    if path[0] == "score_heads":
-        return f"block{at[int(path[1])]}.match"
     return "head" if path[0] in ("head", "norm") else "embed"
 
 

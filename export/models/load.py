@@ -19,7 +19,8 @@ from ..checkpoints.score_heads import HEAD, read_heads
 from ..checkpoints.weights import Filled, Source, open_source, read_state
 from ..errors import UsageError
 from ..provenance import Preprocess
-from . import vit
+from ..schedule import Schedule
+from . import as_plain
 
 DEFAULT = "deit_small_patch16_224"
 ACTIVATIONS = ("softmax", "sigmoid", "none")
@@ -53,6 +54,23 @@ class LoadedModel:
     labels: tuple[str, ...] = ()
     activation: str | None = None
     learned: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def schedule(self, method: str, **options) -> Schedule:
+        """The schedule of a method for this model, e.g. `loaded.schedule("tome", r=13)`.
+
+        Args:
+            method: a name of the reducer table.
+            options: the method's own, see `Schedule.parse`; rates="checkpoint" takes those that the checkpoint has learned.
+        Raises:
+            UsageError: see `Schedule.parse`; the checkpoint has learned no rates.
+        """
+        if options.get("rates") == "checkpoint":
+            options["rates"] = self.rates
+            if options["rates"] is None:
+                raise UsageError(
+                    "rates checkpoint: the weights have learned none: wanted a checkpoint of DiffRate's training"
+                )
+        return Schedule.parse(method, **as_plain(self.module).size._asdict(), **options)
 
     @property
     def rates(self) -> dict[str, list[int]] | None:
@@ -120,13 +138,11 @@ def load_model(
     name, kwargs = _named(name, kwargs, source, preprocess or {})
     heads = read_heads(read_state(predictor, "predictor"), str(predictor)) if predictor else {}
     model = _create(name, kwargs, False, seed)
-    vit.check_plain_vit(model)
+    as_plain(model)  # refuses by name what cannot be reduced
     if pretrained and source.file is None:  # only now: nothing is downloaded for a model that cannot be used
         model = _create(name, kwargs, True, seed)
     filled = _filled(model, source, pretrained, seed=seed, weights=weights, pos_grid=pos_grid)
-    if heads and filled.heads:
-        filled.notes.append(f"score heads are taken from {predictor}, not from the checkpoint")
-    heads = heads or filled.heads
+    heads = _chosen_heads(heads, filled, predictor)
     state = {**model.state_dict(), **{HEAD + k: v for k, v in heads.items()}}
     origin = filled.record | ({"predictor": str(predictor)} if predictor else {}) | {"sha256": hash_weights(state)}
     return LoadedModel(
@@ -141,6 +157,13 @@ def load_model(
         _activation(model, source, activation, filled.notes),
         filled.learned,
     )
+
+
+def _chosen_heads(heads: dict, filled: Filled, predictor: str | Path | None) -> dict[str, torch.Tensor]:
+    """Score heads of the predictor's file, else the checkpoint's."""
+    if heads and filled.heads:
+        filled.notes.append(f"score heads are taken from {predictor}, not from the checkpoint")
+    return heads or filled.heads
 
 
 def _filled(model: nn.Module, source: Source, pretrained: bool, *, seed: int, weights, pos_grid) -> Filled:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...kernels import ops
+from ..constants import column, lift
 from ..errors import UsageError
-from ..plan import column, lift
+from ..schedule import Schedule
+from . import as_plain
 
 
 class ScoreHead(nn.Module):
@@ -28,16 +30,36 @@ class ScoreHead(nn.Module):
             nn.LogSoftmax(-1),
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         local, whole = self.in_conv(x).chunk(2, -1)
         return self.out_conv(torch.cat([local, whole.mean(1, keepdim=True).expand_as(local)], -1))
 
 
-def make_heads(state: dict[str, torch.Tensor], width: int) -> nn.ModuleList:
-    """Score heads, one a stage, from {"0.in_conv.0.weight": ...} (checked by `score_heads.check_heads`)."""
+def make_heads(state: dict[str, Tensor], width: int) -> nn.ModuleList:
+    """Score heads, one a stage, ready to be used.
+
+    Args:
+        state: {"0.in_conv.0.weight": ...}, checked by `score_heads.check_heads`.
+        width: channels of a token.
+    """
     heads = nn.ModuleList(ScoreHead(width) for _ in {k.split(".")[0] for k in state})
     heads.load_state_dict(state)
     return heads.eval().requires_grad_(False)
+
+
+def head_scores(head: ScoreHead, x: Tensor, *, n_prefix: int) -> Tensor:
+    """What a score head sorts by: the log-probability to keep less that to drop, prefix tokens lifted, [B, N, 1].
+
+    The authors sort by the first alone: the same order, until it is so near 0 that float32 cannot tell tokens apart.
+
+    Args:
+        head: as published.
+        x: tokens [B, N, C].
+        n_prefix: prefix tokens at the head of the sequence, which the head does not see.
+    """
+    keep, drop = head(x[:, n_prefix:]).split(1, -1)
+    score = torch.cat([keep.new_zeros(len(x), n_prefix, 1), keep - drop], 1)
+    return score + score.new_tensor(lift(x.shape[1], n_prefix))[:, None]
 
 
 class StaticScoreHead(nn.Module):
@@ -58,8 +80,15 @@ class StaticScoreHead(nn.Module):
         self.shift = float(last.bias[0] - last.bias[1])
         self.act = nn.GELU()
 
-    def forward(self, x: torch.Tensor, n_prefix: int) -> torch.Tensor:
-        """Tokens [.., N, C] -> scores [.., N, 1], prefix tokens lifted."""
+    def forward(self, x: Tensor, n_prefix: int) -> Tensor:
+        """Scores of tokens.
+
+        Args:
+            x: tokens [.., N, C].
+            n_prefix: prefix tokens at the head of the sequence.
+        Returns:
+            [.., N, 1], prefix tokens lifted.
+        """
         n = x.shape[-2]
         h = self.into(x)
         share = ops.floats([0.0] * n_prefix + [1 / (n - n_prefix)] * (n - n_prefix), [*[1] * (x.ndim - 2), 1, n])
@@ -68,20 +97,24 @@ class StaticScoreHead(nn.Module):
         return ops.addmm(h, self.last, column([self.shift + v for v in lift(n, n_prefix)], h), False, False)
 
 
-def score_heads(loaded, schedule) -> nn.ModuleList | None:
-    """The score heads a schedule needs: those of the checkpoint or of --predictor, random ones for random weights, None for none.
+def score_heads(loaded, schedule: Schedule) -> nn.ModuleList | None:
+    """The score heads that a schedule's steps read; None where none does.
 
-    loaded: from `load_model`. Raises: UsageError when trained weights come without heads, or the heads are for another model.
+    Args:
+        loaded: from `load_model`: heads of its checkpoint or predictor file, random ones where its weights are random too.
+        schedule: whose steps name the signal "score_head".
+    Raises:
+        UsageError: trained weights come without heads, or the heads are for another model.
     """
-    if not any(s.site == "pre_block" for s in schedule.steps):
+    if not any(s.signal == "score_head" for s in schedule.steps):
         return None
     from ..checkpoints.score_heads import check_heads, random_heads
 
-    width, stages, state = loaded.module.embed_dim, len(schedule.options["at"]), loaded.heads
+    width, stages, state = as_plain(loaded.module).width, schedule.n_layers, loaded.heads
     if not state and loaded.weights["source"] != "random":
         raise UsageError(
             f"{schedule.method} needs a trained score head for each of its {stages} stages, these weights have none: give "
-            f"them with --predictor FILE, or the authors' checkpoint that has them"
+            f"them with predictor (a file), or the authors' checkpoint that has them"
         )
     state = state or random_heads(width, stages, loaded.weights["seed"])
     check_heads(state, width, stages)

@@ -6,28 +6,48 @@ score order. The others are squeezed as in eTPS.
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
-from .. import counts
 from ..plan import MergePlan, Signals
-from ..schedule import Step
-from . import etps, ranking
+from ..step import ModelSize, Step
+from . import dynamicvit, etps, options, ranking
+from .base import Counts, Reducer
 
-NEEDS = ("head",)
-OPTIONS = {"keep_rate": 0.7, "at": (3, 6, 9)}
-reference, static = etps.reference, etps.static
-
-
-def steps(options: dict, n_tokens: int, n_prefix: int, depth: int) -> tuple:
-    """Options as they are kept (cumulative rates), steps and notes; see `counts.tps`."""
-    at = counts.parse_at(options["at"], depth)
-    rates = counts.cumulative(options["keep_rate"], len(at))
-    return (
-        {**options, "at": at, "keep_rate": rates},
-        *counts.tps(rates, at, n_tokens, n_prefix, cumulative=True, squeeze=True),
-    )
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def regret(s: Signals, step: Step, plan: MergePlan) -> torch.Tensor:
-    """How much the plan gives away, [B]: of the log-odds to keep, or of the host's cosine."""
-    return ranking.regret(s, step, plan, ranking.cosines(s, plan.keep, plan.src, etps.EPS), log=False)
+def steps(asked: dict, size: ModelSize) -> Counts:
+    """dTPS's counts from its options: DynamicViT's.
+
+    Args:
+        asked: at, keep_rate.
+        size: of the model.
+    """
+    return dynamicvit.stage_counts(asked, size, squeeze=True)
+
+
+def regret(s: Signals, step: Step, plan: MergePlan) -> Tensor:
+    """How much a plan gives away, [B]: of the log-odds to keep, or of the host's cosine.
+
+    Args:
+        s: with score [B, N, 1] and x [B, N, C].
+        step: how many stay.
+        plan: row numbers.
+    """
+    cosine = ranking.cosines(s, plan.keep, plan.src, eps=etps.EPS)
+    return ranking.regret(s, step, plan=plan, cosine=cosine, log=False)
+
+
+REDUCER = Reducer(
+    "dtps",
+    "dTPS",
+    "DynamicViT's choice, the pruned patches squeezed into the kept ones (Wei et al. 2023)",
+    steps,
+    options=(options.KEEP_SHARE, options.AT),
+    signals=("score_head",),
+    reference=etps.reference,
+    static=etps.static,
+    regret=regret,
+    squeezes=True,
+)

@@ -8,48 +8,81 @@ tokens are no hosts. Of equal cosines the first host in score order receives; th
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
+from ..plan import MergePlan, Signals, StaticLayout
+from ..step import ModelSize, Step
+from . import evit, options, ranking
+from .base import Counts, Reducer
 
-from .. import counts
-from ..plan import MergePlan, Signals
-from ..schedule import Step
-from . import ranking
+if TYPE_CHECKING:
+    from torch import Tensor
 
-NEEDS = ("attention",)
-OPTIONS = {"keep_rate": 0.7, "at": (3, 6, 9), "score": "class"}
 EPS = 1e-6
 
 
-def steps(options: dict, n_tokens: int, n_prefix: int, depth: int) -> tuple:
-    """Options as they are kept, steps and notes; see `counts.etps`."""
-    at = counts.parse_at(options["at"], depth)
-    rates = counts.parse_rates(options["keep_rate"], len(at))
-    return ({**options, "at": at, "keep_rate": rates}, *counts.etps(rates, at, n_tokens, n_prefix))
+def steps(asked: dict, size: ModelSize) -> Counts:
+    """eTPS's counts from its options: EViT's; what does not stay is squeezed, so there is never an extra token.
+
+    Args:
+        asked: at, keep_rate, score.
+        size: of the model.
+    """
+    return evit.stage_counts(asked, size, fold=True, extra=False)
 
 
 def reference(s: Signals, step: Step, given: MergePlan | None = None) -> MergePlan:
-    """The paper's decisions (or the given ones) and weights, on a batch: score [B, N, 1], x [B, N, C] -> row numbers."""
-    keep, src = (given.keep, given.src) if given else ranking.sort(s, step)
-    cosine = ranking.cosines(s, keep, src, EPS)
+    """The paper's decisions and weights.
+
+    Args:
+        s: a batch, with score [B, N, 1] and x [B, N, C].
+        step: how many stay.
+        given: decisions to keep instead; weights are computed.
+    """
+    import torch
+
+    order = given or ranking.sort(s, step)
+    cosine = ranking.cosines(s, order.keep, order.src, eps=EPS)
     dst = given.dst if given else cosine.max(-1, keepdim=True).indices
+    w_keep = torch.full_like(order.keep, math.e, dtype=s.x.dtype)
     return MergePlan(
-        keep,
-        src,
-        dst,
-        w_keep=torch.full(keep.shape, math.e, dtype=s.x.dtype),
-        w_src=cosine.gather(2, dst).exp(),
-        squeezed=True,
+        order.keep, order.src, dst, combine="weighted", w_keep=w_keep, w_src=cosine.gather(2, dst).exp()
     )
 
 
-def static(s: Signals, step: Step, by_target: bool) -> MergePlan:
-    """The same decisions with fixed shapes. Weights are divided by e: 1 for the host, exp(c - 1) for what it receives."""
-    found = ranking.top(s, step)
-    value, host = ranking.hosts(s, step, found["order"], EPS, shift=-1.0)
-    return MergePlan(found["keep"], found["src"], host, w_src=value.exp(), squeezed=True, order=found["order"])
+def static(s: Signals, step: Step) -> MergePlan:
+    """The same decisions with fixed shapes. Weights are divided by e: 1 for the host, exp(c - 1) for what it receives.
+
+    Args:
+        s: with score [.., N, 1] and x [.., N, C].
+        step: how many stay.
+    """
+    order = ranking.top(s, step)
+    value, host = ranking.hosts(s, step, order=order.column, eps=EPS, shift=-1.0)
+    layout = StaticLayout(order.column)
+    return MergePlan(order.keep, order.src, host, combine="weighted", w_src=value.exp(), layout=layout)
 
 
-def regret(s: Signals, step: Step, plan: MergePlan) -> torch.Tensor:
-    """How much the plan gives away, [B]: of the logarithm of the class attention, or of the host's cosine."""
-    return ranking.regret(s, step, plan, ranking.cosines(s, plan.keep, plan.src, EPS))
+def regret(s: Signals, step: Step, plan: MergePlan) -> Tensor:
+    """How much a plan gives away, [B]: of the logarithm of the attention received, or of the host's cosine.
+
+    Args:
+        s: with score [B, N, 1] and x [B, N, C].
+        step: how many stay.
+        plan: row numbers.
+    """
+    return ranking.regret(s, step, plan=plan, cosine=ranking.cosines(s, plan.keep, plan.src, eps=EPS))
+
+
+REDUCER = Reducer(
+    "etps",
+    "eTPS",
+    "EViT's choice, the pruned tokens squeezed into the kept ones (Wei et al. 2023)",
+    steps,
+    options=(options.KEEP_RATE, options.AT, options.SCORE),
+    signals=tuple(options.SIGNAL_OF.values()),
+    reference=reference,
+    static=static,
+    regret=regret,
+    squeezes=True,
+)

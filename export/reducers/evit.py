@@ -7,40 +7,107 @@ with the others. Of equal scores, the lower position comes first.
 
 from __future__ import annotations
 
-import torch
+import math
+from typing import TYPE_CHECKING
 
-from .. import counts
-from ..plan import MergePlan, Signals
-from ..schedule import Step
-from . import ranking
+from ..plan import MergePlan, Signals, StaticLayout
+from ..step import ModelSize, Step
+from . import options, ranking
+from .base import Counts, Option, Reducer
 
-NEEDS = ("attention",)
-OPTIONS = {"keep_rate": 0.7, "at": (3, 6, 9), "score": "class", "fuse": True}
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def steps(options: dict, n_tokens: int, n_prefix: int, depth: int) -> tuple:
-    """Options as they are kept, steps and notes; see `counts.evit`."""
-    at = counts.parse_at(options["at"], depth)
-    rates = counts.parse_rates(options["keep_rate"], len(at))
-    return ({**options, "at": at, "keep_rate": rates}, *counts.evit(rates, at, n_tokens, n_prefix, options["fuse"]))
+def stage_counts(asked: dict, size: ModelSize, *, fold: bool, extra: bool) -> Counts:
+    """Counts of EViT and eTPS: after the attention of block at[s], ceil(rates[s] * others) of the others stay.
+
+    The others are all tokens that are no prefix token; a fused token is one of them in later blocks. Where every token stays,
+    there is no step and no fused token. The product is rounded to float64 before the ceiling, as in the authors' code.
+
+    Args:
+        asked: at, keep_rate, score.
+        size: of the model.
+        fold: what does not stay is folded; otherwise it is dropped.
+        extra: it is folded into one token more; otherwise into those that stay.
+    Raises:
+        UsageError: keep rates that are none, or not as many as blocks.
+    """
+    at, rates = asked["at"], options.parse_rates(asked["keep_rate"], len(asked["at"]))
+    n, steps, notes = size.n_tokens, [], []
+    for stage, (rate, block) in enumerate(zip(rates, at, strict=True), 1):
+        others = n - size.n_prefix
+        kept = math.ceil(rate * others)
+        if kept == others:
+            notes.append(options.keeps_all(stage, block))
+            continue
+        if extra and kept == others - 1:
+            notes.append(f"stage {stage} (block {block}) fuses a single token: there are as many tokens as before")
+        n_kept, signal = size.n_prefix + kept, options.SIGNAL_OF[asked["score"]]
+        n_folded = others - kept if fold else 0
+        steps.append(Step(block, "post_attn", n, n_kept, n_kept + extra, n_folded, signal))
+        n = n_kept + extra
+    return Counts({**asked, "keep_rate": rates}, steps, notes)
+
+
+def steps(asked: dict, size: ModelSize) -> Counts:
+    """EViT's counts from its options.
+
+    Args:
+        asked: at, keep_rate, score, fuse.
+        size: of the model.
+    """
+    return stage_counts(asked, size, fold=asked["fuse"], extra=asked["fuse"])
 
 
 def reference(s: Signals, step: Step, given: MergePlan | None = None) -> MergePlan:
-    """The paper's decisions (or the given ones) with a sort, on a batch: score [B, N, 1] -> row numbers."""
-    keep, src = (given.keep, given.src) if given else ranking.sort(s, step)
-    if src is None:
-        return MergePlan(keep)
-    return MergePlan(keep, src, torch.full_like(src, step.n_kept), w_src=s.score.gather(1, src), n_extra=1)
+    """The paper's decisions with a sort.
+
+    Args:
+        s: a batch, with score [B, N, 1].
+        step: how many stay and are fused.
+        given: decisions to keep instead.
+    """
+    from torch import full_like
+
+    order = given or ranking.sort(s, step)
+    if order.src is None:
+        return MergePlan(order.keep)
+    dst = full_like(order.src, step.n_kept)
+    return MergePlan(order.keep, order.src, dst, combine="sum", w_src=s.score.gather(1, order.src))
 
 
-def static(s: Signals, step: Step, by_target: bool) -> MergePlan:
-    """The same decisions with one TopK."""
-    found = ranking.top(s, step)
-    return MergePlan(
-        found["keep"], found["src"], w_src=found["value"], n_extra=int(step.n_folded > 0), order=found["order"]
-    )
+def static(s: Signals, step: Step) -> MergePlan:
+    """The same decisions with one TopK.
+
+    Args:
+        s: with score [.., N, 1].
+        step: how many stay and are fused.
+    """
+    order = ranking.top(s, step)
+    return MergePlan(order.keep, order.src, combine="sum", w_src=order.value, layout=StaticLayout(order.column))
 
 
-def regret(s: Signals, step: Step, plan: MergePlan) -> torch.Tensor:
-    """How much the plan gives away, [B]: of the logarithm of the class attention."""
-    return ranking.regret(s, step, plan)
+def regret(s: Signals, step: Step, plan: MergePlan) -> Tensor:
+    """How much a plan gives away, [B]: of the logarithm of the attention received.
+
+    Args:
+        s: with score [B, N, 1].
+        step: how many stay and are fused.
+        plan: row numbers.
+    """
+    return ranking.regret(s, step, plan=plan)
+
+
+FUSE = Option("fuse", "the tokens left out become one", default=True, flag=True)
+REDUCER = Reducer(
+    "evit",
+    "EViT",
+    "tokens the class token attends to stay, the others become one (Liang et al. 2022)",
+    steps,
+    options=(options.KEEP_RATE, options.AT, options.SCORE, FUSE),
+    signals=tuple(options.SIGNAL_OF.values()),
+    reference=reference,
+    static=static,
+    regret=regret,
+)

@@ -2,52 +2,87 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..plan import MergePlan, Signals
-from ..schedule import Step
+from ..step import Step
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def sets(n: int, n_prefix: int) -> tuple[list[int], list[int]]:
-    """Positions of A (may merge) and B (may receive) among n tokens, prefix tokens left out."""
+    """Positions of A (even, may merge) and B (odd, may receive), prefix tokens left out.
+
+    Args:
+        n: tokens, prefix tokens included.
+        n_prefix: prefix tokens at the head of the sequence.
+    """
     return [p for p in range(0, n, 2) if p >= n_prefix], [p for p in range(1, n, 2) if p >= n_prefix]
 
 
 def labels(step: Step, n_prefix: int) -> tuple[int, ...]:
-    """The label of every output row in a static plan: B rows carry their place in B, the rows before them count down from -1."""
+    """The name of every output row in a static plan: B rows carry their place in B, the rows before them count down from -1.
+
+    Six tokens, one of them a prefix token, of which one merges: rows cls, A, B, B, B are named -1, -2, 0, 1, 2.
+
+    Args:
+        step: how many rows stay.
+        n_prefix: prefix tokens at the head of the sequence.
+    """
     n_b = len(sets(step.n_in, n_prefix)[1])
     return (*range(-1, n_b - step.n_kept - 1, -1), *range(n_b))
 
 
-def similarities(s: Signals, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Positions of A and of B, and the cosines of their metrics [B, A, B]."""
-    a, b = sets(n, s.n_prefix)
-    at = lambda p: torch.tensor(p, device=s.metric.device)
-    return at(a), at(b), s.metric[:, at(a)] @ s.metric[:, at(b)].mT
+class Similarities(NamedTuple):
+    """Positions of A [A] and of B [B] among the tokens, and the cosines of their metrics, [batch, A, B]."""
+
+    a: Tensor
+    b: Tensor
+    cosine: Tensor
 
 
-def regret(s: Signals, step: Step, plan: MergePlan) -> torch.Tensor:
-    """How much similarity the plan gives away, [B]: 0 when it is what `reference` decides, tiny for a flipped near-tie.
+def similarities(s: Signals, n: int) -> Similarities:
+    """Every A token against every B token.
+
+    Args:
+        s: with metric [batch, N, D].
+        n: tokens.
+    """
+    import torch
+
+    a, b = (torch.tensor(p, dtype=torch.int64, device=s.metric.device) for p in sets(n, s.n_prefix))
+    return Similarities(a, b, s.metric[:, a] @ s.metric[:, b].mT)
+
+
+def regret(s: Signals, step: Step, plan: MergePlan) -> Tensor:
+    """How much similarity a plan gives away, [batch]: 0 when it is what the reference decides, tiny for a flipped near-tie.
 
     The largest of: best left-out pair minus worst merged pair; best host minus chosen host; (without a class token) the worst
     inversion of the order by similarity. Infinite for what no tie explains: a prefix or B token out of place or merged, a host that
     is none, A tokens out of order.
+
+    Args:
+        s: with metric [batch, N, D].
+        step: how many rows stay.
+        plan: row numbers.
     """
+    import torch
+
     a, b, scores = similarities(s, step.n_in)
     value, n_left = scores.amax(-1), step.n_kept - s.n_prefix - b.numel()
     keep, src, host = plan.keep[..., 0], plan.src[..., 0], plan.dst[..., 0] - s.n_prefix - n_left
     left = keep[:, s.n_prefix : s.n_prefix + n_left]
     fixed = torch.cat([keep[:, : s.n_prefix], keep[:, s.n_prefix + n_left :]], 1)
-    in_place = (fixed == torch.cat([torch.arange(s.n_prefix), b])).all(1)
+    in_place = (fixed == torch.cat([torch.arange(s.n_prefix, device=b.device), b])).all(1)
     in_a = torch.isin(torch.cat([left, src], 1), a).all(1) & (host >= 0).all(1)
     if s.has_class and n_left > 1:
         in_place &= (left[:, 1:] > left[:, :-1]).all(1)
-    rank = torch.zeros(step.n_in, dtype=torch.int64)
-    rank[a] = torch.arange(a.numel())
+    rank = torch.zeros(step.n_in, dtype=torch.int64, device=a.device)
+    rank[a] = torch.arange(a.numel(), device=a.device)
     merged = value.gather(1, rank[src])
-    chosen = scores.gather(1, rank[src][..., None].expand(-1, -1, b.numel())).gather(2, host.clamp(min=0)[..., None])[
-        ..., 0
-    ]
+    rows = scores.gather(1, rank[src][..., None].expand(-1, -1, b.numel()))
+    chosen = rows.gather(2, host.clamp(min=0)[..., None])[..., 0]
     worst = (merged - chosen).amax(1)
     if n_left:
         kept = value.gather(1, rank[left])

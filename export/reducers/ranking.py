@@ -2,30 +2,71 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
-from ...kernels import ops
-from ..plan import MergePlan, Signals, row
-from ..schedule import Step
+from ..constants import row
+from ..plan import MergePlan, Signals
+from ..step import Step
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def sort(s: Signals, step: Step) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Rows that stay and rows that are folded, [B, K, 1] and [B, R, 1] (None for none), both in descending score order."""
+class Order(NamedTuple):
+    """Tokens in descending order of a score, of equal scores the lower position first.
+
+    Args:
+        keep: [.., K, 1] rows that stay.
+        src: [.., R, 1] rows that are folded; None for none.
+        column: [.., K + R, 1] both in one column; None in the reference.
+        value: [.., R, 1] scores of the folded rows; None for none, and in the reference.
+    """
+
+    keep: Tensor
+    src: Tensor | None
+    column: Tensor | None = None
+    value: Tensor | None = None
+
+
+def sort(s: Signals, step: Step) -> Order:
+    """Rows that stay and rows that are folded, by a sort of the whole batch.
+
+    Args:
+        s: with score [B, N, 1].
+        step: how many stay and are folded.
+    """
     order = s.score.sort(dim=1, descending=True, stable=True).indices
-    return order[:, : step.n_kept], order[:, step.n_kept : step.n_kept + step.n_folded] if step.n_folded else None
+    src = order[:, step.n_kept : step.n_kept + step.n_folded] if step.n_folded else None
+    return Order(order[:, : step.n_kept], src)
 
 
-def top(s: Signals, step: Step) -> dict:
-    """The same as fields of a static plan, by one TopK; "value" has the folded rows' scores [.., R, 1]."""
+def top(s: Signals, step: Step) -> Order:
+    """The same in a static graph, by one TopK.
+
+    Args:
+        s: with score [.., N, 1].
+        step: how many stay and are folded.
+    """
+    from ...kernels import ops
+
     value, order = ops.top_rows(s.score, step.n_kept + step.n_folded, True)
     if not step.n_folded:
-        return {"order": order, "keep": order, "src": None, "value": None}
+        return Order(order, None, order)
     keep, src = order.split([step.n_kept, step.n_folded], -2)
-    return {"order": order, "keep": keep, "src": src, "value": value.split([step.n_kept, step.n_folded], -2)[1]}
+    return Order(keep, src, order, value.split([step.n_kept, step.n_folded], -2)[1])
 
 
-def cosines(s: Signals, keep: torch.Tensor, src: torch.Tensor, eps: float) -> torch.Tensor:
-    """Cosine of folded and kept tokens [B, R, K], each divided by its norm + eps; prefix tokens are no hosts: -inf."""
+def cosines(s: Signals, keep: Tensor, src: Tensor, *, eps: float) -> Tensor:
+    """Cosine of folded and kept tokens [B, R, K]; prefix tokens are no hosts: -inf.
+
+    Args:
+        s: with x [B, N, C].
+        keep: [B, K, 1] rows that stay.
+        src: [B, R, 1] rows that are folded.
+        eps: added to each norm.
+    """
+    import torch
+
     unit = s.x / (s.x.norm(dim=-1, keepdim=True) + eps)
     rows = lambda index: unit.gather(1, index.expand(-1, -1, unit.shape[-1]))
     cosine = rows(src) @ rows(keep).mT
@@ -33,10 +74,22 @@ def cosines(s: Signals, keep: torch.Tensor, src: torch.Tensor, eps: float) -> to
     return cosine
 
 
-def hosts(
-    s: Signals, step: Step, order: torch.Tensor, eps: float, shift: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Best cosine plus shift [.., R, 1] of every folded row, and its host's row number [.., R, 1], in a static graph."""
+def hosts(s: Signals, step: Step, *, order: Tensor, eps: float, shift: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The best host of every folded row, in a static graph.
+
+    Args:
+        s: with x [.., N, C].
+        step: how many rows stay and are folded.
+        order: [.., K + R, 1] the rows, kept ones first.
+        eps: added to each norm.
+        shift: added to the cosines.
+    Returns:
+        The best cosine plus shift, and the host's row number, both [.., R, 1].
+    """
+    import torch
+
+    from ...kernels import ops
+
     x = ops.take_rows(s.x, order)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     kept, folded = (x / (norm + eps if eps else norm)).split([step.n_kept, step.n_folded], -2)
@@ -44,18 +97,25 @@ def hosts(
     return ops.best_column(ops.addmm(folded, kept, barred, False, True))
 
 
-def regret(
-    s: Signals, step: Step, plan: MergePlan, cosine: torch.Tensor | None = None, log: bool = True
-) -> torch.Tensor:
-    """How much the plan's order and hosts give away, [B]; infinite for a prefix token out of place or an impossible host.
+def regret(s: Signals, step: Step, *, plan: MergePlan, cosine: Tensor | None = None, log: bool = True) -> Tensor:
+    """How much a plan's order and hosts give away, [B]; infinite for a prefix token out of place or an impossible host.
 
     The largest of: inversions of the order among kept rows, kept below folded, folded below dropped, each as a difference of
-    scores (of their logarithms with log); best host's cosine minus the chosen one's.
+    scores; best host's cosine minus the chosen one's.
+
+    Args:
+        s: with score [B, N, 1].
+        step: how many rows stay and are folded.
+        plan: row numbers.
+        cosine: [B, R, K] of `cosines`, when the plan's hosts are judged too.
+        log: differences are those of the scores' logarithms.
     """
+    import torch
+
     score, n = s.score[..., 0], step.n_in
     score = score.clamp(min=1e-30).log() if log else score
     parts = [plan.keep[..., 0]] + ([] if plan.src is None else [plan.src[..., 0]])
-    used = torch.zeros(len(score), n, dtype=torch.bool).scatter_(1, torch.cat(parts, 1), True)
+    used = torch.zeros_like(score, dtype=torch.bool).scatter_(1, torch.cat(parts, 1), True)
     kept = score.gather(1, parts[0])
     worst = (kept[:, 1:] - kept[:, :-1]).clamp(min=0).amax(1) if kept.shape[1] > 1 else score.new_zeros(len(score))
     low = kept.amin(1)
@@ -68,5 +128,5 @@ def regret(
     if cosine is not None:
         chosen = cosine.gather(2, plan.dst.clamp(max=step.n_kept - 1))[..., 0]
         worst = torch.maximum(worst, (cosine.amax(2) - chosen).amax(1))
-    in_place = (parts[0][:, : s.n_prefix] == torch.arange(s.n_prefix)).all(1)
+    in_place = (parts[0][:, : s.n_prefix] == torch.arange(s.n_prefix, device=score.device)).all(1)
     return torch.where(in_place, worst.clamp(min=0), torch.inf)

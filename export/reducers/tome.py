@@ -3,36 +3,72 @@
 Even positions of the sequence are A, odd positions B. Every A token finds its most similar B token; the r most similar pairs merge.
 Prefix tokens neither merge nor receive. New order: prefix, A tokens left in ascending position (without a class token: in
 descending similarity, as the authors leave them), B tokens. Of equal similarities, the lower position merges first and the lower
-position receives.
+position receives. Six tokens are worked through on top of `plan.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
-from ...kernels import ops
-from .. import counts
-from ..plan import MergePlan, Signals, column
-from ..schedule import Step
-from . import matching
-
-NEEDS = ("metric",)
-labels, regret = matching.labels, matching.regret
-OPTIONS = {"r": None, "prop_attn": True, "pool": "auto"}
+from ..constants import bounded, column
+from ..errors import UsageError
+from ..plan import MergePlan, Signals, StaticLayout
+from ..step import ModelSize, Step
+from . import matching, options
+from .base import Counts, Reducer
 
 
-def steps(options: dict, n_tokens: int, n_prefix: int, depth: int) -> tuple:
-    """Options as they are kept, steps and notes; see `counts.parse_r`, `counts.tome`."""
-    values = counts.parse_r(options["r"], depth)
-    return ({**options, "r": values}, *counts.tome(values, n_tokens, n_prefix))
+def merge_counts(values: list[int], size: ModelSize, *, signal: str = "keys") -> tuple[list[Step], list[str]]:
+    """ToMe's counts: in every block min(r, (N - prefix) // 2) tokens merge.
+
+    Args:
+        values: r per block.
+        size: of the model.
+        signal: what the steps look at.
+    Returns:
+        Steps, and a note on the blocks whose r was cut.
+    Raises:
+        UsageError: an r is larger than the number of tokens of the model.
+    """
+    n, steps, cut = size.n_tokens, [], []
+    for block, r in enumerate(values):
+        if r > size.n_tokens:
+            raise UsageError(
+                f"r: block {block} is asked to merge {r} tokens, the model has {n}; at most half of the tokens "
+                f"can merge in one block ({(size.n_tokens - size.n_prefix) // 2} in block 0)"
+            )
+    for block, r in enumerate(values):
+        merged = min(r, max(n - size.n_prefix, 0) // 2)
+        if merged < r:
+            cut.append(f"{block} ({r} to {merged})")
+        if merged:
+            steps.append(Step(block, "post_attn", n, n - merged, n - merged, signal=signal))
+            n -= merged
+    return steps, [f"r was cut to half of the tokens in block {', '.join(cut)}"] if cut else []
+
+
+def steps(asked: dict, size: ModelSize) -> Counts:
+    """ToMe's counts from its options.
+
+    Args:
+        asked: r (one number a block), prop_attn, pool.
+        size: of the model.
+    """
+    return Counts(asked, *merge_counts(asked["r"], size), prop_attn=asked["prop_attn"], pool=asked["pool"])
 
 
 def reference(s: Signals, step: Step, given: MergePlan | None = None) -> MergePlan:
-    """The paper's decisions (or the given ones) with argsort, on a batch: metric [B, N, D] -> row numbers."""
+    """The paper's decisions with argsort.
+
+    Args:
+        s: a batch, with metric [B, N, D].
+        step: N - r rows stay.
+        given: decisions to keep instead.
+    """
+    import torch
+
     if given:
-        return replace(given, by_size=True)
+        return replace(given, combine="size")
     batch, r = s.x.shape[0], step.n_in - step.n_kept
     a, b, scores = matching.similarities(s, step.n_in)
     value, host = scores.max(-1)
@@ -43,19 +79,30 @@ def reference(s: Signals, step: Step, given: MergePlan | None = None) -> MergePl
     prefix = torch.arange(s.n_prefix, device=s.x.device).expand(batch, -1)
     keep = torch.cat([prefix, a[left], b.expand(batch, -1)], 1)
     dst = s.n_prefix + left.shape[1] + host.gather(1, order[:, :r])
-    return MergePlan(keep[..., None], a[order[:, :r]][..., None], dst[..., None], by_size=True)
+    return MergePlan(keep[..., None], a[order[:, :r]][..., None], dst[..., None], combine="size")
 
 
-def static(s: Signals, step: Step, by_target: bool) -> MergePlan:
-    """The same decisions with TopK and one scatter of an index column; metric [.., N, D].
+def static(s: Signals, step: Step) -> MergePlan:
+    """The same decisions with TopK and one scatter of an index column.
 
-    by_target: give `target` too (for the matmul form); what is not used leaves the graph.
-    A row's key sorts it into the new order: prefix, A and B by position; the merged rows, overwritten, come last.
+    A row's key sorts it into the new order: prefix above A above B, each by position; merged rows, overwritten, come last. In the
+    example of `plan.py` (N = 6) the keys are 8N + 10 - 0 = 58 for the class token, 4N + 10 - i = 32 and 30 for A at 2 and 4,
+    2N + 10 - i = 21, 19, 17 for B at 1, 3, 5. Position 2 merges: its key becomes its similarity, 0.9. The five largest keys,
+    58 30 21 19 17, stand at 0 4 1 3 5, which is the new order.
+
+    Args:
+        s: with metric [.., N, D].
+        step: N - r rows stay.
+    Returns:
+        A plan whose layout names the best host of every row.
     """
-    n, n_kept, p = step.n_in, step.n_kept, s.n_prefix
-    a, b = matching.sets(n, p)
-    a_rows = set(a)
-    barred = column([0.0 if i in a_rows else -8.0 for i in range(n)], s.metric)
+    import torch
+
+    from ...kernels import ops
+
+    n, n_kept = step.n_in, step.n_kept
+    a, b = matching.sets(n, s.n_prefix)
+    barred = column([0.0 if i in set(a) else -8.0 for i in range(n)], s.metric)
     hosts = ops.fixed_rows(s.metric, b)
     if s.metric.ndim == 2:  # one Gemm takes the bar along
         value, host = ops.best_column(ops.addmm(s.metric, hosts, barred, False, True))
@@ -63,24 +110,40 @@ def static(s: Signals, step: Step, by_target: bool) -> MergePlan:
         value, host = ops.best_column(ops.matmul(s.metric, hosts, False, True))
         value = value + barred
     top, src = ops.top_rows(value, n - n_kept, True)
-    if s.has_class:  # all keys are at least 10, above any similarity: written into place, those sort merged rows last
-        key = [4.0 * n + 10 - i if i in a_rows else 8.0 * n + 10 - i if i < p else 2.0 * n + 10 - i for i in range(n)]
-        base, merged = _like(s, value, key, torch.maximum), top
-    else:  # A rows keep their similarity as the key
-        key = [4.0 if i in a_rows else -10.0 - i for i in range(n)]
-        base, merged = (
-            torch.minimum(value, column(key, value)),
-            _like(s, top, [-4.0 * n - 40] * (n - n_kept), torch.minimum),
-        )
-        if p:  # registers come first
-            base = torch.maximum(base, column([n + 10.0 - i if i < p else -8.0 * n for i in range(n)], value))
+    base, merged = (_keys_by_position if s.has_class else _keys_by_similarity)(s, value, top, torch)
     keep = ops.top_rows(ops.put_rows(base, src, merged), n_kept, True)[1]
-    names, target = matching.labels(step, p), None
-    if by_target:  # a label is never above the row it names
-        target = ops.put_rows(host, keep, _like(s, keep, names, torch.minimum))
-    return MergePlan(keep, src, ops.take_rows(host, src), by_size=True, labels=names, target=target)
+    layout = StaticLayout(labels=matching.labels(step, s.n_prefix), hosts=host)
+    return MergePlan(keep, src, combine="size", layout=layout)
 
 
-def _like(s, x, values, bound):
-    """A constant column in the shape of x [.., K, 1]: itself, or for any batch bound(x, constant), which x never wins."""
-    return bound(x, column(values, x)) if s.any_batch else column(values, x, full=True)
+def _keys_by_position(s, value, top, torch):
+    """Keys of all rows, and those that the merged rows get instead: all are at least 10, above any similarity."""
+    n, a = value.shape[-2], set(matching.sets(value.shape[-2], s.n_prefix)[0])
+    key = [4.0 * n + 10 - i if i in a else 8.0 * n + 10 - i if i < s.n_prefix else 2.0 * n + 10 - i for i in range(n)]
+    return bounded(key, value, torch.maximum, any_batch=s.any_batch), top
+
+
+def _keys_by_similarity(s, value, top, torch):
+    """The same where A rows keep their similarity as the key: it is at most 1, below their bound of 4."""
+    n, p = value.shape[-2], s.n_prefix
+    a = set(matching.sets(n, p)[0])
+    key = column([4.0 if i in a else -10.0 - i for i in range(n)], value)
+    last = bounded([-4.0 * n - 40] * top.shape[-2], top, torch.minimum, any_batch=s.any_batch)
+    base = torch.minimum(value, key)
+    if p:  # registers come first
+        base = torch.maximum(base, column([n + 10.0 - i if i < p else -8.0 * n for i in range(n)], value))
+    return base, last
+
+
+REDUCER = Reducer(
+    "tome",
+    "ToMe",
+    "the most similar pairs of tokens merge in every block (Bolya et al. 2023)",
+    steps,
+    options=(options.R, options.PROP_ATTN, options.POOL),
+    signals=("keys",),
+    reference=reference,
+    static=static,
+    regret=matching.regret,
+    labels=matching.labels,
+)

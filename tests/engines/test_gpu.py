@@ -1,7 +1,7 @@
 """Engines on an NVIDIA GPU (marked gpu) and what is said where they cannot run (everywhere)."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from tokexport.engines import files
 from tokexport.engines.runners import tensorrt as plan_runner
 from tokexport.engines.tensorrt import runtime as trt
 from tokexport.engines.tensorrt.build import build_engine
-from tokexport.engines.tensorrt.sidecar import read_sidecar, sidecar
+from tokexport.engines.tensorrt.sidecar import Builder, read_sidecar, write_sidecar
 from tokexport.export.inspection import inspect
 from tokexport.engines.measure import bench
 from tokexport.tools.demo import samples
@@ -32,16 +32,23 @@ def tome(exported):
 @pytest.fixture(scope="module")
 def elsewhere(tome, tmp_path_factory):
     """An engine for a GPU that is not here."""
-    return build_engine(tome, tmp_path_factory.mktemp("engine") / "v.plan", "fp16", "rtx", ("80",), decisions=True).path
+    return build_engine(
+        tome,
+        tmp_path_factory.mktemp("engine") / "v.plan",
+        precision="fp16",
+        builder="rtx",
+        capabilities=("80",),
+        decisions=True,
+    ).path
 
 
 def test_an_engine_gives_its_decisions_when_asked(elsewhere, tome, tmp_path):
     p = inspect(tome).provenance
-    assert read_sidecar(elsewhere).outputs == [*p.outputs, *p.decisions] and len(p.decisions) > 6
+    assert read_sidecar(elsewhere).output_names == (*p.outputs, *p.decisions) and len(p.decisions) > 6
     found = files.provenance_of(read_sidecar(elsewhere))
     assert found.precision == "fp16" and found.decisions == p.decisions and found.schedule == p.schedule
-    plain = build_engine(tome, tmp_path / "p.plan", "fp16", "rtx", ("80",)).path
-    assert read_sidecar(plain).outputs == list(p.outputs)
+    plain = build_engine(tome, tmp_path / "p.plan", precision="fp16", builder="rtx", capabilities=("80",)).path
+    assert read_sidecar(plain).output_names == p.outputs
     for call in (lambda: verify(plain), lambda: plan_runner.open_plan(plain, p.decisions)):
         with pytest.raises(UsageError, match="trt --decisions"):
             call()
@@ -84,7 +91,9 @@ def test_an_engine_that_cannot_run_is_a_row_with_its_error(elsewhere, exported, 
 
     from tokexport.tools.cli import group
 
-    dense = build_engine(exported("tiny_vit", method="none"), tmp_path / "d.plan", "fp16", "rtx", ("80",)).path
+    dense = build_engine(
+        exported("tiny_vit", method="none"), tmp_path / "d.plan", precision="fp16", builder="rtx", capabilities=("80",)
+    ).path
     out = CliRunner().invoke(group, ["bench", str(elsewhere), "--dense", str(dense), "--batch", "2", "--json"])
     rows = json.loads(out.stdout)["rows"]
     assert (
@@ -122,8 +131,7 @@ def test_an_engine_of_another_version_is_refused(elsewhere, tmp_path, monkeypatc
     _pretend(monkeypatch, (8, 0))
     copy = tmp_path / "v.plan"
     copy.write_bytes(elsewhere.read_bytes())
-    old = replace(read_sidecar(elsewhere), runtime={"name": "rtx", "version": "1.0.0.1"})
-    sidecar(copy).write_text(json.dumps(asdict(old)))
+    write_sidecar(copy, replace(read_sidecar(elsewhere), builder=Builder("rtx", "1.0.0.1")))
     with pytest.raises(UsageError, match="was built by TensorRT-RTX 1.0.0.1, here is .*: build it again"):
         plan_runner.open_plan(copy)
 
@@ -150,7 +158,7 @@ def engine_here(exported, method_cases, tmp_path_factory):
         if (method, precision) not in made:
             path = exported("tiny_vit", method=method, **method_cases[method])
             made[method, precision] = build_engine(
-                path, folder / f"{method}.{precision}.plan", precision, "auto", decisions=True
+                path, folder / f"{method}.{precision}.plan", precision=precision, decisions=True
             ).path
         return made[method, precision]
 
@@ -186,7 +194,7 @@ def test_a_cuda_graph_gives_the_same_and_tensors_are_not_copied(engine_here):
 @pytest.mark.gpu
 def test_an_identical_request_is_a_cache_hit_and_the_inspector_shows_layers(engine_here):
     path = engine_here("tome")
-    assert build_engine(read_sidecar(path).source, path, "fp32", "auto", decisions=True).cached
+    assert build_engine(read_sidecar(path).source, path, precision="fp32", decisions=True).cached
     assert len(plan_runner.layer_information(path)) > 10
 
 

@@ -5,12 +5,10 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from tokexport import UsageError, verify
-from tokexport.engines.tensorrt.build import build_engine
-from tokexport.engines.quantize import quantize
+from tokexport import UsageError, build_engine, export_onnx, quantize, verify
 from tokexport.export.graph import stages
 from tokexport.export.inspection import inspect
-from tokexport.export.reducers import METHODS
+from tokexport.export.reducers import TABLE as METHODS
 from tokexport.tools.demo import samples
 
 
@@ -22,7 +20,7 @@ def quantised(exported, tmp_path_factory):
     def make(**options):
         if str(options) not in made:
             made[str(options)] = folder / f"{len(made)}.onnx"
-            quantize(exported("tiny_vit", **options), samples.sample_photos(), made[str(options)])
+            quantize(exported("tiny_vit", **options), made[str(options)], calibration=samples.sample_photos())
         return made[str(options)]
 
     return make
@@ -87,24 +85,24 @@ def test_a_wrong_scale_is_found(quantised, tmp_path):
 @BY_METHOD
 def test_an_engine_is_built_of_it(method, quantised, method_cases, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: engine builds need it (no GPU)")
-    found = build_engine(
+    engine = build_engine(
         quantised(method=method, **method_cases[method]), tmp_path / "v.plan", builder="rtx", capabilities=("86",)
-    )
+    ).engine
     assert (
-        found.runtime.precision == "int8"
-        and found.layers["MATRIX_MULTIPLY"]["INT8"] == 24
-        and found.layers["CONVOLUTION"] == {"HALF": 1}
+        engine.precision == "int8"
+        and engine.layers["MATRIX_MULTIPLY"]["INT8"] == 24
+        and engine.layers["CONVOLUTION"] == {"HALF": 1}
     )
 
 
 def test_other_images_are_another_engine(exported, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: engine builds need it (no GPU)")
-    ask = {"path": tmp_path / "v.plan", "precision": "int8", "builder": "rtx", "capabilities": ("86",)}
+    ask = {"output": tmp_path / "v.plan", "precision": "int8", "builder": "rtx", "capabilities": ("86",)}
     first, again = (
         build_engine(exported("tiny_vit", method="evit", at=(1, 3, 4)), **ask, calibration=samples.sample_photos())
         for _ in range(2)
     )
-    assert first.runtime.precision == "int8" and not first.cached and again.cached
+    assert first.engine.precision == "int8" and not first.cached and again.cached
     with pytest.raises(UsageError, match="exists"):
         build_engine(exported("tiny_vit", method="evit", at=(1, 3, 4)), **ask, calibration=samples.sample_photos()[:1])
 
@@ -112,16 +110,40 @@ def test_other_images_are_another_engine(exported, tmp_path):
 def test_what_cannot_be_quantised_is_said_and_nothing_is_written(exported, quantised, tmp_path):
     plain, photos = exported("tiny_vit", method="tome", r=8), samples.sample_photos()
     with pytest.raises(UsageError, match="int8 already"):
-        quantize(quantised(method="tome", r=8), photos, tmp_path / "a.onnx")
+        quantize(quantised(method="tome", r=8), tmp_path / "a.onnx", calibration=photos)
     with pytest.raises(UsageError, match="no such file or folder"):
-        quantize(plain, [tmp_path / "none"], tmp_path / "a.onnx")
+        quantize(plain, tmp_path / "a.onnx", calibration=[tmp_path / "none"])
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(UsageError, match="cannot be read as an image"):
-        quantize(plain, [tmp_path / "text.png"], tmp_path / "a.onnx")
-    for precision, calibration, words in (("int8", [], "needs --calib"), ("fp16", photos, "--calib goes with --int8")):
+        quantize(plain, tmp_path / "a.onnx", calibration=[tmp_path / "text.png"])
+    with pytest.raises(UsageError, match="files that are read"):
+        quantize(plain, plain, calibration=photos, force=True)
+    for precision, calibration, words in (("int8", [], "needs calib"), ("fp16", photos, "calib goes with int8")):
         with pytest.raises(UsageError, match=words):
-            build_engine(plain, tmp_path / "a.plan", precision, "rtx", ("86",), calibration=calibration)
+            build_engine(
+                plain,
+                tmp_path / "a.plan",
+                precision=precision,
+                builder="rtx",
+                capabilities=("86",),
+                calibration=calibration,
+            )
     assert [p.name for p in tmp_path.iterdir()] == ["text.png"]
+
+
+def test_the_exporter_makes_one_at_once(tiny, schedule_of, quantised, tmp_path):
+    loaded, photos = tiny("tiny_vit"), samples.sample_photos()
+    schedule = schedule_of(loaded.module, 8)
+    result = export_onnx(loaded, schedule, tmp_path / "v.onnx", dtype="int8", calibration=photos, sources=True)
+    inspection = inspect(tmp_path / "v.onnx")
+    assert (
+        result.provenance == inspection.provenance and result.size == inspection.size and result.path == inspection.path
+    )
+    assert inspection.ops == inspect(quantised(method="tome", r=8)).ops and inspection.provenance.calibration == 2
+    for dtype, calibration, words in (("int8", (), "wanted calib too"), ("fp16", photos, "leave calib out")):
+        with pytest.raises(UsageError, match=words):
+            export_onnx(loaded, schedule, tmp_path / "w.onnx", dtype=dtype, calibration=calibration)
+    assert [p.name for p in tmp_path.iterdir()] == ["v.onnx"]
 
 
 def test_the_command_makes_one(tmp_path):
@@ -142,10 +164,10 @@ def test_the_command_makes_one(tmp_path):
     ]
     for kwarg in ("img_size=64", "patch_size=8", "embed_dim=64", "num_heads=2", "depth=10"):
         args += ["--model-kwargs", kwarg]
-    with pytest.raises(UsageError, match="wanted --calib"):
+    with pytest.raises(UsageError, match="wanted calib too"):
         CliRunner().invoke(group, args, catch_exceptions=False)
     out = CliRunner().invoke(group, [*args, "--calib", str(samples.sample_photos()[0].parent)])
     assert out.exit_code == 0 and "int8" in out.stderr and [p.name for p in tmp_path.iterdir()] == ["v.onnx"]
     assert inspect(tmp_path / "v.onnx").provenance.calibration == 2
-    with pytest.raises(UsageError, match="leave it out"):
+    with pytest.raises(UsageError, match="leave calib out"):
         CliRunner().invoke(group, [*args, "--calib", "x", "--dtype", "fp16", "--force"], catch_exceptions=False)

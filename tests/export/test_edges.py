@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from tokexport import Schedule, UsageError, export_onnx, load_model, reduce_model, verify
-from tokexport.export.models import vit
+from tokexport.export.models import as_plain
 from tokexport.export.checkpoints.score_heads import random_heads
-from tokexport.export.reducers import METHODS
+from tokexport.export.reducers import TABLE as METHODS
 from tokexport.export.models.score_head import score_heads
 from tokexport.export.graph.static_vit import StaticViT
 from tokexport.tools.show.terminal import tokens_words
@@ -102,11 +102,11 @@ def test_any_image_and_patch_size(size, method, relative):
     )
     model = loaded.module
     asked = ASKED.get(method, {"at": (1, 2)})
-    s = Schedule.parse(method=method, depth=depth, n_tokens=vit.n_tokens(model), n_prefix=1, **asked)
+    s = loaded.schedule(method, **asked)
     heads = score_heads(loaded, s)
-    image = torch.randn(2, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
+    image = torch.randn(2, 3, *as_plain(model).preprocess.size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        got, where = StaticViT(model, s, None, True, heads)(image)[:2]
+        got = StaticViT(model, s, None, True, heads)(image)
     wanted = reduce_model(model, s, heads).run(image)
-    assert relative(got, wanted.output) <= 1e-4 and torch.equal(where, wanted.sources)
+    assert relative(got["logits"], wanted.output) <= 1e-4 and torch.equal(got["sources"], wanted.sources)
     assert s.n_tokens == 1 + model.patch_embed.num_patches and (method == "none") == (s.n_final == s.n_tokens)

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from tokexport import reduce_model
-from tokexport.export import apply
+from tokexport.export import apply, reducers
 from tokexport.export.plan import MergePlan, Signals
-from tokexport.export.reducers import METHODS, diffrate, etps, tome
+from tokexport.export.reducers import diffrate, etps, tome
 from tokexport.export.schedule import Step
 from tokexport.export.models.score_head import StaticScoreHead, make_heads, score_heads
 
@@ -98,7 +98,7 @@ def _wrong_decisions(plans, arrays, images):
     return wrong
 
 
-def _ranked_wrong(plans, arrays, images):
+def _ranked_wrong(plans, arrays, images, squeezes=False):
     """The same for the methods that sort: order, hosts, sizes and map against the golden arrays of each block."""
     wrong, n = [], 65
     own = [
@@ -112,7 +112,7 @@ def _ranked_wrong(plans, arrays, images):
             continue
         n, plan = size.shape[1], plans[block]
         want = {k.removeprefix(layer): v for k, v in arrays.items() if k.startswith(layer)}
-        at, size = apply.follow(plan, at, n), apply.apply_eager(plan, size, size)[1]
+        at, size = apply.follow(plan, at, n, squeezes=squeezes), apply.apply_eager(plan, size, size)[1]
         for i in images:
             keep = plan.keep[i, :, 0].tolist()
             src, dst = ([], []) if plan.src is None else (plan.src[i, :, 0].tolist(), plan.dst[i, :, 0].tolist())
@@ -155,7 +155,7 @@ def reference(golden, tiny, schedule_of):
 def test_every_case_and_every_array_is_tested():
     assert TESTED == CASES, "a case of a method without a golden test"
     assert (
-        {c["method"] for c in CASES.values()} == {"base", *METHODS} - {"none"} and len(CASES) == 11 and len(UNITS) == 9
+        {c["method"] for c in CASES.values()} == {"base", *reducers.TABLE} - {"none"} and len(CASES) == 11 and len(UNITS) == 9
     )
     for name in CASES:
         arrays = np.load(FOLDER / f"{name}.npz").files
@@ -183,7 +183,11 @@ def test_the_reference_decides_as_the_authors_code_in_every_block(name, referenc
     case, arrays, robust, out, schedule = reference(name)
     plans = dict(zip([s.block for s in schedule.steps], out.plans, strict=True))
     assert len(plans) == {"base": 0, "tome": 6, "diffrate": 5}.get(case["method"], 3)
-    assert (_wrong_decisions if case["method"] == "tome" else _ranked_wrong)(plans, arrays, robust) == []
+    if case["method"] == "tome":
+        assert _wrong_decisions(plans, arrays, robust) == []
+    elif plans:
+        squeezes = reducers.get(case["method"]).squeezes
+        assert _ranked_wrong(plans, arrays, robust, squeezes) == []
     if plans:
         last = f"layer{max(plans):02d}"
         assert (out.sources[robust].numpy() == arrays[f"{last}.src_map"][robust]).all()
@@ -223,9 +227,9 @@ def test_a_single_merge_is_the_authors(key, form, golden, relative):
         plan = tome.reference(signals, step)
         out, size = apply.apply_eager(plan, signals.x, signals.size)
     else:
-        plan = tome.static(signals, step, form == "matmul")
+        plan = apply.lay_out(tome.static(signals, step), apply.Form(form), any_batch=False)
         out, size = apply.apply_static(plan, signals.x, signals.size)
-        names = torch.tensor(plan.labels)
+        names = torch.tensor(plan.layout.labels)
         plan = MergePlan(plan.keep, plan.src, (plan.dst == names).to(torch.int8).argmax(-1, keepdim=True))
     n = step.n_in
     assert relative(out, part["out"]) <= 1e-6 and relative(size[..., 0], part["out_size"]) <= 1e-6
@@ -237,26 +241,27 @@ def test_wrong_decisions_are_seen(reference):
     blocks = [s.block for s in schedule.steps]
     swapped = {
         **dict(zip(blocks, out.plans)),
-        5: MergePlan(out.plans[5].keep, out.plans[5].src, out.plans[5].dst.roll(1, 1), by_size=True),
+        5: MergePlan(out.plans[5].keep, out.plans[5].src, out.plans[5].dst.roll(1, 1), combine="size"),
     }
     found = _wrong_decisions(swapped, arrays, robust)
     assert found and all("block 5" in f for f in found) and any("dst_idx" in f for f in found)
-    reordered = {0: MergePlan(out.plans[0].keep.flip(1), out.plans[0].src, out.plans[0].dst, by_size=True)}
+    reordered = {0: MergePlan(out.plans[0].keep.flip(1), out.plans[0].src, out.plans[0].dst, combine="size")}
     assert any("unm_idx" in f for f in _wrong_decisions(reordered, arrays, robust))
 
 
 @pytest.mark.parametrize("name", ["evit_k07_fuse", "etps_k07", "diffrate_dec", "dtps_k07", "dynamicvit_k07"])
 def test_wrong_orders_and_hosts_are_seen(name, reference):
-    _, arrays, robust, out, schedule = reference(f"tiny_vit.{name}")
+    case, arrays, robust, out, schedule = reference(f"tiny_vit.{name}")
+    squeezes = reducers.get(case["method"]).squeezes
     plans = dict(zip([s.block for s in schedule.steps], out.plans))
     last = max(plans)
     plan = plans[last]
     swapped = {**plans, last: replace(plan, keep=torch.cat([plan.keep[:, :1], plan.keep[:, 1:].flip(1)], 1))}
-    assert any("src_map" in f and f"block {last}" in f for f in _ranked_wrong(swapped, arrays, robust))
+    assert any("src_map" in f and f"block {last}" in f for f in _ranked_wrong(swapped, arrays, robust, squeezes))
     if plan.src is not None and not plan.n_extra:
         assert any(
             f.endswith(("host_idx", "merge_dst"))
-            for f in _ranked_wrong({**plans, last: replace(plan, dst=plan.dst.roll(1, 1))}, arrays, robust)
+            for f in _ranked_wrong({**plans, last: replace(plan, dst=plan.dst.roll(1, 1))}, arrays, robust, squeezes)
         )
 
 
@@ -294,7 +299,7 @@ def test_a_squeeze_is_the_authors(form, golden, relative):
     got = (
         apply.apply_eager(etps.reference(s, step), s.x, s.x[..., :1])[0]
         if form == "reference"
-        else apply.apply_static(etps.static(s, step, False), s.x, None)[0]
+        else apply.apply_static(etps.static(s, step), s.x, None)[0]
     )
     assert relative(got[:, 1:], out) <= 1e-6
 
@@ -307,7 +312,7 @@ def test_of_tied_hosts_the_first_receives(golden, relative):
     assert tied.any()
     plan = etps.reference(s, step)
     assert (plan.dst[..., 0] - 1 == mask.argmax(-1)).all(), "the first of the best"
-    static = etps.static(s, step, False)
+    static = etps.static(s, step)
     assert (static.dst == plan.dst).all()
     got = apply.apply_eager(plan, s.x, s.x[..., :1])[0][:, 1:]
     for i in range(2):
@@ -330,7 +335,7 @@ def test_a_merge_of_diffrate_is_the_authors(golden, relative):
     step = Step(0, "post_attn", 9, kept, kept)
     for out, size in (
         apply.apply_eager(diffrate.reference(s, step), s.x, s.size),
-        apply.apply_static(diffrate.static(s, step, False), s.x, s.size),
+        apply.apply_static(diffrate.static(s, step), s.x, s.size),
     ):
         assert relative(out, arrays["out"]) <= 1e-6
         wanted = arrays["out_size"]
@@ -349,7 +354,7 @@ def test_a_size_below_zero_stays_positive():
     step = Step(0, "post_attn", 4, 2, 2)
     for plan, form in (
         (diffrate.reference(s, step), apply.apply_eager),
-        (diffrate.static(s, step, False), apply.apply_static),
+        (diffrate.static(s, step), apply.apply_static),
     ):
         out, size = form(plan, s.x, s.size)
         assert out.isfinite().all() and size[0, 1] == apply.SMALLEST and size[0, 0] == 1

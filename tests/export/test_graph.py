@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tokexport import Schedule, UsageError, export_onnx, reduce_model
 from tokexport.export.graph import checks
 from tokexport.export.errors import GraphError
-from tokexport.export.reducers import METHODS
+from tokexport.export import reducers
 from tokexport.export.models.score_head import score_heads
 
 WHY_TENSORRT = "tensorrt_rtx is not installed: node counts of the parsed network and engine builds need it (no GPU)"
@@ -123,7 +123,7 @@ def test_the_graph_of_every_method_is_static_and_valid(options, batch, exported,
 
 
 def test_every_method_is_exported_here(method_cases):
-    assert {name.split()[0] for name in method_cases} == {m for m, _ in BUDGETS} == set(METHODS)
+    assert {name.split()[0] for name in method_cases} == {m for m, _ in BUDGETS} == set(reducers.TABLE)
 
 
 def _batches(model):
@@ -188,7 +188,7 @@ def test_a_banned_node_and_wrong_counts_are_told_together(exported, tiny, schedu
     "other", [{"depth": 5}, {"depth": 7}, {"n_tokens": 66}, {"n_tokens": 64}, {"n_prefix": 0}, {"n_prefix": 2}], ids=str
 )
 def test_a_schedule_of_another_model_is_wrong_use(other, tiny, tmp_path):
-    schedule = Schedule.parse(8, **{"depth": 6, "n_tokens": 65, "n_prefix": 1, **other})
+    schedule = Schedule.parse("tome", r=8, **{"depth": 6, "n_tokens": 65, "n_prefix": 1, **other})
     with pytest.raises(UsageError, match="schedule"):
         reduce_model(tiny("tiny_vit").module, schedule)
     with pytest.raises(UsageError, match="schedule"):
@@ -201,15 +201,15 @@ ENGINES = pytest.mark.parametrize("runtime", ["ort", "openvino"])
 
 @pytest.fixture
 def check_engine(exported, run_onnx, tiny, schedule_of, golden, relative):
-    """check_engine(engine, kind, batch, **options): an engine's outputs are the reference's."""
+    """check_engine(runtime, kind, batch, **options): an runtime's outputs are the reference's."""
 
-    def check(engine, kind, batch, **options):
-        if engine == "openvino":
+    def check(runtime, kind, batch, **options):
+        if runtime == "openvino":
             pytest.importorskip("openvino", reason="openvino is not installed")
         loaded, image = tiny(kind), golden.image[1:]  # the first image of tiny_vit_nocls is a near-tie
         schedule = schedule_of(loaded.module, **options)
         wanted = reduce_model(loaded.module, schedule, score_heads(loaded, schedule)).run(image)
-        got = run_onnx(exported(kind, batch=batch, **options), image, engine)
+        got = run_onnx(exported(kind, batch=batch, **options), image, runtime)
         assert relative(got["logits"], wanted.output) <= 1e-4 and (got["sources"] == wanted.sources.numpy()).all()
         assert relative(got["logits"][::-1], wanted.output) > 1e-4, "images are told apart"
 
@@ -219,14 +219,14 @@ def check_engine(exported, run_onnx, tiny, schedule_of, golden, relative):
 @ENGINES
 @pytest.mark.parametrize("batch", [1, None])
 @pytest.mark.parametrize("kind", ["tiny_vit_nocls", "tiny_vit_distilled"])
-def test_every_engine_gives_the_references_numbers(engine, kind, batch, check_engine):
-    check_engine(engine, kind, batch, r=8)
+def test_every_engine_gives_the_references_numbers(runtime, kind, batch, check_engine):
+    check_engine(runtime, kind, batch, r=8)
 
 
 @ENGINES
 @pytest.mark.parametrize("batch", [1, None])
-def test_every_engine_runs_every_method(engine, options, batch, check_engine):
-    check_engine(engine, "tiny_vit", batch, **options)
+def test_every_engine_runs_every_method(runtime, options, batch, check_engine):
+    check_engine(runtime, "tiny_vit", batch, **options)
 
 
 @pytest.mark.parametrize("method, batch", BUDGETS)
@@ -257,7 +257,7 @@ def _added(reduced, dense):
 
 @pytest.mark.parametrize("batch", [1, None])
 @pytest.mark.parametrize(
-    "method", [m for m in METHODS if m not in ("none", "dtps", "dynamicvit")]
+    "method", [m for m, r in reducers.TABLE.items() if m != "none" and "score_head" not in r.signals]
 )  # score heads are weights themselves
 def test_a_reduction_adds_few_constants_to_deit_small(method, batch, deit):
     assert 0 < _added(deit(method, batch), deit("none", 1)) < ADDED
@@ -311,7 +311,7 @@ def _build(path, side, batch):
 
 
 @pytest.mark.parametrize("batch", [1, None])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", reducers.TABLE)
 def test_tensorrt_builds_an_engine_of_deit_small(method, batch, deit):
     path = deit(method, batch)
     assert onnx.load(path, load_external_data=False).opset_import[0].version == 20

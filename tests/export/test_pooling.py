@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tokexport import Schedule, UsageError, export_onnx, load_model, reduce_model, verify
-from tokexport.export.models import vit
+from tokexport.export.models import as_plain
 
 KWARGS = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2, "num_classes": 10}
 OPTIONS = {"tome": {"r": 8}, "diffrate": {"rates": {"prune_kept": [60, 50, 40, 30], "merge_kept": [50, 40, 30, 20]}}}
@@ -31,7 +31,7 @@ def by_hand(loaded, s, image):
 def test_a_model_like_maes_is_pooled_by_size(method, relative):
     loaded, image = model(), torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     s = schedule(method)
-    assert vit.pools_by_size(loaded.module, s)
+    assert as_plain(loaded.module).pools_by_size(s)
     with torch.no_grad():
         wanted = by_hand(loaded, s, image)
         got = reduce_model(loaded.module, s)(image)
@@ -67,18 +67,17 @@ def test_the_sum_of_tomes_sizes_is_the_number_of_patches():
 )
 def test_who_is_like_mae(kwargs, prefix, pools):
     loaded = model(**kwargs)
-    assert vit.pools_by_size(loaded.module, schedule("tome", prefix)) == pools
-    assert not vit.pools_by_size(loaded.module, schedule("tome", prefix, pool="mean"))
+    plain = as_plain(loaded.module)
+    assert plain.pools_by_size(schedule("tome", prefix)) == pools
+    assert not plain.pools_by_size(schedule("tome", prefix, pool="mean"))
     if kwargs.get("global_pool", "avg") != "avg":
-        with pytest.raises(UsageError, match="--pool size"):
+        with pytest.raises(UsageError, match="pool size"):
             reduce_model(loaded.module, schedule("tome", prefix, pool="size"))
     else:
-        assert vit.pools_by_size(loaded.module, schedule("tome", prefix, pool="size"))
-    with pytest.raises(UsageError, match="wanted size or mean"):
+        assert plain.pools_by_size(schedule("tome", prefix, pool="size"))
+    with pytest.raises(UsageError, match="wanted auto or size or mean"):
         reduce_model(loaded.module, schedule("tome", prefix, pool="max"))
-    assert not vit.pools_by_size(
-        loaded.module, Schedule.parse(method="none", depth=4, n_tokens=64 + prefix, n_prefix=prefix)
-    )
+    assert not plain.pools_by_size(loaded.schedule("none"))
 
 
 def test_size_by_wish_is_reproduced_without_a_class_token(tmp_path):

@@ -4,16 +4,17 @@ The eager comparison runs in float64, where no rounding comes near a tie and a d
 """
 
 import functools
+from dataclasses import replace
 
 import onnxruntime
 import pytest
 import torch
 
 from tokexport import export_onnx, load_model, reduce_model
-from tokexport.export import apply
+from tokexport.export import apply, reducers
 from tokexport.export.graph import static_vit
-from tokexport.export.graph.export import quiet
-from tokexport.export.plan import MergePlan, Signals
+from tokexport.export.graph.trace import quiet
+from tokexport.export.plan import MergePlan, Signals, StaticLayout
 from tokexport.export.reducers import tome
 from tokexport.export.schedule import Step
 from tokexport.kernels import ops
@@ -85,14 +86,13 @@ def _image(model, n=2):
 
 def _rows(plan):
     """A static plan in the reference's terms: row numbers instead of labels, and with a batch."""
-    labels = torch.tensor(plan.labels)
-    assert len(set(plan.labels)) == len(plan.labels)
+    labels, target = torch.tensor(plan.layout.labels), plan.layout.target
+    assert len(set(plan.layout.labels)) == len(plan.layout.labels)
     hit = plan.dst == labels
     assert hit.any(-1).all(), "a host without an output row"
-    if plan.target is not None:
-        assert (plan.target.gather(-2, plan.keep)[..., 0] == labels).all() and (
-            plan.target.gather(-2, plan.src) == plan.dst
-        ).all()
+    if target is not None:
+        assert (target.gather(-2, plan.keep)[..., 0] == labels).all()
+        assert (target.gather(-2, plan.src) == plan.dst).all()
     columns = plan.keep, plan.src, hit.to(torch.int8).argmax(-1, keepdim=True)
     return MergePlan(*(c if c.ndim == 3 else c[None] for c in columns))
 
@@ -113,16 +113,16 @@ def _take_form(patch, kind, form):
 
 def _compare(model, schedule, kind, relative):
     """(largest relative difference of outputs, whether sources are equal, blocks that decide otherwise)."""
-    seen, reducer_static, image = [], tome.static, _image(model)
+    seen, lay_out, image = [], static_vit.lay_out, _image(model)
     worst, equal, wrong = 0.0, True, []
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(tome, "static", lambda *a: seen.append(reducer_static(*a)) or seen[-1])
+        patch.setattr(static_vit, "lay_out", lambda *a, **how: seen.append(lay_out(*a, **how)) or seen[-1])
         static = static_vit.StaticViT(model, schedule, {"single": 1, "fixed": 2, "dynamic": None}[kind], sources=True)
         for part in image.split(1 if kind == "single" else 2):
             seen.clear()
             wanted, got = reduce_model(model, schedule).run(part), static(part)
-            worst = max(worst, relative(got[0], wanted.output))
-            equal &= torch.equal(got[1], wanted.sources)
+            worst = max(worst, relative(got[static.output_name], wanted.output))
+            equal &= torch.equal(got["sources"], wanted.sources)
             wrong += [
                 s.block
                 for s, mine, plan in zip(schedule.steps, seen, wanted.plans, strict=True)
@@ -171,7 +171,8 @@ def test_without_a_reduction_the_static_graph_is_timm_itself(double, schedule_of
     for variant in VARIANTS:
         model = _model(variant)
         with torch.no_grad():
-            got = static_vit.StaticViT(model, schedule_of(model, None), None)(_image(model))[0]
+            static = static_vit.StaticViT(model, schedule_of(model, None), None)
+            got = static(_image(model))[static.output_name]
             assert relative(got, model(_image(model))) <= 1e-9, variant
 
 
@@ -217,16 +218,19 @@ def test_exact_ties_are_decided_alike(n, prefix, has_class, kind):
     for r in sorted({1, (n - prefix) // 4, (n - prefix) // 2} - {0}):
         step = Step(0, "post_attn", n, n - r, n - r)
         wanted = tome.reference(signals, step)
-        for by_target in (False, True):
+        for form in apply.Form:
             if kind == "single":
                 alone = [Signals(signals.x[i], prefix, has_class, metric=signals.metric[i]) for i in range(3)]
-                same = all(
-                    [_same(_rows(tome.static(s, step, by_target)), _image_of(wanted, i)) for i, s in enumerate(alone)]
-                )
+                same = all([_same(_rows(_static(s, step, form)), _image_of(wanted, i)) for i, s in enumerate(alone)])
             else:
-                same = _same(_rows(tome.static(signals, step, by_target)), wanted)
-            other += [] if same else [(r, by_target)]
+                same = _same(_rows(_static(signals, step, form)), wanted)
+            other += [] if same else [(r, form)]
     assert other == []
+
+
+def _static(signals, step, form):
+    """ToMe's static plan, laid out."""
+    return apply.lay_out(tome.static(signals, step), form, any_batch=signals.any_batch)
 
 
 class Decide(torch.nn.Module):
@@ -237,10 +241,9 @@ class Decide(torch.nn.Module):
         self.step, self.prefix, self.has_class = step, prefix, has_class
 
     def forward(self, metric):
-        plan = tome.static(
-            Signals(metric, self.prefix, self.has_class, metric=metric, any_batch=metric.ndim == 3), self.step, True
-        )
-        return plan.keep, plan.src, plan.dst, plan.target
+        signals = Signals(metric, self.prefix, self.has_class, metric=metric, any_batch=metric.ndim == 3)
+        plan = _static(signals, self.step, apply.Form.MATMUL)
+        return plan.keep, plan.src, plan.dst, plan.layout.target
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["one image", "any batch"])
@@ -267,7 +270,8 @@ def test_exact_ties_are_decided_alike_in_a_graph(prefix, has_class, dynamic):
     for i, metric in enumerate(signals.metric):
         out = session.run(None, {feed.name: (metric[None] if dynamic else metric).numpy()})
         keep, src, dst, target = map(torch.from_numpy, out)
-        plan = MergePlan(keep, src, dst, labels=tome.labels(step, prefix), target=target)
+        layout = StaticLayout(labels=reducers.get("tome").row_labels(step, prefix), target=target)
+        plan = MergePlan(keep, src, dst, layout=layout)
         same = _same(_rows(plan), _image_of(wanted, i))
         assert same
 
@@ -278,11 +282,13 @@ def test_other_decisions_and_other_arithmetic_are_seen(double, schedule_of, rela
     assert not _same(plan, MergePlan(plan.keep, plan.src, plan.dst.roll(1, 1))) and not _same(
         plan, MergePlan(plan.keep.flip(1), plan.src, plan.dst)
     )
-    model, static, merge = _model("LayerScale"), tome.static, static_vit.apply_static
-    flipped = lambda plan: MergePlan(plan.keep, plan.src, plan.dst.flip(-2), by_size=True, labels=plan.labels)
-    monkeypatch.setattr(tome, "static", lambda s, step, _: flipped(static(s, step, False)))
+    model, merge = _model("LayerScale"), static_vit.apply_static
+    flipped = lambda plan, form, **how: (laid := apply.lay_out(plan, apply.Form.GATHER, **how)) and replace(
+        laid, dst=laid.dst.flip(-2)
+    )
+    monkeypatch.setattr(static_vit, "lay_out", flipped)
     worst, equal, wrong = _compare(model, schedule_of(model, [4]), "fixed", relative)
     assert worst > 1e-9 and not equal and wrong == [0]
-    monkeypatch.setattr(tome, "static", static)
+    monkeypatch.setattr(static_vit, "lay_out", apply.lay_out)
     monkeypatch.setattr(static_vit, "apply_static", lambda plan, x, *rest: merge(plan, x * (1 + 1e-6), *rest))
     assert _compare(model, schedule_of(model, [4]), "fixed", relative)[0] > 1e-9

@@ -89,7 +89,7 @@ def _first(case):
 
 
 def _run_onnx(name, tensors, further, feeds, dynamic):
-    from tokexport.export.graph.export import translate
+    from tokexport.export.graph.trace import translate
 
     program = translate(Call(name, further), (tensors,), dynamic=dynamic)
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -164,7 +164,7 @@ class Reshapes(torch.nn.Module):
     [([[-1, 5]], 0), ([[5, 9]], 1), ([[3, 15], [5, 9]], 1), ([[3, 15], [9, 5]], 0), ([[5, 9], [-1, 5]], 0)],
 )
 def test_a_reshape_that_changes_nothing_leaves_the_graph(shapes, nodes):
-    from tokexport.export.graph.export import translate
+    from tokexport.export.graph.trace import translate
 
     x, module = _numbers(9, 5), Reshapes(shapes)
     proto = translate(module, (x,)).model_proto

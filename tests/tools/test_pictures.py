@@ -143,10 +143,9 @@ def test_models_with_other_classes_are_not_evaluated_together(model, exported, d
         "ten classes both"
     )
     loaded = load_model(digits.MODEL, {**digits.KWARGS, "num_classes": 5})
-    from tokexport import Schedule
 
     five = data.parent / "five.onnx"
-    export_onnx(loaded, Schedule.parse(4, depth=12, n_tokens=65), five, force=True)
+    export_onnx(loaded, loaded.schedule("tome", r=4), five, force=True)
     assert "other classes" in str(run("eval", model, five, "--images", data).exception)
 
 

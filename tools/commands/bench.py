@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
+from ...export import reducers
 from ...export.errors import UsageError
 
-SWEPT = {"r": ("tome",), "keep_rate": ("evit", "etps", "dtps", "dynamicvit")}
 
 
 @click.command("bench")
@@ -24,7 +24,7 @@ SWEPT = {"r": ("tome",), "keep_rate": ("evit", "etps", "dtps", "dynamicvit")}
 @click.option(
     "--sweep",
     metavar="r=0,8,13",
-    help="Export FILE's model anew for each value of r or keep_rate; speed and agreement with the dense model.",
+    help=f"Export FILE's model anew for each value of {' or '.join(reducers.swept())}; speed and agreement with the dense model.",
 )
 @click.option(
     "--images", multiple=True, metavar="DIR_OR_FILES", help="For --sweep: images to agree on; default: seeded noise."
@@ -140,13 +140,13 @@ def _swept(text: str | None) -> tuple[str | None, list[str]]:
     """ "r=0,8:-1,13" -> ("r", ["0", "8:-1", "13"])."""
     if text is None:
         return None, []
-    name, eq, values = text.replace("-", "_", 1).partition("=") if text.startswith("keep-") else text.partition("=")
-    found = list(dict.fromkeys(v.strip() for v in values.split(",")))
-    if name not in SWEPT or not all(found):
-        raise UsageError(
-            f"--sweep {text[:60]!r}: wanted r=0,8,13 (ToMe) or keep_rate=0.9,0.7,0.5 (EViT, eTPS, dTPS, DynamicViT)"
-        )
-    return name, found
+    name, _, values = text.partition("=")
+    name, swept = name.replace("-", "_"), reducers.swept()
+    values = list(dict.fromkeys(v.strip() for v in values.split(",")))
+    if name not in swept or not all(values):
+        names = " or ".join(f"{o} ({', '.join(reducers.TABLE[m].title for m in ms)})" for o, ms in swept.items())
+        raise UsageError(f"--sweep {text[:60]!r}: wanted an option and values, e.g. r=0,8,13; options are {names}")
+    return name, values
 
 
 def _picture(plot: str | None, force: bool, plots, inputs: list) -> Path | None:
@@ -168,7 +168,7 @@ def _maker(folder: Path, found: list, progress):
     loaded = []
 
     def make(method: str, options: dict, *how) -> Path:
-        progress(f"exporting {method} {' '.join(f'{k}={v}' for k, v in options.items() if k in SWEPT)}")
+        progress(f"exporting {method} {' '.join(f'{k}={v}' for k, v in options.items() if k in reducers.swept())}")
         if not loaded:
             from ...export.models.load import load_model
 
@@ -197,11 +197,11 @@ def _sweep_files(make, found: list, name: str, values: list[str]) -> tuple[list,
 
     base = found[0].provenance.schedule if found else None
     method, options, how = (
-        (base.method, dict(base.options), bench.way(found[0])) if base else (SWEPT[name][0], {}, (None, 20, "fp32"))
+        (base.method, dict(base.options), bench.way(found[0])) if base else (reducers.takers(name)[0], {}, (None, 20, "fp32"))
     )
-    if method not in SWEPT[name]:
+    if method not in reducers.takers(name):
         raise UsageError(
-            f"--sweep {name}=...: {found[0].path} is {method}, which has no {name}; it goes with {', '.join(SWEPT[name])}"
+            f"--sweep {name}=...: {found[0].path} is {method}, which has no {name}; it goes with {', '.join(reducers.takers(name))}"
         )
     files = {v: inspect(make(method, {**options, name: v}, *how)) for v in values}
     return list(files.values()), {str(f.path): v for v, f in files.items()}

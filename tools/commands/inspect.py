@@ -9,61 +9,61 @@ import click
 @click.argument("file")
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON on stdout.")
 def command(file, as_json):
-    """Show what FILE, an ONNX file or an engine, is: provenance, tokens per block, MACs, operators, what TensorRT would refuse."""
-    from ...engines.files import is_engine
-    from ...export.inspection import inspect
-    from ..show.terminal import macs_words, print_json, size_words, tokens_words
+    """Show what FILE (ONNX or an engine) is: provenance, tokens per block, MACs, operators, what builders refuse."""
+    from ...engines.files import EngineInspection, inspect_file
+    from ..show.terminal import print_json
 
-    if is_engine(file):
-        _engine(file, as_json)
-        return
-    found = inspect(file)
-    if as_json:
-        print_json(found.to_json())
-        return
-    p = found.provenance
-    _print(
-        [
-            *_origin(p),
-            ("tokens", tokens_words(p.schedule.n_tokens, p.schedule.tokens_per_block())),
-            ("MACs", macs_words(found.macs, found.macs_dense)),
-            _input(p, found.batch or "dynamic"),
-            ("outputs", ", ".join(p.outputs) + (f" ({len(p.labels)} labels)" if p.labels else "")),
-            ("file", f"{size_words(found.size)}, opset {p.opset}, {p.precision}, tokexport {p.version}"),
-            ("graph", f"{sum(found.ops.values())} nodes: " + ", ".join(f"{n} {k}" for k, n in found.ops.items())),
-            ("TensorRT", "nothing it would refuse" if not found.refusals else "REFUSED: " + "; ".join(found.refusals)),
-            *(("note", n) for n in p.schedule.notes),
-        ]
-    )
+    inspection = inspect_file(file)
+    if isinstance(inspection, EngineInspection):
+        layers = _layers(file)
+        if as_json:
+            print_json({**inspection.to_json(), **({"engine_layers": layers} if layers else {})})
+        else:
+            _print(_engine_lines(inspection.engine, len(layers)))
+    elif as_json:
+        print_json(inspection.to_json())
+    else:
+        _print(_file_lines(inspection))
 
 
-def _engine(file: str, as_json: bool) -> None:
-    """What the sidecar of an engine says."""
-    import json
-    from dataclasses import asdict
+def _file_lines(inspection) -> list[tuple[str, str]]:
+    """What an `Inspection` of an ONNX file says, (title, text) each."""
+    from ..show.terminal import macs_words, size_words, tokens_words
 
-    from ...engines.tensorrt.sidecar import read_sidecar
-    from ...export.provenance import Provenance
-    from ..show.terminal import engine_lines, print_json, size_words, tokens_words
+    p, refusals = inspection.provenance, inspection.refusals
+    return [
+        *_origin(p),
+        ("tokens", tokens_words(p.schedule.n_tokens, p.schedule.tokens_per_block())),
+        ("MACs", macs_words(inspection.macs, inspection.macs_dense)),
+        _input(p, inspection.batch or "dynamic"),
+        ("outputs", ", ".join(p.outputs) + (f" ({len(p.labels)} labels)" if p.labels else "")),
+        (
+            "file",
+            f"{size_words(inspection.size)}, opset {p.opset}, {p.precision}, for {p.target}, tokexport {p.version}",
+        ),
+        ("graph", f"{sum(inspection.ops.values())} nodes: " + ", ".join(f"{n} {k}" for k, n in inspection.ops.items())),
+        ("engines", "nothing that a builder refuses" if not refusals else "REFUSED: " + "; ".join(refusals)),
+        *(("note", note) for note in p.schedule.notes),
+    ]
 
-    e = read_sidecar(file)
-    layers = _layers(file)
-    if as_json:
-        print_json({"path": str(file), **asdict(e), **({"engine_layers": layers} if layers else {})})
-        return
-    p = Provenance.from_json(json.dumps(e.provenance))
-    words = {"rtx": "TensorRT-RTX", "tensorrt": "TensorRT"}.get(e.runtime["name"], e.runtime["name"])
-    _print(
-        [
-            *_origin(p),
-            ("tokens", tokens_words(p.schedule.n_tokens, p.schedule.tokens_per_block())),
-            _input(p, e.batch or "dynamic"),
-            ("outputs", ", ".join(e.outputs)),
-            ("engine", f"{words} {e.runtime['version']}, {e.precision}, {size_words(e.size)}, from {e.source}"),
-            *engine_lines(e),
-            *([("built", f"{len(layers)} layers in the engine")] if layers else []),
-        ]
-    )
+
+def _engine_lines(engine, n_layers: int) -> list[tuple[str, str]]:
+    """What an `EngineFile` says, (title, text) each; n_layers: of the loaded engine, 0 where it cannot be loaded."""
+    from ..show.terminal import engine_lines, size_words, tokens_words
+
+    p, builder = engine.provenance, engine.builder
+    return [
+        *_origin(p),
+        ("tokens", tokens_words(p.schedule.n_tokens, p.schedule.tokens_per_block())),
+        _input(p, engine.batch or "dynamic"),
+        ("outputs", ", ".join(engine.output_names)),
+        (
+            "engine",
+            f"{builder.words} {builder.version}, {engine.precision}, {size_words(engine.size)}, from {engine.source}",
+        ),
+        *engine_lines(engine),
+        *([("built", f"{n_layers} layers in the engine")] if n_layers else []),
+    ]
 
 
 def _layers(file: str) -> list[dict]:
@@ -72,13 +72,13 @@ def _layers(file: str) -> list[dict]:
 
     from ...engines.tensorrt import runtime as trt
     from ...engines.runners.tensorrt import layer_information
-    from ...export.errors import UsageError
+    from ...export.errors import EngineError, UsageError
 
     if not trt.gpus():
         return []
     try:
         return layer_information(Path(file))
-    except UsageError:
+    except (UsageError, EngineError):
         return []
 
 

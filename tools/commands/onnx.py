@@ -4,47 +4,22 @@ from __future__ import annotations
 
 import click
 
+from ...export import reducers
 from ...export.errors import UsageError
-from ...export.reducers import METHODS
+from .method_options import as_flags, method_options
 from .model_options import file_stem, load, model_options, split
 
 
 @click.command("onnx")
 @model_options
-@click.option("--method", type=click.Choice(METHODS), default="tome", show_default=True, help="How tokens are reduced.")
 @click.option(
-    "--r", metavar="R", help="ToMe: tokens merged per block: 13, 13:-1 (r:inflection) or 8,8,4,... (one a block)."
+    "--method",
+    type=click.Choice(list(reducers.TABLE)),
+    default=reducers.DEFAULT,
+    show_default=True,
+    help="How tokens are reduced: " + "; ".join(f"{r.name}, {r.help}" for r in reducers.TABLE.values()) + ".",
 )
-@click.option(
-    "--keep-rate",
-    metavar="RATE",
-    help="EViT, eTPS, dTPS, DynamicViT: share of tokens kept, or a list, one a stage; default 0.7. "
-    "A list for dTPS and DynamicViT holds shares of all patches.",
-)
-@click.option("--at", metavar="BLOCKS", help="The same: blocks with a reduction, from 0; default 3,6,9.")
-@click.option("--fuse/--no-fuse", default=None, help="EViT: the tokens left out become one; default on.")
-@click.option(
-    "--rates",
-    metavar="NAME|FILE",
-    help="DiffRate: a published list (tokexport rates), e.g. deit_small@2.9, or a JSON file.",
-)
-@click.option(
-    "--prop-attn/--no-prop-attn",
-    default=None,
-    help="ToMe, DiffRate: proportional attention, default on; off for ToMe on MAE-trained models and on models trained with ToMe.",
-)
-@click.option(
-    "--pool",
-    type=click.Choice(["size", "mean"]),
-    help="ToMe, DiffRate: weigh an average pool by token size, or not; "
-    "default by size for models that pool like MAE's, as the authors do.",
-)
-@click.option(
-    "--score",
-    type=click.Choice(["class", "mean"]),
-    help="EViT, eTPS, DiffRate: sort by the attention the class token pays "
-    "(default), or by the mean attention received (a substitute, for models without a class token).",
-)
+@method_options
 @click.option("--batch", default="dynamic", show_default=True, metavar="N|dynamic", help="Images per run.")
 @click.option(
     "--dtype",
@@ -83,48 +58,39 @@ def command(
 
     tokexport onnx --method tome --r 13 -o vit.onnx
     """
+    from ...engines.onnx_export import check_precision
     from ...export.files import check_output
     from ..show.terminal import console, print_json, stages
 
     images, (which, options) = _batch(batch), split(options)
     checkpoint, predictor = which["checkpoint"], which["predictor"]
-    if bool(calib) != (dtype == "int8"):
-        raise UsageError(
-            f"--dtype {dtype}: "
-            + (
-                "--calib goes with --dtype int8: leave it out"
-                if calib
-                else "wanted --calib IMAGES too, a folder of some tens of images like those the model will see"
-            )
-        )
+    check_precision(dtype, calib)
     path = check_output(f"{file_stem(which)}.{method}.onnx" if output is None else output, force, [checkpoint, predictor, *calib])
     out = console()
     with stages(out) as progress:
         progress("loading torch")
-        from ...export.models import vit
-        from ...export.graph import export as onnx_export
-        from ...export import reducers
-        from ...export.schedule import Schedule
+        from ...engines.onnx_export import export_onnx
 
-        reducers.check_options(method, {k: v for k, v in options.items() if v is not None})
-        if predictor and "head" not in getattr(reducers.get(method), "NEEDS", ()):
-            raise UsageError(f"--predictor goes with --method dtps, dynamicvit, not with {method}")
+        learned = _check_method(method, options, predictor)
         progress("loading the model")
         loaded = load(which)
-        model = loaded.module
-        schedule = Schedule.parse(
-            method=method,
-            depth=len(model.blocks),
-            n_tokens=vit.n_tokens(model),
-            n_prefix=model.num_prefix_tokens,
-            **options,
+        with as_flags(options):
+            schedule = loaded.schedule(method, **options)
+        result = export_onnx(
+            loaded,
+            schedule,
+            path,
+            dtype=dtype,
+            calibration=calib,
+            force=force,
+            progress=progress,
+            batch=images,
+            opset=opset,
+            simplify=simplify,
+            sources=sources,
         )
-        export = lambda to, dtype: onnx_export.export_onnx(
-            loaded, schedule, to, images, opset, simplify, sources, force, dtype, progress
-        )
-        result = _int8(export, calib, path, force, progress) if dtype == "int8" else export(path, dtype)
     notes = [*loaded.notes, *schedule.notes]
-    if "head" in getattr(reducers.get(method), "NEEDS", ()) and not loaded.heads:
+    if learned and not loaded.heads:
         notes.append("the score heads are random too (same seed): give --predictor FILE, or a checkpoint that has them")
     if as_json:
         print_json(_data(result, notes))
@@ -132,22 +98,14 @@ def command(
         _print(out, result, notes, batch)
 
 
-def _int8(export, calib, path, force: bool, progress):
-    """The fp32 file is made aside and quantised to path."""
-    import tempfile
-    from dataclasses import replace
-    from pathlib import Path
-
-    from ...engines.images import find_images
-    from ...engines.quantize import quantize
-    from ...export.inspection import inspect
-
-    find_images(list(calib))  # known before the export
-    with tempfile.TemporaryDirectory(prefix=".tokexport-", dir=path.parent) as aside:
-        result = export(Path(aside) / path.name, "fp32")
-        quantize(result.path, list(calib), path, force, progress)
-    made = inspect(path)
-    return replace(result, path=path, provenance=made.provenance, nodes=sum(made.ops.values()), size=made.size)
+def _check_method(method: str, options: dict, predictor: str | None) -> bool:
+    """Options and --predictor are for this method. Returns: it reads trained score heads."""
+    with as_flags(options):
+        reducers.check_names(method, {name: value for name, value in options.items() if value is not None})
+    learned = [name for name, reducer in reducers.TABLE.items() if "score_head" in reducer.signals]
+    if predictor and method not in learned:
+        raise UsageError(f"--predictor goes with --method {', '.join(learned)}, not with {method}")
+    return method in learned
 
 
 def _batch(text: str) -> int | None:

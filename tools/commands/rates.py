@@ -36,22 +36,20 @@ def command(listed, as_json):
 
 
 def _rows() -> list[dict]:
-    from ...export import counts, macs, rates
+    from ...export import macs
+    from ...export.reducers import diffrate_rates
     from ...export.schedule import Schedule
 
     rows = []
-    for model, lists in rates.published().items():
-        for cost in lists:
-            prune, merge, n_tokens = rates.find(f"{model}@{cost}")
-            steps, notes = counts.diffrate(prune, merge, n_tokens, 1)
-            schedule = Schedule(
-                "diffrate", n_tokens, 1, len(prune), {"prune_kept": prune, "merge_kept": merge}, steps, tuple(notes)
-            )
+    for model, lists in diffrate_rates.published().items():
+        for cost, (prune, merge, n_tokens) in lists.items():
+            name = f"{model}@{cost}"
+            schedule = Schedule.parse("diffrate", n_tokens=n_tokens, depth=len(prune), rates=name)
             dims = _dims(*MODELS[model])
             total, dense = macs.count(dims, schedule), macs.count(dims, macs.dense(schedule))
             rows.append(
                 {
-                    "name": f"{model}@{cost}",
+                    "name": name,
                     "published_gflops": float(cost),
                     "n_tokens": n_tokens,
                     "depth": len(prune),
@@ -61,14 +59,14 @@ def _rows() -> list[dict]:
                     "macs": total,
                     "macs_dense": dense,
                     "ratio": dense / total,
-                    "notes": notes,
+                    "notes": list(schedule.notes),
                 }
             )
     return rows
 
 
 def _dims(width: int, patch: int) -> dict:
-    """What `vit.dims` says of a classifier for ImageNet-1k at 224 x 224."""
+    """What `PlainViT.dims` says of a classifier for ImageNet-1k at 224 x 224."""
     return {
         "width": width,
         "attn_width": width,

@@ -6,24 +6,24 @@ import re
 
 import click
 
+from ...export import precisions
 from ...export.errors import UsageError
 
 UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
+def _precision_flags(function):
+    """A flag a precision: --fp32, --tf32, ..."""
+    for name, row in reversed(precisions.TABLE.items()):
+        more = "; needs --calib" if row.product_type == "INT8" else ""
+        function = click.option(f"--{name}", is_flag=True, help=f"{row.help[0].upper()}{row.help[1:]}{more}.")(function)
+    return function
+
+
 @click.command("trt")
 @click.argument("file")
 @click.option("-o", "--output", metavar="PLAN", help="Default: the file's name with .plan.")
-@click.option("--fp32", is_flag=True, help="float32 throughout, without TF32.")
-@click.option("--tf32", is_flag=True, help="float32, matrix products with TF32's ten bits.")
-@click.option("--fp16", is_flag=True, help="The trunk in fp16; decisions, sizes and merging in float32.")
-@click.option("--bf16", is_flag=True, help="The trunk in bf16.")
-@click.option(
-    "--int8",
-    is_flag=True,
-    help="Linear layers in int8, the rest of the trunk in fp16; needs --calib. "
-    "Default of these five: the file's own precision.",
-)
+@_precision_flags
 @click.option(
     "--calib", multiple=True, metavar="IMAGES", help="Files or folders that --int8 is calibrated on; repeatable."
 )
@@ -39,7 +39,9 @@ UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10*
 )
 @click.option("--batch", metavar="MIN:BEST:MAX", help="Batch sizes of a file with a dynamic batch.  [default: 1:8:32]")
 @click.option(
-    "--timing-cache", metavar="FILE", help="TensorRT: what was measured in builds before.  [default: beside the engine]"
+    "--timing-cache",
+    metavar="FILE",
+    help="TensorRT: a file of what was measured in builds before, read and written anew.",
 )
 @click.option(
     "--opt-level", type=int, metavar="0-5", help="How long the builder may search; default the builder's own."
@@ -67,7 +69,7 @@ def command(
     dry_run,
     force,
     as_json,
-    **precisions,
+    **flags,
 ):
     """Build a TensorRT engine from FILE, made by `tokexport onnx`; PLAN.json beside it says what it is.
 
@@ -76,26 +78,24 @@ def command(
     from ...engines.tensorrt.build import build_engine
     from ..show.terminal import bar, console, print_json
 
-    plain = lambda c: c.strip().lower().removeprefix("sm").replace(".", "")
-    capabilities = () if compute_capability is None else tuple(map(plain, compute_capability.split(",")))
     out = console()
     with bar(out) as progress:
         result = build_engine(
             file,
             output,
-            _one(precisions),
-            builder,
-            capabilities,
-            _sizes(batch),
-            timing_cache,
-            opt_level,
-            _bytes(workspace),
-            version_compatible,
-            dry_run,
-            force,
-            progress,
-            list(calib),
-            decisions,
+            precision=_one(flags),
+            builder=builder,
+            capabilities=_capabilities(compute_capability),
+            profile=_sizes(batch),
+            calibration=list(calib),
+            decisions=decisions,
+            opt_level=opt_level,
+            workspace=_bytes(workspace),
+            timing_cache=timing_cache,
+            version_compatible=version_compatible,
+            dry_run=dry_run,
+            force=force,
+            progress=progress,
         )
     if as_json:
         print_json(_data(result))
@@ -103,8 +103,16 @@ def command(
         _print(out, result)
 
 
-def _one(precisions: dict[str, bool]) -> str | None:
-    asked = [name for name, given in precisions.items() if given]
+def _capabilities(text: str | None) -> tuple[str, ...]:
+    """ "8.6,sm120" -> ("86", "120")."""
+    parts = () if text is None else text.split(",")
+    return tuple(part.strip().lower().removeprefix("sm").replace(".", "") for part in parts)
+
+
+def _one(flags: dict[str, bool]) -> str | None:
+    """The precision that is asked for; None for the file's own. Raises: UsageError for more than one."""
+    names = {name.replace("-", "_"): name for name in precisions.TABLE}  # as click calls the parameters
+    asked = [names[flag] for flag, given in flags.items() if given]
     if len(asked) > 1:
         raise UsageError(
             f"{' '.join(f'--{name}' for name in sorted(asked))}: an engine has one precision, give one of them"
@@ -131,31 +139,31 @@ def _bytes(text: str | None) -> int:
 
 
 def _data(result) -> dict:
-    from dataclasses import asdict
+    from ...export.records import encode
 
     return {
         "path": str(result.path),
         "cached": result.cached,
         "seconds": result.seconds,
-        "runtime": result.runtime,
+        "builder": encode(result.builder),
         "layers": result.layers,
-        "warnings": result.warnings,
-        "engine": asdict(result.engine) if result.engine else None,
+        "warnings": list(result.warnings),
+        "engine": encode(result.engine) if result.engine else None,
     }
 
 
 def _print(out, result) -> None:
     from ..show.terminal import engine_lines, layers_words, size_words
 
-    e = result.engine
-    if e is None:
-        out.print(f"{result.runtime} takes the file; nothing was built (--dry-run)", style="bold", markup=False)
+    engine, words = result.engine, f"{result.builder.words} {result.builder.version}"
+    if engine is None:
+        out.print(f"{words} takes the file; nothing was built (--dry-run)", style="bold", markup=False)
         lines = [("layers", layers_words(result.layers)), *(("warning", w) for w in result.warnings)]
     else:
         out.print(str(result.path), style="bold", end="", markup=False)
         what = "identical request: the engine is there already" if result.cached else f"built in {result.seconds:.1f} s"
-        out.print(f"  {result.runtime}, {e.precision}, {size_words(e.size)}, {what}", markup=False)
-        lines = engine_lines(e)
+        out.print(f"  {words}, {engine.precision}, {size_words(engine.size)}, {what}", markup=False)
+        lines = engine_lines(engine)
     for title, text in lines:
         out.print(f"  {title:<9}", style="yellow" if title == "warning" else None, end="", markup=False)
         out.print(text, markup=False)

@@ -8,6 +8,8 @@ import click
 
 from ...export.errors import UsageError
 
+SHOWN = 10  # images, flips and stages shown one by one
+
 
 @click.command("verify")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
@@ -38,48 +40,42 @@ def command(files, images, against, bisect, report, checkpoint, predictor, runti
 
     tokexport verify vit.onnx --images photos/
     """
-    from pathlib import Path
-
-    from ...engines.images import SUFFIXES
-    from ...engines.files import inspect_file
+    from ...engines.files import inspect_file, is_engine
     from ...engines.runners import require
     from ...export.files import check_output
-    from ..show.terminal import console, print_json, stages
+    from ..show.terminal import bar, console, print_json
 
-    pictures = [f for f in files if Path(f).is_dir() or Path(f).suffix.lower() in SUFFIXES]
-    files, images = [f for f in files if f not in pictures], [*images, *pictures]
-    if not files:
-        raise UsageError(
-            f"verify: no file to verify among {', '.join(images)}: wanted one made with `tokexport onnx` (.onnx)"
-        )
+    files, images = _sorted(files, images)
     if report is not None and len(files) > 1:
         raise UsageError("--report is of one FILE: verify them one by one")
     page = None if report is None else check_output(report, force, [*files, *images, against, checkpoint, predictor])
-    require(runtime)
-    for file in [*files, *([against] if against is not None else [])]:  # wrong files are known before torch is loaded
+    every = [*files, *([against] if against is not None else [])]
+    if not all(is_engine(file) for file in every):  # an engine is run by TensorRT alone
+        require(runtime)
+    for file in every:  # wrong files are known before torch is loaded
         inspect_file(file)
     out = console()
-    reports = []
-    with stages(out) as progress:
-        progress("loading torch")
-        from ...engines.parity.verify import verify
-
-        for file in files:
-            reports.append(
-                verify(
-                    file, images or None, checkpoint, runtime, predictor, progress, against, bisect or page is not None
-                )
-            )
+    with bar(out) as progress:
+        progress("loading torch", 0.0)
+        reports = _verify(
+            files,
+            images,
+            progress,
+            runtime=runtime,
+            against=against,
+            bisect=bisect or page is not None,
+            checkpoint=checkpoint,
+            predictor=predictor,
+        )
         if page:
             from ..show.html import write_report
 
-            progress("writing the report")
+            progress("writing the report", 1.0)
             write_report(reports[0], page)
     passed = all(r.passed for r in reports)
     if as_json:
-        print_json(
-            reports[0].to_json() if len(reports) == 1 else {"passed": passed, "files": [r.to_json() for r in reports]}
-        )
+        several = {"passed": passed, "files": [r.to_json() for r in reports]}
+        print_json(several if len(reports) > 1 else reports[0].to_json())
     else:
         for r in reports:
             _print(out, r)
@@ -88,57 +84,99 @@ def command(files, images, against, bisect, report, checkpoint, predictor, runti
     sys.exit(0 if passed else 1)
 
 
+def _sorted(arguments, images) -> tuple[list[str], list[str]]:
+    """What was typed as FILE, told apart: files to verify, and images or folders beside those of --images."""
+    from pathlib import Path
+
+    from ...engines.images import SUFFIXES
+
+    photos = [a for a in arguments if Path(a).is_dir() or Path(a).suffix.lower() in SUFFIXES]
+    files = [a for a in arguments if a not in photos]
+    if not files:
+        raise UsageError(
+            f"verify: no file to verify among {', '.join(photos)}: wanted one made with `tokexport onnx` (.onnx)"
+        )
+    return files, [*images, *photos]
+
+
+def _verify(files: list[str], images: list[str], progress, **options) -> list:
+    """A report of every file, one after another. progress: (text, share of all files that is done)."""
+    from ...engines.parity.verify import verify
+
+    reports = []
+    for i, file in enumerate(files):
+        tell = lambda text, share, i=i: progress(text, (i + share) / len(files))
+        reports.append(verify(file, images or None, progress=tell, **options))
+    return reports
+
+
 def _print(out, report) -> None:
+    """A report for people."""
+    _print_outputs(out, report)
+    _print_decisions(out, report)
+    for name, c in report.cost.items():
+        model = "reference deciding itself" if name == "reference" else "dense model"
+        agree = "" if c.top1 is None else f", top-1 agreement {c.top1:.1%}"
+        out.print(f"{model}: cosine {c.cosine:.6f} (lowest {c.worst:.6f}){agree}")
+    _print_stages(out, report)
+    for note in report.notes:
+        out.print(note, markup=False)
+    colour = "green" if report.passed else "red"
+    against = f" against {report.against}" if report.against else ""
+    out.print(f"{report.path} on {report.runtime}{against}: {report.summary()}", style=f"bold {colour}", markup=False)
+
+
+def _print_outputs(out, report) -> None:
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     classes = any(o.top1 is not None for o in report.outputs)
-    for title in (
-        "output",
-        "max abs",
-        "max rel",
-        "cosine",
-        *(("KL", "top-1 agreement", "top-5") if classes else ()),
-        "",
-    ):
+    titles = ["output", "max abs", "max rel", "cosine", *(("KL", "top-1 agreement", "top-5") if classes else ()), ""]
+    for title in titles:
         table.add_column(title, justify="left" if title == "output" else "right")
     for o in report.outputs:
-        verdict = "[green]passed[/green]" if o.passed else "[red]FAILED[/red]"
+        verdict = "[green]passed[/green]" if o.passed else f"[red]FAILED on {o.n_failed}[/red]"
         more = ["", "", ""] if o.top1 is None else [f"{o.kl:.1e}", f"{o.top1:.1%}", f"{o.top5:.1%}"]
-        figures = (
-            [f"{o.max_abs:.1%} differ", "", ""]
-            if o.name == "sources"
-            else [f"{o.max_abs:.2e}", f"{o.max_rel:.2e}", f"{o.cosine:.7f}"]
-        )
+        figures = [f"{o.max_abs:.2e}", f"{o.max_rel:.2e}", f"{o.cosine:.7f}"]
+        if o.exact:
+            figures = [f"{o.max_abs:.1%} differ", "", ""]
         table.add_row(o.name, *figures, *(more if classes else ()), verdict)
     out.print(table)
-    if report.decisions is not None:
-        side = "the other file's" if report.against else "the reference's"
-        out.print(f"merge decisions equal to {side}: {report.decisions:.1%} of image x reduction pairs")
-    for f in report.flips[:10]:
+    for image in [i for i in report.by_image if i.verdict == "failed"][:SHOWN]:
+        out.print(f"  [red]failed[/red]: {escape(image.image)}, max rel {image.max_rel:.1e}, cosine {image.cosine:.7f}")
+
+
+def _print_decisions(out, report) -> None:
+    from rich.markup import escape
+
+    if report.decisions is None:
+        return
+    side = "the other file's" if report.against else "the reference's"
+    out.print(f"merge decisions equal to {side}: {report.decisions:.1%} of image x reduction pairs")
+    if report.verdicts["flipped"]:
+        out.print(f"{report.verdicts['flipped']} of {report.n_images} images flipped near-ties, which is no fault")
+    for f in report.flips[:SHOWN]:
         word = "[yellow]flipped near-tie[/yellow]" if f.passed else "[red]wrong decision[/red]"
-        gives = f"gives away {f.margin:.1e} (a near-tie in {report.precision}: at most {report.near_tie:.0e})"
-        out.print(
-            f"  {word}: {escape(f.image)}, block {f.block}, " + ("impossible" if f.margin == float("inf") else gives)
-        )
-    if len(report.flips) > 10:
-        out.print(f"  ... and {len(report.flips) - 10} more")
-    for name, c in report.cost.items():
-        agree = "" if c.top1 is None else f", top-1 agreement {c.top1:.1%}"
-        out.print(
-            f"{'reference deciding itself' if name == 'reference' else 'dense model'}: cosine {c.cosine:.6f} (lowest {c.worst:.6f}){agree}"
-        )
-    if report.stages:
-        wrong = [s for s in report.stages if not s.passed]
-        worst = max(report.stages, key=lambda s: s.error / s.limit)
-        out.print(
-            f"{len(report.stages)} stages compared, each on its own: "
-            + (f"{len(wrong)} depart" if wrong else "none departs")
-            + f"; nearest to its limit: {worst.words}, {worst.error:.1e} of {worst.limit:.0e}"
-        )
-        for s in wrong[:10]:
-            out.print(f"  [red]departs[/red]: {s.words}, {s.error:.1e} (at most {s.limit:.0e})")
-    colour = "green" if report.passed else "red"
-    against = f" against {report.against}" if report.against else ""
-    out.print(f"{report.path} on {report.runtime}{against}: {report.summary()}", style=f"bold {colour}", markup=False)
+        gives = f"gives away {f.margin:.1e} (a near-tie in {report.precision}: at most {f.limit:.0e})"
+        if f.margin == float("inf"):
+            gives = "impossible"
+        elif f.margin != f.margin:
+            gives = "which the reference cannot judge: its own scores are no numbers"
+        out.print(f"  {word}: {escape(f.image)}, block {f.block}, {gives}")
+    if report.n_flips > SHOWN:
+        out.print(f"  ... and {report.n_flips - min(SHOWN, len(report.flips))} that give away less")
+
+
+def _print_stages(out, report) -> None:
+    if not report.stages:
+        return
+    wrong = [s for s in report.stages if not s.passed]
+    worst = max(report.stages, key=lambda s: s.error / s.limit)
+    out.print(
+        f"{len(report.stages)} stages compared, each on its own: "
+        + (f"{len(wrong)} depart" if wrong else "none departs")
+        + f"; nearest to its limit: {worst.words}, {worst.error:.1e} of {worst.limit:.0e}"
+    )
+    for s in wrong[:SHOWN]:
+        out.print(f"  [red]departs[/red]: {s.words}, {s.error:.1e} (at most {s.limit:.0e})")

@@ -55,8 +55,8 @@ def command(file, images, output, blocks, runtime, force):
     out = console()
     with stages(out) as progress:
         progress("loading torch")
-        from ...engines.parity.compare import token_maps
-        from ...engines.parity.verify import open_side
+        from ...engines.parity.decisions import token_maps
+        from ...engines.parity.sides import open_side
         from ..show import draw
 
         rows, grid = [], draw.grid_of(p)
@@ -64,10 +64,7 @@ def command(file, images, output, blocks, runtime, force):
             for photo in photos:
                 progress(f"drawing {photo.name}")
                 image = crop(photo, p.preprocess)
-                side = run(normalise(image, p.preprocess)[None])
-                if isinstance(side, str):
-                    raise UsageError(f"{file}: {side}; see tokexport verify {file}")
-                maps = token_maps(side, p.schedule)
+                maps = token_maps(run(normalise(image, p.preprocess)[None]).plans, p.schedule)
                 shown = [draw.draw_sources(image, grid, maps[i][0, p.schedule.n_prefix :]) for i in steps]
                 left = [len(np.setdiff1d(maps[i][0, p.schedule.n_prefix :], [-1])) for i in steps]
                 words = [f"{_after(p.schedule.steps[i])}: {n} of {grid[0] * grid[1]}" for i, n in zip(steps, left)]

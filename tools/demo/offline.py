@@ -51,11 +51,10 @@ def run(folder: Path, as_json: bool, out) -> None:
 def _export(folder: Path, method: str, how: dict, progress):
     from ...export.models.load import load_model
     from ...export.graph.export import export_onnx
-    from ...export.schedule import Schedule
 
     progress(f"exporting {method}")
     loaded = load_model(digits.MODEL, digits.KWARGS, checkpoint=digits.WEIGHTS, predictor=digits.HEADS)
-    schedule = Schedule.parse(method=method, depth=12, n_tokens=65, **how)
+    schedule = loaded.schedule(method, **how)
     return export_onnx(loaded, schedule, folder / f"digits_{method}.onnx", force=True)
 
 
@@ -105,15 +104,15 @@ def _row(folder: Path, method: str, result, images, times, progress) -> dict:
 def _draw(folder: Path, method: str, result, images) -> Path:
     import numpy as np
 
-    from ...engines.parity.compare import token_maps
+    from ...engines.parity.decisions import token_maps
     from ...engines.images import crop, normalise
-    from ...engines.parity.verify import open_side
+    from ...engines.parity.sides import open_side
 
     p, shown, captions = result.provenance, [], []
     with open_side(result.path) as run:
         for i in SHOWN:
             image = crop(images[i], p.preprocess)
-            last = token_maps(run(normalise(image, p.preprocess)[None]), p.schedule)[-1][0, 1:]
+            last = token_maps(run(normalise(image, p.preprocess)[None]).plans, p.schedule)[-1][0, 1:]
             merged = draw.draw_sources(image, draw.grid_of(p), last)
             shown += [image.resize(merged.size), merged]
             captions += [f"a {images[i].parent.name}: 64 patches", f"{method}: {len(np.setdiff1d(last, [-1]))} left"]

@@ -60,11 +60,10 @@ def run(folder: Path, as_json: bool, out) -> None:
 def _export(folder: Path, checkpoint: Path, name: str, method: str, progress, out):
     from ...export.models.load import load_model
     from ...export.graph.export import export_onnx
-    from ...export.schedule import Schedule
 
     progress(f"exporting {name}")
     loaded = load_model(samples.MODEL, samples.KWARGS, checkpoint=checkpoint)
-    schedule = Schedule.parse(R if method == "tome" else None, method=method, depth=12, n_tokens=257)
+    schedule = loaded.schedule(method, **({"r": R} if method == "tome" else {}))
     result = export_onnx(loaded, schedule, folder / f"dinov2_{method}.onnx", sources=method != "none", force=True)
     out.print(
         f"   {result.path}: tokens {tokens_words(schedule.n_tokens, result.tokens) if schedule.steps else '257 throughout'}"

@@ -17,11 +17,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from ...engines.images import crop, normalise
-from ...export.models import vit
+from ...export.models import as_plain
 from ...export.models.load import load_model
 from ...export.provenance import Preprocess
 from ...export.models.score_head import ScoreHead
-from ...export.preprocess import of_model
 from . import digits
 
 AT, RATE = (3, 6, 9), 0.7
@@ -78,10 +77,10 @@ def train_model(model: nn.Module, x, y, epochs: int, g: torch.Generator) -> None
 
 def masked(model: nn.Module, heads, x, temperature: float, g: torch.Generator):
     """Logits with tokens masked as the heads say, and the share of patches kept behind each head [stages, B]."""
-    x, _ = vit.embed(model, model.patch_embed(x))
-    x, shares = model.norm_pre(x), []
+    plain = as_plain(model)
+    x, shares = plain.embed(x), []
     keep = x.new_ones(x.shape[:2])
-    for i, block in enumerate(model.blocks):
+    for i, p in enumerate(plain.blocks()):
         if i in AT:
             scores = heads[AT.index(i)](x[:, 1:])
             noise = -(-torch.rand(scores.shape, generator=g).clamp(1e-9, 1 - 1e-7).log()).log()
@@ -89,8 +88,7 @@ def masked(model: nn.Module, heads, x, temperature: float, g: torch.Generator):
             hard = (soft > 0.5).float()
             keep = torch.cat([keep[:, :1], keep[:, 1:] * (hard + soft - soft.detach())], 1)
             shares.append(keep[:, 1:].mean(1))
-        p = vit.parts(block)
-        q, k, v = vit.split_heads(p, p.norm1(x))
+        q, k, v = p.split_heads(p.norm1(x))
         logits = (q * p.scale) @ k.mT
         mask = keep[:, None, None, :].expand_as(logits)
         eye = torch.eye(logits.shape[-1])
@@ -99,7 +97,7 @@ def masked(model: nn.Module, heads, x, temperature: float, g: torch.Generator):
         y = (weight / weight.sum(-1, keepdim=True)) @ v
         x = x + p.proj(p.norm(y.transpose(1, 2).flatten(2)))
         x = x + p.mlp(p.norm2(x))
-    return model.forward_head(model.norm(x)), torch.stack(shares)
+    return plain.pooling.forward(plain.norm(x)), torch.stack(shares)
 
 
 def train_heads(model: nn.Module, x, y, epochs: int, g: torch.Generator) -> nn.ModuleList:
@@ -138,7 +136,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     g = torch.Generator().manual_seed(0)
     model = load_model(digits.MODEL, digits.KWARGS, seed=0).module
-    x, y = tensors(of_model(model), args.out)
+    x, y = tensors(as_plain(model).preprocess, args.out)
     n = digits.N_TRAIN
     train_model(model, x[:n], y[:n], args.epochs, g)
     print(f"held-out accuracy {accuracy(model, x[n:], y[n:]):.2%}")

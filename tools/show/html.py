@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ...engines.parity.limits import NEAR_TIE, STAGE, TOLERANCE
+from ...export import precisions
 from ...export.inspection import inspect
 
 WORST = 6  # images shown with their token maps
+ROWS = 40  # images in the table
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1c1c1e; margin: 2rem auto; max-width: 72rem; padding: 0 1.5rem }
 h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin-top: 2rem; border-bottom: 1px solid #ddd }
@@ -36,53 +37,60 @@ def write_report(report, path: Path) -> None:
 
 
 def page(report, provenance) -> str:
-    """The page as HTML."""
+    """The page as HTML.
+
+    Args:
+        report: a `ParityReport`.
+        provenance: of its file.
+    """
     word = "passed" if report.passed else "failed"
     side = f"file {report.against}" if report.against else "PyTorch reference"
-    s = provenance.schedule
+    schedule = provenance.schedule
+    what = f"{provenance.model}, {schedule.method}, {provenance.precision}, run by {report.runtime}, against the {side}"
     parts = [
-        f"<h1>{_t(report.path)}</h1><p class=note>{_t(provenance.model)}, {_t(s.method)}, {_t(provenance.precision)}, run by {_t(report.runtime)}, "
-        f"against the {_t(side)}</p><p class='verdict {word}'>{_t(report.summary())}</p>",
+        f"<h1>{_t(report.path)}</h1><p class=note>{_t(what)}</p>",
+        f"<p class='verdict {word}'>{_t(report.summary())}</p>",
         *_faults(report),
-        "<h2>Outputs, on equal decisions</h2>",
-        _table(
-            ["output", "max abs", "max rel", "allowed", "lowest cosine", "KL", "top-1", "top-5", ""],
-            [
-                [
-                    o.name,
-                    f"{o.max_abs:.2e}",
-                    f"{o.max_rel:.2e}",
-                    f"{report.tolerance:.0e}" if o.name != "sources" else "0",
-                    f"{o.cosine:.7f}",
-                    *(["", "", ""] if o.top1 is None else [f"{o.kl:.1e}", f"{o.top1:.1%}", f"{o.top5:.1%}"]),
-                    _word(o.passed),
-                ]
-                for o in report.outputs
-            ],
-        ),
-        "<h2>What it costs</h2>",
-        _table(
-            ["compared with", "mean cosine", "lowest", "top-1 agreement"],
-            [
-                [
-                    "the reference deciding itself" if n == "reference" else "the dense model",
-                    f"{c.cosine:.5f}",
-                    f"{c.worst:.5f}",
-                    "" if c.top1 is None else f"{c.top1:.1%}",
-                ]
-                for n, c in report.cost.items()
-            ],
-        ),
-        "<h2>Tokens and decisions by block</h2>",
-        _blocks(report, s),
-        "<h2>Error of every stage, computed from the file's own tokens before it</h2>",
-        _stages(report),
-        "<h2>Images</h2>",
-        _images(report, provenance),
-        "<h2>Tolerances</h2>",
-        _tolerances(report.precision),
+        *_section("Outputs, on equal decisions", _outputs(report)),
+        *_section("What it costs", _costs(report)),
+        *_section("Tokens and decisions by block", _blocks(report, schedule)),
+        *_section("Error of every stage, computed from the file's own tokens before it", _stages(report)),
+        *_section("Images", _images(report, provenance)),
+        *_section("Limits", _limits(report.precision)),
     ]
-    return f"<!doctype html><html lang=en><meta charset=utf-8><title>{_t(report.path)}: {word}</title><style>{STYLE}</style>{''.join(parts)}</html>\n"
+    title = f"<title>{_t(report.path)}: {word}</title>"
+    return f"<!doctype html><html lang=en><meta charset=utf-8>{title}<style>{STYLE}</style>{''.join(parts)}</html>\n"
+
+
+def _section(title: str, body: str) -> tuple[str, str]:
+    return f"<h2>{_t(title)}</h2>", body
+
+
+def _outputs(report) -> str:
+    titles = ["output", "max abs", "max rel", "allowed", "lowest cosine", "KL", "top-1", "top-5", "images failed", ""]
+    rows = [
+        [
+            o.name,
+            f"{o.max_abs:.2e}",
+            f"{o.max_rel:.2e}",
+            f"{o.limit:.0e}" if o.limit else "0",
+            f"{o.cosine:.7f}",
+            *(["", "", ""] if o.top1 is None else [f"{o.kl:.1e}", f"{o.top1:.1%}", f"{o.top5:.1%}"]),
+            str(o.n_failed),
+            _word(o.passed),
+        ]
+        for o in report.outputs
+    ]
+    return _table(titles, rows)
+
+
+def _costs(report) -> str:
+    names = {"reference": "the reference deciding itself", "dense": "the dense model"}
+    rows = [
+        [names[name], f"{c.cosine:.5f}", f"{c.worst:.5f}", "" if c.top1 is None else f"{c.top1:.1%}"]
+        for name, c in report.cost.items()
+    ]
+    return _table(["compared with", "mean cosine", "lowest", "top-1 agreement"], rows)
 
 
 def _t(text) -> str:
@@ -104,21 +112,22 @@ def _table(titles, rows) -> str:
 
 
 def _faults(report) -> list[str]:
-    said = [*report.faults, *([report.departs] if report.departs else [])]
-    return [f"<p class=failed>{_t(f)}</p>" for f in said]
+    faults = [*report.faults, *([report.departs] if report.departs else [])]
+    return [f"<p class=failed>{_t(f)}</p>" for f in faults] + [f"<p class=note>{_t(n)}</p>" for n in report.notes]
 
 
 def _blocks(report, schedule) -> str:
-    found = {b.block: b for b in report.by_block}
-    rows = []
+    decided, rows = {b.block: b for b in report.by_block}, []
     for i, (attention, mlp) in enumerate(schedule.tokens_per_block()):
-        b = found.get(i)
-        more = ["", ""] if b is None else [f"{b.equal:.1%}", f"{b.margin:.1e}" if b.margin else "0"]
+        b = decided.get(i)
+        more = ["", "", ""] if b is None else [f"{b.equal:.1%}", f"{b.margin:.1e}" if b.margin else "0", f"{b.limit:.0e}"]
         rows.append([str(i), str(attention), str(mlp), *more])
-    note = f"<p class=note>A difference that gives away at most {report.near_tie:.0e} is a flipped near-tie in {_t(report.precision)}.</p>"
-    return _table(["block", "tokens in attention", "in MLP", "decided alike", "most given away"], rows) + (
-        note if found else ""
+    titles = ["block", "tokens in attention", "in MLP", "decided alike", "most given away", "a near-tie: at most"]
+    note = (
+        f"<p class=note>{report.verdicts['flipped']} of {report.n_images} images flipped near-ties: tokens that are almost "
+        f"equal in {_t(report.precision)}, which is no fault.</p>"
     )
+    return _table(titles, rows) + (note if decided else "")
 
 
 def _stages(report) -> str:
@@ -148,7 +157,7 @@ def _stages(report) -> str:
 
 
 def _images(report, provenance) -> str:
-    worst = sorted(report.by_image, key=lambda r: (r.verdict != "failed", r.verdict == "equal", -r.max_rel))
+    """The worst images, as the report has them, and pictures of the first few."""
     rows = [
         [
             r.image,
@@ -157,51 +166,47 @@ def _images(report, provenance) -> str:
             f"{r.cosine:.7f}",
             str(r.flips),
         ]
-        for r in worst[:40]
+        for r in report.by_image[:ROWS]
     ]
-    more = f"<p class=note>... and {len(worst) - 40} more</p>" if len(worst) > 40 else ""
+    left = report.n_images - len(rows)
+    more = f"<p class=note>... and {left} more, none of them worse</p>" if left > 0 else ""
     table = _table(["image", "verdict", "max rel", "cosine", "reductions decided otherwise"], rows)
-    figures = [
-        _figure(r.image, report, provenance)
-        for r in worst[:WORST]
-        if Path(r.image).is_file() and r.image in report.maps
-    ]
-    return table + more + "".join(figures)
+    shown = [r for r in report.by_image[:WORST] if Path(r.image).is_file() and r.index in report.maps]
+    return table + more + "".join(_figure(r, report, provenance) for r in shown)
 
 
-def _figure(image: str, report, provenance) -> str:
+def _figure(row, report, provenance) -> str:
     """An image as the model saw it, and both sides' tokens on it."""
     from ...engines.images import crop
     from .draw import draw_sources, grid_of, side_by_side
 
-    photo = crop(Path(image), provenance.preprocess)
-    maps = [draw_sources(photo, grid_of(provenance), m[provenance.schedule.n_prefix :]) for m in report.maps[image]]
+    photo = crop(Path(row.image), provenance.preprocess)
+    maps = [draw_sources(photo, grid_of(provenance), m[provenance.schedule.n_prefix :]) for m in report.maps[row.index]]
     captions = ["input", "this file", "the other file" if report.against else "reference"]
     picture = side_by_side([photo.resize(maps[0].size), *maps], captions)
     data = io.BytesIO()
     picture.save(data, "PNG")
     source = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
-    return f"<figure><img alt='' src='{source}'><figcaption>{_t(image)}</figcaption></figure>"
+    return f"<figure><img alt='' src='{source}'><figcaption>{_t(row.image)}</figcaption></figure>"
 
 
-def _tolerances(precision: str) -> str:
+def _limits(precision: str) -> str:
+    """The limits of all precisions, this one's in bold."""
     rows = [
         [
-            _Markup(f"<b>{p}</b>") if p == precision else p,
-            f"{TOLERANCE[p]:.0e}",
-            *(f"{NEAR_TIE[p][s]:.0e}" for s in ("metric", "attention", "head")),
-            f"{STAGE[p]:.0e}",
+            _Markup(f"<b>{name}</b>") if name == precision else name,
+            f"{row.output_limit:.0e}",
+            *(f"{row.near_tie[kind]:.0e}" for kind in ("metric", "score")),
+            f"{row.stage_limit:.0e}",
         ]
-        for p in TOLERANCE
+        for name, row in precisions.TABLE.items()
     ]
-    return _table(
-        [
-            "precision",
-            "output, of the largest value",
-            "near-tie: cosine of keys",
-            "log attention",
-            "head's log-odds",
-            "one stage",
-        ],
-        rows,
-    )
+    titles = [
+        "precision",
+        "output, of the image's own largest value",
+        "near-tie: cosine of keys",
+        "log attention",
+        "head's log-odds",
+        "one stage",
+    ]
+    return _table(titles, rows)

@@ -25,8 +25,8 @@ def stages(out):
 
 
 def print_json(data) -> None:
-    """One JSON document on stdout."""
-    json.dump(data, sys.stdout, indent=1)
+    """One JSON document (RFC 8259) on stdout. Raises: ValueError for a float that is not finite, before anything is written."""
+    sys.stdout.write(json.dumps(data, indent=1, allow_nan=False))
     print()
 
 
@@ -72,13 +72,9 @@ def layers_words(layers: dict) -> str:
 def engine_lines(e) -> list[tuple[str, str]]:
     """What an `EngineFile` is for, (title, text) each."""
     batch = str(e.batch) if e.batch else "{} to {}, best at {}".format(e.profile[0], e.profile[2], e.profile[1])
+    built_on = f" ({e.gpu.name}, which it was built on)" if e.gpu else ""
     return [
-        (
-            "for",
-            f"compute capability {', '.join(e.compute_capability)}"
-            if e.compute_capability
-            else "the GPU it was built on",
-        ),
+        ("for", f"compute capability {', '.join(e.compute_capability)}{built_on}"),
         ("batch", batch),
         ("layers", layers_words(e.layers)),
         *(("warning", w) for w in e.warnings),

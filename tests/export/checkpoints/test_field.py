@@ -435,7 +435,11 @@ def test_a_checkpoint_with_learned_rates_gives_them(state, model, tmp_path):
             }
     loaded = load({"model": {**state, **rates}}, tmp_path)
     assert same(loaded, model) and loaded.rates == {"prune_kept": [15, 14], "merge_kept": [15, 14]}
-    assert load(state, tmp_path).rates is None
+    assert loaded.schedule("diffrate", rates="checkpoint").tokens_per_block()[-1][-1] == 14
+    plain = load(state, tmp_path)
+    assert plain.rates is None
+    with pytest.raises(UsageError, match="rates checkpoint: the weights have learned none"):
+        plain.schedule("diffrate", rates="checkpoint")
 
 
 def test_a_file_of_a_choice_is_found_again_when_it_is_rebuilt(state, tmp_path, schedule_of):

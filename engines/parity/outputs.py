@@ -1,0 +1,143 @@
+"""How each kind of output is judged: one row a kind. Imports no torch.
+
+Limits are of one image: an error is divided by the image's own largest value, so that neither more images nor louder ones beside it
+loosen them. A single logit near zero would then make an alarm of nothing, so logits are divided by no less than FLOOR of the largest
+that the classifier's rows could give for the image's feature.
+
+Example: a classifier of one class has row w, |w| = 2, and bias 0.1; an image's feature f has |f| = 10. Its logit can be 20.1 at
+most and is 0.004, since w and f are almost at right angles. A difference of 0.001 is divided by 0.01 * 20.1 = 0.2 and not by 0.004:
+0.5 % and not 25 %.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...export import precisions
+from ...export.errors import UsageError
+
+FLOOR = 0.01
+
+
+@dataclass(frozen=True)
+class ImageErrors:
+    """Errors of one output, a value for each image.
+
+    Attributes:
+        max_abs, max_rel: [B] as in `OutputParity`; infinite where a value is not finite or the shape is another.
+        cosine: [B].
+        kl, top1, top5: [B], or None for what has no classes.
+    """
+
+    max_abs: np.ndarray
+    max_rel: np.ndarray
+    cosine: np.ndarray
+    kl: np.ndarray | None = None
+    top1: np.ndarray | None = None
+    top5: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class OutputKind:
+    """One kind of output.
+
+    Attributes:
+        field: of the reference's result, where its values are.
+        exact: entries must be equal (indices); else the largest difference over the image's scale is judged.
+        classes: values are logits: their probabilities and likeliest classes are compared as well, and their scale has a floor.
+    """
+
+    field: str
+    exact: bool = False
+    classes: bool = False
+
+    def limit(self, precision: str) -> float:
+        """The largest error an image may have in a precision."""
+        return 0.0 if self.exact else precisions.get(precision).output_limit
+
+    def errors(self, values: np.ndarray, wanted: np.ndarray, reach: np.ndarray) -> ImageErrors:
+        """Errors of every image.
+
+        Args:
+            values: [B, ...] of the file.
+            wanted: [B, ...] to be compared with.
+            reach: [B] largest logit the classifier could give, see `sides.run_with_reach`; 0 where there is none.
+        Returns:
+            `ImageErrors` of B images.
+        """
+        if values.shape != wanted.shape:
+            return _failed(len(values), self.classes)
+        if self.exact:
+            share = (values != wanted).reshape(len(values), -1).mean(1)
+            return ImageErrors(share, share, 1.0 - share)
+        return _relative(values, wanted, floor=floor_of(reach) if self.classes else np.zeros(len(values)), classes=self.classes)
+
+
+# By name of the output; what follows an underscore ("tokens_5") is a block and changes nothing.
+KINDS = {
+    "logits": OutputKind("output", classes=True),
+    "features": OutputKind("output"),
+    "sources": OutputKind("sources", exact=True),
+}
+
+
+def kind_of(name: str) -> OutputKind:
+    """The row of an output's name. Raises: UsageError when there is none: nothing is passed unjudged."""
+    kind = KINDS.get(name.partition("_")[0])
+    if kind is None:
+        raise UsageError(f"output {name!r} cannot be verified: wanted one of {', '.join(KINDS)}")
+    return kind
+
+
+def floor_of(reach: np.ndarray) -> np.ndarray:
+    """The least that an image's logits are divided by. reach: [B], see `sides.run_with_reach`. Returns: [B]."""
+    return np.where(np.isfinite(reach), FLOOR * reach, 0.0)  # an infinite one would pass anything
+
+
+def _relative(values: np.ndarray, wanted: np.ndarray, *, floor: np.ndarray, classes: bool) -> ImageErrors:
+    n = len(values)
+    a, b = (v.reshape(n, -1).astype(np.float64) for v in (values, wanted))
+    finite = np.isfinite(a).all(1) & np.isfinite(b).all(1)
+    a, b = (np.where(finite[:, None], v, 0.0) for v in (a, b))
+    max_abs = np.abs(a - b).max(1)
+    scale = np.maximum(np.maximum(np.abs(b).max(1), floor), 1e-30)
+    figures = {"max_abs": (max_abs, np.inf), "max_rel": (max_abs / scale, np.inf), "cosine": (cosines(a, b), 0.0)}
+    if classes:
+        figures |= {"kl": (divergence(b, a), np.inf), "top1": (top(a, b, 1), 0.0), "top5": (top(a, b, 5), 0.0)}
+    return ImageErrors(**{name: np.where(finite, good, bad) for name, (good, bad) in figures.items()})
+
+
+def _failed(n: int, classes: bool) -> ImageErrors:
+    """Errors of n images whose output has another shape."""
+    worst, none = np.full(n, np.inf), np.zeros(n)
+    return ImageErrors(worst, worst, none, *((worst, none, none) if classes else ()))
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine of every row, [B, C] and [B, C] -> [B]; 1 of two rows of zeros."""
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    same = (a == b).all(1)
+    return np.where(same, 1.0, (a * b).sum(1) / np.maximum(norms, 1e-30))
+
+
+def top(a: np.ndarray, b: np.ndarray, k: int) -> np.ndarray:
+    """Share of each row's k likeliest classes that are the same.
+
+    Args:
+        a, b: [B, classes].
+        k: 1 or more; all classes where there are fewer.
+    Returns:
+        [B], 0 to 1.
+    """
+    k = min(k, a.shape[1])
+    best_a, best_b = (np.argsort(-v, axis=1, kind="stable")[:, :k] for v in (a, b))
+    return (best_a[:, :, None] == best_b[:, None, :]).any(2).mean(1)
+
+
+def divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Kullback-Leibler divergence KL(p || q) of every row's softmax, logits [B, classes] -> [B] in nats."""
+    log_p, log_q = (v - v.max(1, keepdims=True) for v in (p, q))
+    log_p, log_q = (v - np.log(np.exp(v).sum(1, keepdims=True)) for v in (log_p, log_q))
+    return np.maximum((np.exp(log_p) * (log_p - log_q)).sum(1), 0.0)

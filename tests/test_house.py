@@ -1,0 +1,221 @@
+"""What holds the house together, read from the code's own text: who may import whom, sizes, docstrings, packages, options."""
+
+import ast
+import re
+import tomllib
+from collections import defaultdict
+from functools import cache
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, distribution
+from itertools import chain
+from pathlib import Path
+
+import click
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from tokexport.tools.cli import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("kernels", "export", "engines", "tools", "tokexport")  # each may import those before it
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+LONGEST_FILE, LONGEST_FUNCTION, MOST_POSITIONAL = 400, 50, 5
+# What is longer today. An entry that is no longer needed fails too, so the lists only shrink.
+LONG_FILES: set[str] = set()
+LONG_FUNCTIONS: set[str] = set()
+LONG_CALLS: set[str] = set()
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(chain.from_iterable((ROOT / folder).rglob("*.py") for folder in folders))
+
+
+def name_of(path: Path) -> str:
+    """export/schedule.py -> export.schedule; a package's __init__ is the package."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): path for path in sources(*ROOMS)}
+
+
+def imported(path: Path) -> set[str]:
+    """The project's modules that a file imports anywhere in it, its own name left out."""
+    package = name_of(path).split(".")
+    if path.name != "__init__.py":
+        package.pop()
+    names = []
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            names += [
+                alias.name.removeprefix("tokexport.") for alias in node.names if alias.name.startswith("tokexport.")
+            ]
+        elif isinstance(node, ast.ImportFrom):
+            base = (node.module or "").split(".") if node.module else []
+            if node.level:
+                above = ["tokexport", *package]
+                base = above[: len(above) - node.level + 1] + base
+            if base[:1] == ["tokexport"]:
+                names += [".".join([*base[1:], alias.name]) for alias in node.names]
+    found = (name if name in MODULES else name.rpartition(".")[0] for name in names)
+    return {name for name in found if name in MODULES} - {name_of(path)}
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Every import that leads back to where it started, as the walk that shows it."""
+    done, walk, back = set(), [], []
+
+    def visit(module):
+        if module in walk:
+            back.append([*walk[walk.index(module) :], module])
+        elif module not in done:
+            walk.append(module)
+            for target in sorted(graph[module]):
+                visit(target)
+            done.add(walk.pop())
+
+    for module in graph:
+        visit(module)
+    return back
+
+
+def test_imports_only_go_down_and_never_in_a_circle():
+    graph = {name: imported(path) for name, path in MODULES.items()}
+    assert sum(map(len, graph.values())) > 50  # the reader of imports reads them
+    room = {name: ROOMS.index(name.split(".")[0]) for name in MODULES}
+    assert not [f"{a} -> {b}" for a in graph for b in graph[a] if room[b] > room[a]]
+    assert not circles(graph)
+
+
+def test_a_circle_would_be_seen():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c", "b"]]
+
+
+def functions(path: Path):
+    return [node for node in ast.walk(tree(path)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def where(path: Path, node: ast.AST) -> str:
+    return f"{path.relative_to(ROOT)}:{getattr(node, 'name', None) or ast.unparse(node.func)}"
+
+
+def test_files_functions_and_calls_are_short():
+    every = sources(*ROOMS, "tests")
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in every}
+    assert {name for name, n in lengths.items() if n > LONGEST_FILE} == LONG_FILES
+    spans = {where(p, f): f.end_lineno - f.lineno + 1 for p in sources(*ROOMS) for f in functions(p)}
+    assert {name for name, n in spans.items() if n > LONGEST_FUNCTION} == LONG_FUNCTIONS
+    calls = ((p, c) for p in sources(*ROOMS) for c in ast.walk(tree(p)) if isinstance(c, ast.Call))
+    assert {where(p, c) for p, c in calls if len(c.args) > MOST_POSITIONAL} == LONG_CALLS
+
+
+def test_public_functions_say_what_their_arguments_are():
+    """Nine in ten of those with two arguments or more; fewer would be read from the code."""
+    documented, bare = [], []
+    for path in sources(*ROOMS):
+        body = tree(path).body
+        for node in chain(body, *(c.body for c in body if isinstance(c, ast.ClassDef))):
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                arguments = [a for a in (*node.args.args, *node.args.kwonlyargs) if a.arg not in ("self", "cls")]
+                if len(arguments) >= 2:
+                    (documented if "Args:" in (ast.get_docstring(node) or "") else bare).append(where(path, node))
+    assert len(documented) >= 0.9 * (len(documented) + len(bare)), bare
+
+
+def test_setuptools_installs_every_folder_and_type_marker():
+    settings = PROJECT["tool"]["setuptools"]
+    folders = {path.parent for path in sources(*ROOMS)}
+    assert not [folder for folder in folders if not (folder / "__init__.py").exists()]
+    parts = (folder.relative_to(ROOT).parts for folder in folders)
+    assert sorted(settings["packages"]) == sorted(
+        ".".join(("tokexport", *p)).replace("tokexport.tokexport", "tokexport") for p in parts
+    )
+    assert (ROOT / "tokexport/py.typed").exists() and "py.typed" in settings["package-data"]["tokexport"]
+
+
+# Import names that are not the package's own.
+PACKAGES = {"PIL": "pillow", "tensorrt_rtx": "tensorrt-rtx-cu13", "sklearn": "scikit-learn"}
+# Declared and found by other means than an import: what runs the tests, and what only has to be installed.
+NOT_IMPORTED = {"pytest-xdist", "ruff", "mypy", "torchvision", "onnxruntime-gpu", "scikit-learn", "tokexport"}
+
+
+def requirements(*extras: str) -> set[str]:
+    table = PROJECT["project"]["optional-dependencies"]
+    lines = chain(PROJECT["project"]["dependencies"], *(table[extra] for extra in extras or table))
+    return {canonicalize_name(Requirement(line).name) for line in lines}
+
+
+def third_party(*folders: str) -> set[str]:
+    import sys
+
+    names = set()
+    for path in sources(*folders):
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names.add(node.module.split(".")[0])
+    names -= {*sys.stdlib_module_names, "tokexport", "packaging"}  # packaging comes with pytest
+    return {canonicalize_name(PACKAGES.get(name, name)) for name in names}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_used():
+    assert third_party(*ROOMS, "tests") <= requirements()
+    modules = {canonicalize_name(name) for name in NOT_IMPORTED}
+    by_name = {
+        p
+        for p in requirements()
+        if any(f'"{m}"' in s.read_text() for m in (p, p.replace("-", "_")) for s in sources(*ROOMS))
+    }
+    runtimes = {"tensorrt", "tensorrt-rtx-cu13"}  # imported by a name in a table
+    assert requirements() - third_party(*ROOMS, "tests") - by_name - modules - runtimes == set()
+
+
+def test_the_lock_names_all_that_make_installs():
+    """Every package of this platform that the extra `test` brings, however far down, has one version in the lock."""
+    lines = [line for line in (ROOT / "requirements/lock.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.match(r"[\w.-]+==[\w.]+( ; .+)?$", line) for line in lines)
+    locked = {canonicalize_name(Requirement(line).name) for line in lines}
+    extras = PROJECT["project"]["optional-dependencies"]
+    seen, walk = set(), [Requirement(line) for line in chain(PROJECT["project"]["dependencies"], extras["test"])]
+    while walk:
+        requirement = walk.pop()
+        name, marker = canonicalize_name(requirement.name), requirement.marker
+        if name == "tokexport":  # the project's own extras, named in another
+            walk += [Requirement(line) for extra in requirement.extras for line in extras[extra]]
+        elif (marker is None or marker.evaluate()) and (name, frozenset(requirement.extras)) not in seen:
+            seen.add((name, frozenset(requirement.extras)))
+            walk += required_by(name, requirement.extras)
+    assert {name for name, _ in seen} <= locked
+
+
+def required_by(name: str, extras: set[str]) -> list[Requirement]:
+    """What an installed package asks for on this platform, with those of its extras; its markers are judged here."""
+    try:
+        lines = map(Requirement, distribution(name).requires or [])
+    except PackageNotFoundError:
+        return []
+    judged = [r for r in lines if r.marker is None or any(r.marker.evaluate({"extra": e}) for e in (extras or {""}))]
+    for requirement in judged:
+        requirement.marker = None
+    return judged
+
+
+# One name, one meaning: an option that takes something else on another command, and why.
+VARIANTS: dict[str, str] = {}
+
+
+def test_an_option_means_the_same_on_every_command():
+    meanings = defaultdict(set)
+    for name in COMMANDS:
+        for option in import_module(f"tokexport.tools.commands.{name}").command.params:
+            if isinstance(option, click.Option):
+                kind = "flag" if option.is_flag else option.metavar or option.type.name
+                for spelling in option.opts:
+                    meanings[spelling].add((option.name, kind, option.multiple, option.nargs))
+    assert len(meanings) > 30
+    unlike = {spelling: kinds for spelling, kinds in meanings.items() if len(kinds) > 1}
+    assert unlike.keys() == VARIANTS.keys(), unlike
