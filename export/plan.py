@@ -51,7 +51,11 @@ SIGNALS = {
     "mean_attention": Signal("attention received, mean over heads and over all tokens", "score"),
     "score_head": Signal("log-odds to keep the token, of a trained score head", "score", learned=True),
 }
-ATTENTION_SIGNALS = ("keys", "class_attention", "mean_attention")  # those of a block's attention, or one it would compute
+ATTENTION_SIGNALS = (
+    "keys",
+    "class_attention",
+    "mean_attention",
+)  # those of a block's attention, or one it would compute
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,9 @@ def rebuild(
         source["seed"] = weights["seed"]
     if predictor or weights.get("predictor"):
         source["predictor"] = predictor or _find_weights(weights["predictor"], path, "predictor")
-    if "checkpoint" in source:  # chosen when the file was made
-        source |= {"weights": weights.get("set"), "pos_grid": tuple(weights["pos_grid"]) if "pos_grid" in weights else None}
+    if "checkpoint" in source:
+        grid = weights.get("pos_grid")
+        source |= {"weights": weights.get("set"), "pos_grid": None if grid is None else tuple(grid)}
     loaded = load_model(provenance.model, provenance.model_kwargs, **source)
     if loaded.weights["sha256"] != weights["sha256"]:
         raise UsageError(
@@ -59,9 +60,9 @@ def rebuild(
 
 
 def _find_weights(stored: str, path: Path, argument: str) -> Path:
-    """A file or folder of weights where it was when the file at path was made, or beside it."""
+    """A file of weights where it was when the file at path was made, or beside it."""
     places = (Path(stored), path.parent / Path(stored).name)
-    place = next((p for p in places if p.exists()), None)
+    place = next((p for p in places if p.exists()), None)  # a folder of transformers or timm, too
     if place is None:
         raise UsageError(
             f"{path} was made from {stored}, which is not there (nor beside the file): give it as {argument}"

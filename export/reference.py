@@ -188,7 +188,7 @@ class ReducedViT(nn.Module):
             score = head_scores(self.heads[step.layer], x, n_prefix=p)
         elif step.signal is not None:
             score = received(attention.weights, n_prefix=p, of=step.signal)
-        return Signals(x, p, self.plain.has_class_token, state.size, metric, score)
+        return Signals(x, p, self.plain.has_class_token, state.size, metric=metric, score=score)
 
     def _reduce(self, step: Step, state: TokenState, *, block: BlockParts, run: Run, attention=None) -> TokenState:
         """One reduction; attention: of the block, after it."""
@@ -268,9 +268,7 @@ def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
     return x if gamma is None else x * gamma
 
 
-def reduce_model(
-    model: nn.Module | PlainViT, schedule: Schedule, heads: nn.ModuleList | None = None
-) -> ReducedViT:
+def reduce_model(model: nn.Module | PlainViT, schedule: Schedule, heads: nn.ModuleList | None = None) -> ReducedViT:
     """The eager reference of a model under a schedule.
 
     Args:

@@ -43,7 +43,9 @@ def test_a_row_of_the_table_is_a_method_of_the_command_line(toy, monkeypatch):
     from tokexport.tools.commands import method_options
 
     extra = Option("hop", "how far apart tokens stay", default=2, metavar="N", swept=True)
-    monkeypatch.setitem(reducers.TABLE, "toy", Reducer("toy", "Toy", "a toy", toy.steps, options=(*toy.REDUCER.options, extra)))
+    monkeypatch.setitem(
+        reducers.TABLE, "toy", Reducer("toy", "Toy", "a toy", toy.steps, options=(*toy.REDUCER.options, extra))
+    )
     import click
 
     seen = {}

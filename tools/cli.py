@@ -21,6 +21,8 @@ COMMANDS = {
     "eval": "Accuracy on a folder of labelled images.",
     "bench": "Time files against each other in one run.",
     "rates": "List the keep counts published with DiffRate.",
+    "env": "Show versions, runtimes and hardware, for a bug report.",
+    "plugin": "Build native libraries that run each reduction as one node.",
     "demo": "Export, verify, time and draw ToMe on real weights and photos.",
 }
 EXIT_CODES = {

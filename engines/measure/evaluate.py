@@ -1,38 +1,191 @@
-"""Accuracy of files on labelled images, beside the reference's and the dense model's."""
+"""Accuracy of files on labelled images, beside the reference's and the dense model's, as counts that add up over shards."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable, Iterable, Iterator, NamedTuple
 
-from ...export.errors import UsageError
+from ...export.errors import EngineError, UsageError
+from ...export.inspection import Inspection
+from ...export.provenance import Provenance
 
-BATCH = 16
+BATCH = 16  # images read at once for a file that takes any number
 
 
-def labelled(folder: Path, provenance, limit: int | None) -> list[tuple[Path, int]]:
-    """Images and their classes. Raises: UsageError for a folder without class folders, or whose names say no class."""
+class LabelledImage(NamedTuple):
+    """A photo and the index of its class."""
+
+    path: Path
+    label: int
+
+
+@dataclass(frozen=True)
+class Hits:
+    """How many images were judged rightly. top1: the likeliest class is the label. top5: it is among the five likeliest."""
+
+    images: int = 0
+    top1: int = 0
+    top5: int = 0
+
+    def __add__(self, other: "Hits") -> "Hits":
+        return Hits(self.images + other.images, self.top1 + other.top1, self.top5 + other.top5)
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Counts of one model.
+
+    Args:
+        name: of the file, or "reference, tome", "reference, dense".
+        tokens: that are left at the end; None for a reference.
+        hits: the counts, of all images or of a shard.
+    """
+
+    name: str
+    tokens: int | None
+    hits: Hits
+
+    @property
+    def top1(self) -> float:
+        """Share of images whose likeliest class is the label."""
+        return self.hits.top1 / max(self.hits.images, 1)
+
+    @property
+    def top5(self) -> float:
+        """Share of images whose label is among the five likeliest classes."""
+        return self.hits.top5 / max(self.hits.images, 1)
+
+    def to_json(self) -> dict:
+        """Plain JSON values, counts and shares; `from_json` takes them back."""
+        counts = {"images": self.hits.images, "top1_hits": self.hits.top1, "top5_hits": self.hits.top5}
+        return {"name": self.name, "tokens": self.tokens, **counts, "top1": self.top1, "top5": self.top5}
+
+    @classmethod
+    def from_json(cls, fields: dict) -> "Accuracy":
+        """The record that `to_json` wrote."""
+        return cls(fields["name"], fields["tokens"], Hits(fields["images"], fields["top1_hits"], fields["top5_hits"]))
+
+
+def added(shards: Iterable[list[Accuracy]]) -> list[Accuracy]:
+    """The accuracy over all images from that of every shard, in the order of the first.
+
+    Args:
+        shards: what `evaluate` gave for each.
+    Raises:
+        UsageError: the shards are not of the same models.
+    """
+    shards = list(shards)
+    identities = [[(a.name, a.tokens) for a in shard] for shard in shards]
+    if not shards or any(identity != identities[0] for identity in identities):
+        raise UsageError("shards that are added must be of the same models in the same order, and at least one")
+    return [Accuracy(same[0].name, same[0].tokens, sum((a.hits for a in same), Hits())) for same in zip(*shards)]
+
+
+def evaluate(
+    path: str | Path,
+    images: str | Path | list[tuple[str | Path, int]],
+    *,
+    runtime: str = "ort",
+    limit: int | None = None,
+    shard: int = 0,
+    shards: int = 1,
+    reference: bool = False,
+    dense: bool = False,
+    checkpoint: str | Path | None = None,
+    predictor: str | Path | None = None,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> list[Accuracy]:
+    """Top-1 and top-5 accuracy of a file on labelled images.
+
+    Args:
+        path: an ONNX file or an engine of a classifier.
+        images: a folder with a folder for each class (see `labelled`), or the images and their classes.
+        runtime: what runs an ONNX file.
+        limit: at most so many images, spread evenly; None for all.
+        shard, shards: count only every `shards`-th image from `shard` on; `added` sums what the shards gave.
+        reference: also the eager reference that the file was made from.
+        dense: also the model without reduction.
+        checkpoint, predictor: where the weights and the score heads are now, if not where they were.
+        progress: told how far it is.
+    Returns:
+        One `Accuracy` for the file, then the reference's and the dense model's.
+    Raises:
+        UsageError: the file has no classes, the folders do not name them, or an image cannot be read.
+        EngineError: the runtime failed, or the outputs are not finite.
+    """
+    from ..files import inspect_file
+
+    inspection = inspect_file(path)
+    check_classifier(inspection)
+    if not 0 <= shard < shards:
+        raise UsageError(f"shard {shard} of {shards}: wanted 0 to {shards - 1}")
+    if not isinstance(images, list):
+        images = labelled(Path(images), inspection.provenance, limit=limit)
+    part = [LabelledImage(Path(photo), label) for photo, label in images[shard::shards]]
+    models = {}
+    if reference or dense:
+        models = _eager_models(
+            inspection, reference=reference, dense=dense, checkpoint=checkpoint, predictor=predictor, progress=progress
+        )
+    names = {str(inspection.path): inspection.provenance.schedule.n_final, **dict.fromkeys(models)}
+    counts = dict.fromkeys(names, Hits())
+    for labels, logits in _predictions(inspection, part, runtime=runtime, models=models, progress=progress):
+        for name, values in logits.items():
+            counts[name] += _hits(name, values, labels)
+    return [Accuracy(name, tokens, counts[name]) for name, tokens in names.items()]
+
+
+def check_classifier(inspection: Inspection) -> None:
+    """Raises: UsageError when a file gives no classes."""
+    output = inspection.provenance.outputs[0]
+    if output != "logits":
+        raise UsageError(f"{inspection.path} has no classes (its output is {output}): eval needs a classifier")
+
+
+def check_same_classes(inspections: list[Inspection]) -> None:
+    """Raises: UsageError when files have other classes than the first."""
+    classes = lambda i: (i.provenance.dims["classes"], i.provenance.labels)
+    for inspection in inspections:
+        check_classifier(inspection)
+        if classes(inspection) != classes(inspections[0]):
+            raise UsageError(
+                f"{inspection.path} has other classes than {inspections[0].path}: evaluate them one by one"
+            )
+
+
+def labelled(folder: Path, provenance: Provenance, *, limit: int | None = None) -> list[LabelledImage]:
+    """Images and their classes from a folder with a folder for each class.
+
+    Args:
+        folder: its folders are named by class index or by label; or there is one for each class, in alphabetical order.
+        provenance: of the file, which knows the classes.
+        limit: at most so many images, spread evenly; None for all.
+    Raises:
+        UsageError: there are no such folders, they have no images, or their names say no class.
+    """
     from ..images import SUFFIXES
 
     if limit is not None and limit < 1:
-        raise UsageError(f"--limit {limit}: wanted 1 or more images")
+        raise UsageError(f"limit {limit}: wanted 1 or more images")
     if not folder.is_dir():
-        raise UsageError(f"--images {folder}: wanted a folder with a folder for each class")
+        raise UsageError(f"images {folder}: wanted a folder with a folder for each class")
     names = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
     if not names:
-        raise UsageError(f"--images {folder} has no folders: wanted one for each class, with its images")
-    index = _classes(names, provenance, folder)
-    inside = {
+        raise UsageError(f"images {folder} has no folders: wanted one for each class, with its images")
+    index = _class_indices(names, provenance, folder)
+    photos = {
         n: sorted(p for p in (folder / n).iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()) for n in names
     }
-    images = [(p, index[n]) for n in names for p in inside[n]]
+    images = [LabelledImage(p, index[n]) for n in names for p in photos[n]]
     if not images:
-        raise UsageError(f"--images {folder}: its folders have no images ({', '.join(SUFFIXES)})")
+        raise UsageError(f"images {folder}: its folders have no images ({', '.join(SUFFIXES)})")
     if limit is None or limit >= len(images):
         return images
     return [images[i * len(images) // limit] for i in range(limit)]
 
 
-def _classes(names: list[str], provenance, folder: Path) -> dict[str, int]:
+def _class_indices(names: list[str], provenance: Provenance, folder: Path) -> dict[str, int]:
     """Class folder -> class index: by number, by label, or in order."""
     n = provenance.dims["classes"]
     if all(name.isascii() and name.isdigit() and len(name) < 9 and int(name) < n for name in names):
@@ -43,68 +196,67 @@ def _classes(names: list[str], provenance, folder: Path) -> dict[str, int]:
     if len(names) == n:
         return {name: i for i, name in enumerate(names)}
     raise UsageError(
-        f"--images {folder} has {len(names)} folders ({', '.join(names[:3])}, ...), the model {n} classes: name them by index "
+        f"images {folder} has {len(names)} folders ({', '.join(names[:3])}, ...), the model {n} classes: name them by index "
         f"(0 to {n - 1}) or by label, or have one for each class"
     )
 
 
-def evaluate(
-    found,
-    images: list[tuple[Path, int]],
-    runtime: str,
-    reference: bool,
-    checkpoint,
-    predictor,
-    progress,
-    dense: bool = True,
-) -> list[dict]:
-    """Rows of figures: the file's, and with `reference` its reference's and (with `dense`) the dense model's."""
+def _eager_models(inspection: Inspection, *, reference: bool, dense: bool, checkpoint, predictor, progress) -> dict:
+    """Name -> a function from images to logits: the reference of a file, and the dense model."""
+    progress("loading torch")
+    import torch
+
+    from ...export.models.score_head import score_heads
+    from ...export.rebuild import rebuild
+    from ...export.reference import ReducedViT
+
+    schedule = inspection.provenance.schedule
+    loaded = rebuild(inspection.provenance, inspection.path, checkpoint, predictor)
+    models = {}
+    if reference and schedule.steps:
+        models[f"reference, {schedule.method}"] = ReducedViT(loaded.module, schedule, score_heads(loaded, schedule))
+    if dense or not schedule.steps:  # of a dense file the two are one
+        models["reference, dense"] = loaded.module
+
+    def on_arrays(model):
+        def call(pixels):
+            with torch.no_grad():
+                return model(torch.from_numpy(pixels)).numpy()
+
+        return call
+
+    return {name: on_arrays(model) for name, model in models.items()}
+
+
+def _predictions(
+    inspection: Inspection, images: list[LabelledImage], *, runtime: str, models: dict, progress
+) -> Iterator:
+    """(labels [B], {name: logits [B, classes]}), a batch at a time: memory does not grow with the images."""
     import numpy as np
 
     from ..images import load_images
     from ..runners import in_batches, open_runner
 
-    p, wanted = found.provenance, np.array([label for _, label in images])
-    runs = {}
-    with open_runner(found.path, runtime, batch=found.batch or BATCH if runtime == "openvino" else None) as runner:
+    provenance = inspection.provenance
+    with open_runner(
+        inspection.path, runtime, batch=inspection.batch or BATCH if runtime == "openvino" else None
+    ) as runner:
         size = runner.inputs["image"][0] or BATCH
-        runs[str(found.path)] = lambda image: in_batches(runner, image)[p.outputs[0]]
-        if reference:
-            progress("loading torch")
-            import torch
-
-            from ...export.rebuild import rebuild
-            from ...export.reference import ReducedViT
-            from ...export.models.score_head import score_heads
-
-            loaded = rebuild(p, found.path, checkpoint=checkpoint, predictor=predictor)
-            eager = ReducedViT(loaded.module, p.schedule, score_heads(loaded, p.schedule))
-            if p.schedule.steps:
-                runs[f"reference, {p.schedule.method}"] = lambda image: eager(torch.from_numpy(image)).numpy()
-            if dense or not p.schedule.steps:
-                runs["reference, dense"] = lambda image: loaded.module(torch.from_numpy(image)).numpy()
-        logits: dict[str, list] = {name: [] for name in runs}
         for start in range(0, len(images), size):
-            progress(f"{found.path.name}: image {start + 1} of {len(images)}")
-            pixels = load_images([path for path, _ in images[start : start + size]], p.preprocess)
-            for name, call in runs.items():
-                logits[name].append(call(pixels))
-    return [
-        _row(name, np.concatenate(v), wanted, p.schedule if name == str(found.path) else None)
-        for name, v in logits.items()
-    ]
+            progress(f"{inspection.path.name}: image {start + 1} of {len(images)}")
+            some = images[start : start + size]
+            pixels = load_images([image.path for image in some], provenance.preprocess)
+            logits = {str(inspection.path): in_batches(runner, pixels)[provenance.outputs[0]]}
+            logits |= {name: model(pixels) for name, model in models.items()}
+            yield np.array([image.label for image in some]), logits
 
 
-def _row(name: str, logits, wanted, schedule) -> dict:
+def _hits(name: str, logits, labels) -> Hits:
+    """Counts of one batch. Raises: EngineError when an output is not finite."""
     import numpy as np
 
     if not np.isfinite(logits).all():
-        raise UsageError(f"{name} gives values that are not finite on these images")
+        raise EngineError(f"{name} gives values that are not finite on these images")
     best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
-    hits = best == wanted[:, None]
-    return {
-        "what": name,
-        "tokens": schedule.n_final if schedule else None,
-        "top1": float(hits[:, 0].mean()),
-        "top5": float(hits.any(1).mean()),
-    }
+    right = best == labels[:, None]
+    return Hits(len(labels), int(right[:, 0].sum()), int(right.any(1).sum()))

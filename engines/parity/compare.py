@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ...export.provenance import Provenance
+from ...export.schedule import Schedule
 from .decisions import decided_alike, near_tie_limit, token_maps
 from .outputs import kind_of
 from .report import BlockParity, Cost, Flip, ImageParity, OutputParity
@@ -109,7 +110,9 @@ class Comparison:
         failed = np.any([e.failed for e in errors], 0)
         if judged.other is not None:
             for s in self._other_outputs:
-                failed[judged.rows] |= s.add(judged.other[s.name], judged.other_wanted[s.name], reach[judged.rows]).failed
+                failed[judged.rows] |= s.add(
+                    judged.other[s.name], judged.other_wanted[s.name], reach[judged.rows]
+                ).failed
         wrong = judged.differs & ~(judged.margins <= self.limits)  # a margin that is no number is wrong
         failed |= wrong.any(1)
         self._note_not_finite(chunk.names, wanted)
@@ -117,7 +120,7 @@ class Comparison:
             block.add(judged.alike[:, k], judged.margins[:, k])
         rel = np.max([e.max_rel for s, e in zip(self._outputs, errors) if not s.kind.exact], 0)
         cosine = np.min([e.cosine for e in errors], 0)
-        maps = self._maps(side, wanted)
+        maps = _Maps(self.schedule, (side, wanted))
         for i in range(len(chunk.names)):
             self._add_image(chunk, i, judged, bool(failed[i]), (float(rel[i]), float(cosine[i])), maps)
         worst = max((float(f), float(r)) for f, r in zip(failed, rel))
@@ -151,15 +154,17 @@ class Comparison:
             judged = replay(reference, images[rows], plans=other.plans)
             regrets = np.maximum(regrets, judged.regrets)
             other, other_wanted = other.outputs, judged.side.outputs
-        gives = ~(regrets <= 0) & (not self.other_file)  # after an earlier flip, a plan that is the same may give something away
+        gives = ~(regrets <= 0) & (
+            not self.other_file
+        )  # after an earlier flip, a plan that is the same may give something away
         differs[rows] = ~alike[rows] | gives
         margins[rows] = np.where(differs[rows], regrets, 0.0)
         # where both decide alike they are compared with each other, not through the reference
         like = {name: _put(wanted.outputs[name], rows, own.side.outputs[name]) for name in self.names}
         return Judged(alike, differs, margins, like, rows, other, other_wanted)
 
-    def _add_image(self, chunk: Chunk, i: int, judged: Judged, failed: bool, figures: tuple, maps) -> None:
-        """Count one image of a chunk and keep it when it is among the worst. figures: its max_rel and cosine."""
+    def _add_image(self, chunk: Chunk, i: int, judged: Judged, failed: bool, figures: tuple, maps: _Maps) -> None:
+        """Count one image of a chunk and keep it when it is among the worst. figures: its max_rel and cosine. maps: of the chunk."""
         index, name, (max_rel, cosine) = chunk.start + i, chunk.names[i], figures
         steps = np.flatnonzero(judged.differs[i])
         verdict = "failed" if failed else "flipped" if len(steps) else "equal"
@@ -170,15 +175,10 @@ class Comparison:
             self.n_flips += 1
             flip = Flip(index, name, self.schedule.steps[k].block, margin, limit)
             self._flips.add((not flip.passed, margin / limit if limit else margin), flip)
-        row = ImageParity(index, name, verdict, max_rel, cosine, len(steps))
-        where = None if maps is None else np.stack([m[i] for m in maps])
-        self._images.add((failed, verdict == "flipped", max_rel), (row, where))
-
-    def _maps(self, side: Side, wanted: Side) -> list[np.ndarray] | None:
-        """Where each input token ends up, on both sides [B, N0]; None without reductions."""
-        if not len(self.limits):
-            return None
-        return [token_maps(s.plans, self.schedule)[-1] for s in (side, wanted)]
+        badness = (failed, verdict == "flipped", max_rel)
+        if self._images.admits(badness):
+            row = ImageParity(index, name, verdict, max_rel, cosine, len(steps))
+            self._images.add(badness, (row, maps(i)))
 
     def _note_not_finite(self, names: list[str], wanted: Side) -> None:
         finite = np.isfinite(wanted.outputs[self.names[0]]).reshape(len(names), -1).all(1)
@@ -230,6 +230,19 @@ class Comparison:
         """By model; without those whose outputs, or the file's, are not all finite."""
         costs = {name: s.cost() for name, s in self._costs.items()}
         return {name: cost for name, cost in costs.items() if cost is not None}
+
+
+class _Maps:
+    """Where each input token of a chunk ends up, on both sides; followed only when an image is asked for."""
+
+    def __init__(self, schedule: Schedule, sides: tuple[Side, Side]):
+        self.schedule, self.sides, self.maps = schedule, sides, None
+
+    def __call__(self, i: int) -> np.ndarray | None:
+        """Image i's rows [2, N0]; None without reductions."""
+        if self.maps is None and self.schedule.steps:
+            self.maps = [token_maps(side.plans, self.schedule)[-1] for side in self.sides]
+        return np.stack([m[i] for m in self.maps]) if self.maps else None
 
 
 def _put(values: np.ndarray, rows: np.ndarray, new: np.ndarray) -> np.ndarray:

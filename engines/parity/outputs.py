@@ -72,7 +72,9 @@ class OutputKind:
         if self.exact:
             share = (values != wanted).reshape(len(values), -1).mean(1)
             return ImageErrors(share, share, 1.0 - share)
-        return _relative(values, wanted, floor=floor_of(reach) if self.classes else np.zeros(len(values)), classes=self.classes)
+        return _relative(
+            values, wanted, floor=floor_of(reach) if self.classes else np.zeros(len(values)), classes=self.classes
+        )
 
 
 # By name of the output; what follows an underscore ("tokens_5") is a block and changes nothing.

@@ -61,7 +61,9 @@ def verifiable(path: str | Path, runtime: str) -> Provenance:
     """
     if not is_engine(path):
         if runtime == "torch":
-            raise UsageError("runtime torch is the reference itself: wanted what the file is to run on, e.g. ort or openvino")
+            raise UsageError(
+                "runtime torch is the reference itself: wanted what the file is to run on, e.g. ort or openvino"
+            )
         require(runtime)
     provenance = inspect_file(path).provenance
     if is_engine(path) and any(s.n_in > 1 for s in provenance.schedule.steps) and not provenance.decisions:

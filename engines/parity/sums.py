@@ -63,9 +63,7 @@ class OutputSum:
 
     def parity(self, name: str | None = None) -> OutputParity:
         """The row of the report. name: in the place of the output's own."""
-        kl, top1, top5 = (
-            (self.kl, self.top1 / self.n, self.top5 / self.n) if self.kind.classes else (None, None, None)
-        )
+        kl, top1, top5 = (self.kl, self.top1 / self.n, self.top5 / self.n) if self.kind.classes else (None, None, None)
         return OutputParity(
             name=name or self.name,
             max_abs=self.max_abs,
@@ -126,7 +124,9 @@ class CostSum:
             wanted: [B, classes or C] of the other model.
         """
         self.finite = (
-            self.finite and values.shape == wanted.shape and bool(np.isfinite(values).all() and np.isfinite(wanted).all())
+            self.finite
+            and values.shape == wanted.shape
+            and bool(np.isfinite(values).all() and np.isfinite(wanted).all())
         )
         if not self.finite:
             return

@@ -188,7 +188,12 @@ def _bisect(job: _Job, reference, comparison: Comparison) -> list[StageParity]:
     done = 1 - BISECTION
     tell = lambda text, share: job.progress(text, done + BISECTION * share)
     return stage_parity(
-        job.path, job.runtime, reference=reference, provenance=job.provenance, worst=comparison.worst_chunk, progress=tell
+        job.path,
+        job.runtime,
+        reference=reference,
+        provenance=job.provenance,
+        worst=comparison.worst_chunk,
+        progress=tell,
     )
 
 

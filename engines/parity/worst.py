@@ -22,6 +22,10 @@ class Worst:
     def __bool__(self) -> bool:
         return bool(self._heap)
 
+    def admits(self, badness: tuple[float, ...]) -> bool:
+        """Whether an item this bad would be kept. badness: as for `add`."""
+        return len(self._heap) < self.most or _key(badness) > self._heap[0][0]
+
     def add(self, badness: tuple[float, ...], item) -> None:
         """One more item.
 
@@ -29,8 +33,7 @@ class Worst:
             badness: compared from left to right, all of one length; what is not a number is worst.
             item: anything.
         """
-        key = tuple(math.inf if math.isnan(b) else b for b in badness)
-        entry = (key, -next(self._order), item)
+        entry = (_key(badness), -next(self._order), item)
         if len(self._heap) < self.most:
             heapq.heappush(self._heap, entry)
         elif entry > self._heap[0]:
@@ -39,3 +42,7 @@ class Worst:
     def items(self) -> list:
         """What was kept, the worst first."""
         return [item for *_, item in sorted(self._heap, key=lambda entry: entry[:2], reverse=True)]
+
+
+def _key(badness: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(math.inf if math.isnan(b) else b for b in badness)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Sequence
+from typing import Any, Callable, Sequence
 
 from ...export import precisions
 from ...export.errors import UsageError
@@ -132,7 +132,7 @@ class _Job:
             write_sidecar(new, engine)
         return BuildResult(output, engine, built.layers, False, built.seconds, warnings, engine.builder)
 
-    def _new_timing_cache(self) -> ContextManager[Path | None]:
+    def _new_timing_cache(self) -> AbstractContextManager[Path | None]:
         return aside(self.timing_cache) if self.timing_cache else nullcontext()
 
     def _typed(self, folder: Path) -> Path:

@@ -129,7 +129,9 @@ def check_decisions(names: tuple[str, ...], schedule: Schedule) -> None:
             continue
         parts = {name.partition(".")[2] for name in names if name.startswith(f"block{step.block}.")}
         if "order" not in parts and not {"keep", "src"} <= parts:
-            wrong.append(f"block {step.block}: which rows stay is not in the graph ({', '.join(sorted(parts)) or 'nothing'})")
+            wrong.append(
+                f"block {step.block}: which rows stay is not in the graph ({', '.join(sorted(parts)) or 'nothing'})"
+            )
         if step.n_folded and step.n_out == step.n_kept and not parts & {"dst", "target"}:
             wrong.append(f"block {step.block}: where folded rows go is not in the graph")
     _refuse(wrong)

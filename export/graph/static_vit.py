@@ -51,7 +51,12 @@ class StaticViT(nn.Module):
         self.schedule, self.single, self.sources, self.any_batch = schedule, batch == 1, sources, batch is None
         self.batch_kind = "dynamic" if batch is None else "single" if batch == 1 else "fixed"
         self.n_prefix, self.has_class, self.output_name = plain.n_prefix, plain.has_class_token, plain.output_name
-        self.patch, self.patch_norm, self.norm_pre, self.norm = plain.patch, plain.patch_norm, plain.norm_pre, plain.norm
+        self.patch, self.patch_norm, self.norm_pre, self.norm = (
+            plain.patch,
+            plain.patch_norm,
+            plain.norm_pre,
+            plain.norm,
+        )
         self.pos = nn.Parameter(plain.positions(), requires_grad=False)
         parts, table = plain.blocks(), plain.rotary()
         shape = {"single": self.single, "n_prefix": self.n_prefix, "rotary": table is not None}

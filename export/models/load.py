@@ -74,8 +74,7 @@ class LoadedModel:
 
     @property
     def rates(self) -> dict[str, list[int]] | None:
-        """DiffRate's keep counts of the checkpoint, {"prune_kept": [...], "merge_kept": [...]}, or None. Raises:
-        UsageError."""
+        """DiffRate's keep counts of the checkpoint, {"prune_kept": [...], "merge_kept": [...]}, or None."""
         return rates_of_checkpoint(self.learned)
 
 

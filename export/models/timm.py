@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import preprocess
 from ..errors import UsageError
+from ..preprocess import of_model
 from .plain_vit import AttentionPool, BlockParts, PlainViT, Pooling, linear, rotary_table
 
-WANTED = (
-    "timm's VisionTransformer, VisionTransformerDistilled or Eva (vit_*, deit_*, deit3_*, *_dinov2, *_dinov3, eva02_*, ...)"
-)
+WANTED = "timm's VisionTransformer, VisionTransformerDistilled or Eva (vit_*, deit_*, deit3_*, *_dinov2, *_dinov3, eva02_*, ...)"
 
 
 def adapt(model: nn.Module) -> PlainViT | None:
@@ -43,7 +41,7 @@ def adapt(model: nn.Module) -> PlainViT | None:
         blocks=lambda: [_parts(block) for block in model.blocks],
         n_blocks=len(model.blocks),
         dims=_dims(model),
-        preprocess=preprocess.of_model(model),
+        preprocess=of_model(model),
         rotary=lambda: _rotary(model),
         labels=lambda: _labels(model),
     )
@@ -159,7 +157,9 @@ def _pooling(model: nn.Module) -> Pooling:
         rows=(0,) if attention is None and model.global_pool == "token" else (),
         pool=model.pool,
         # EVA pools all tokens
-        attention=None if attention is None else _attention_pool(attention, model.num_prefix_tokens * (include is False)),
+        attention=None
+        if attention is None
+        else _attention_pool(attention, model.num_prefix_tokens * (include is False)),
         average=average,
         by_size=average and like_mae,
     )
@@ -169,7 +169,8 @@ def _pooling(model: nn.Module) -> Pooling:
 def _attention_pool(pool: nn.Module, skip: int) -> AttentionPool:
     query = pool.q(pool.latent).reshape(1, pool.latent_len, pool.num_heads, -1).transpose(1, 2)
     query = (pool.q_norm(query) * pool.scale).contiguous()
-    return AttentionPool(query, pool.kv, pool.k_norm, pool.proj, pool.norm, pool.mlp, pool.pool, skip)
+    layers = {name: getattr(pool, name) for name in ("kv", "k_norm", "proj", "norm", "mlp")}
+    return AttentionPool(query, **layers, kind=pool.pool, skip=skip)
 
 
 def _dims(model: nn.Module) -> dict:

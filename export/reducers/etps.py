@@ -45,9 +45,7 @@ def reference(s: Signals, step: Step, given: MergePlan | None = None) -> MergePl
     cosine = ranking.cosines(s, order.keep, order.src, eps=EPS)
     dst = given.dst if given else cosine.max(-1, keepdim=True).indices
     w_keep = torch.full_like(order.keep, math.e, dtype=s.x.dtype)
-    return MergePlan(
-        order.keep, order.src, dst, combine="weighted", w_keep=w_keep, w_src=cosine.gather(2, dst).exp()
-    )
+    return MergePlan(order.keep, order.src, dst, combine="weighted", w_keep=w_keep, w_src=cosine.gather(2, dst).exp())
 
 
 def static(s: Signals, step: Step) -> MergePlan:

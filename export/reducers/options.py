@@ -135,7 +135,12 @@ def parse_at(blocks: str | list | tuple, depth: int) -> list[int]:
 
 
 def keeps_all(stage: int, block: int) -> str:
-    """The note for a stage that has no step. Stages are counted from 1 in words."""
+    """The note for a stage that has no step.
+
+    Args:
+        stage: counted from 1.
+        block: from 0.
+    """
     return f"stage {stage} (block {block}) keeps every token"
 
 
@@ -164,9 +169,7 @@ R = Option(
     swept=True,
     parse=lambda value, size: parse_r(value, size.depth),
 )
-KEEP_RATE = Option(
-    "keep_rate", "share of tokens kept, or a list, one a stage", default=0.7, metavar="RATE", swept=True
-)
+KEEP_RATE = Option("keep_rate", "share of tokens kept, or a list, one a stage", default=0.7, metavar="RATE", swept=True)
 KEEP_SHARE = Option(
     "keep_rate",
     "share of patches that each stage keeps of the last, or a list of shares of all patches, one a stage",

@@ -9,13 +9,20 @@ import torch
 
 from tokexport import UsageError, open_runner, verify
 from tokexport.engines import files
-from tokexport.engines.runners import tensorrt as plan_runner
+from tokexport.engines.runners import TABLE, RunnerOptions
+from tokexport.engines.runners import tensorrt as engine_runner
 from tokexport.engines.tensorrt import runtime as trt
 from tokexport.engines.tensorrt.build import build_engine
 from tokexport.engines.tensorrt.sidecar import Builder, read_sidecar, write_sidecar
 from tokexport.export.inspection import inspect
-from tokexport.engines.measure import bench
+from tokexport.engines.measure.jobs import noise
 from tokexport.tools.demo import samples
+
+
+def open_engine(path, outputs=()):
+    """An engine, opened as the table opens it."""
+    return engine_runner.open_file(path, TABLE["trt"], RunnerOptions(outputs=outputs))
+
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: engine builds need it")
 GPU = pytest.mark.skipif(
@@ -49,7 +56,7 @@ def test_an_engine_gives_its_decisions_when_asked(elsewhere, tome, tmp_path):
     assert found.precision == "fp16" and found.decisions == p.decisions and found.schedule == p.schedule
     plain = build_engine(tome, tmp_path / "p.plan", precision="fp16", builder="rtx", capabilities=("80",)).path
     assert read_sidecar(plain).output_names == p.outputs
-    for call in (lambda: verify(plain), lambda: plan_runner.open_plan(plain, p.decisions)):
+    for call in (lambda: verify(plain), lambda: open_engine(plain, p.decisions)):
         with pytest.raises(UsageError, match="trt --decisions"):
             call()
 
@@ -68,7 +75,7 @@ def test_without_a_gpu_an_engine_is_refused_in_words(elsewhere):
     for args in (["run", str(elsewhere), str(samples.sample_photos()[0])], ["verify", str(elsewhere)]):
         assert "there is no NVIDIA GPU here: run the ONNX file" in str(CliRunner().invoke(group, args).exception)
     with pytest.raises(UsageError, match="CUDA graphs are of TensorRT engines"):
-        with open_runner(plan_runner.Path(read_sidecar(elsewhere).source), cuda_graph=True):
+        with open_runner(read_sidecar(elsewhere).source, cuda_graph=True):
             pass
 
 
@@ -124,7 +131,7 @@ def test_an_engine_for_another_gpu_is_refused(elsewhere, monkeypatch):
     with pytest.raises(
         UsageError, match=r"for compute capability 80, this GPU \(A GPU\) has 90: build it with --compute-capability 90"
     ):
-        plan_runner.open_plan(elsewhere)
+        open_engine(elsewhere)
 
 
 def test_an_engine_of_another_version_is_refused(elsewhere, tmp_path, monkeypatch):
@@ -133,13 +140,13 @@ def test_an_engine_of_another_version_is_refused(elsewhere, tmp_path, monkeypatc
     copy.write_bytes(elsewhere.read_bytes())
     write_sidecar(copy, replace(read_sidecar(elsewhere), builder=Builder("rtx", "1.0.0.1")))
     with pytest.raises(UsageError, match="was built by TensorRT-RTX 1.0.0.1, here is .*: build it again"):
-        plan_runner.open_plan(copy)
+        open_engine(copy)
 
 
 def test_a_pytorch_without_cuda_is_named(elsewhere, monkeypatch):
     _pretend(monkeypatch, cuda=False)
     with pytest.raises(UsageError, match="PyTorch .* cannot use the GPU"):
-        plan_runner.open_plan(elsewhere)
+        open_engine(elsewhere)
 
 
 def test_an_input_that_is_not_finite_is_refused(tome):
@@ -178,7 +185,7 @@ def test_an_engine_is_what_the_reference_is(method, precision, engine_here):
 @pytest.mark.gpu
 def test_a_cuda_graph_gives_the_same_and_tensors_are_not_copied(engine_here):
     path = engine_here("tome")
-    image = bench.noise(inspect(read_sidecar(path).source), 8)
+    image = noise(8, (3, 64, 64))
     with open_runner(path) as plain, open_runner(path, cuda_graph=True) as captured:
         first = plain.run({"image": image})
         for _ in range(3):
@@ -195,7 +202,7 @@ def test_a_cuda_graph_gives_the_same_and_tensors_are_not_copied(engine_here):
 def test_an_identical_request_is_a_cache_hit_and_the_inspector_shows_layers(engine_here):
     path = engine_here("tome")
     assert build_engine(read_sidecar(path).source, path, precision="fp32", decisions=True).cached
-    assert len(plan_runner.layer_information(path)) > 10
+    assert len(engine_runner.layer_information(path)) > 10
 
 
 @GPU
@@ -204,8 +211,23 @@ def test_an_identical_request_is_a_cache_hit_and_the_inspector_shows_layers(engi
 def test_onnxruntime_on_the_gpu_is_what_the_reference_is(runtime, tome):
     import onnxruntime
 
-    from tokexport.engines.runners import PROVIDERS
-
-    if PROVIDERS[runtime] not in onnxruntime.get_available_providers():
+    if TABLE[runtime].provider not in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime was built without it: pip install onnxruntime-gpu")
     assert verify(tome, runtime=runtime).passed
+
+
+@GPU
+@pytest.mark.gpu
+def test_an_engine_is_timed_alone_and_gives_its_memory_back(engine_here):
+    path = engine_here("tome")
+    image = noise(8, (3, 64, 64))
+    with open_runner(path) as first:
+        first.run({"image": image})
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    for cuda_graph in (False, True):
+        with open_runner(path, cuda_graph=cuda_graph) as runner:
+            alone = runner.timer({"image": image})
+            assert 0 < sorted(alone() for _ in range(20))[10] < 1
+    torch.cuda.empty_cache()
+    assert torch.cuda.mem_get_info()[0] >= free - 2**21

@@ -449,7 +449,9 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
 
     photos = digits.write_held_out(tmp_path, 16)
     loaded = load_model(digits.MODEL, digits.KWARGS, checkpoint=digits.WEIGHTS)
-    export_onnx(loaded, Schedule.parse(method="evit", depth=12, n_tokens=65, at=(1,)), tmp_path / "d.onnx", sources=True)
+    export_onnx(
+        loaded, Schedule.parse(method="evit", depth=12, n_tokens=65, at=(1,)), tmp_path / "d.onnx", sources=True
+    )
     out = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path / "d.onnx"), *map(str, photos)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -25,9 +25,7 @@ def evit_counts(rates, at, n_tokens, n_prefix=1, *, fuse=True, squeeze=False):
 
 def tps_counts(rates, at, n_tokens, n_prefix=1, *, squeeze=False):
     """Steps and notes of DynamicViT, or of dTPS with squeeze."""
-    counts = dynamicvit.stage_counts(
-        {"keep_rate": rates, "at": at}, ModelSize(n_tokens, n_prefix, 12), squeeze=squeeze
-    )
+    counts = dynamicvit.stage_counts({"keep_rate": rates, "at": at}, ModelSize(n_tokens, n_prefix, 12), squeeze=squeeze)
     return counts.steps, counts.notes
 
 
@@ -90,7 +88,9 @@ def test_what_does_not_stay_is_fused_dropped_or_squeezed():
     assert numbers(evit_counts(rates, at, 11, squeeze=True)[0]) == [(2, 11, 6, 6, 5)]
     assert numbers(tps_counts(rates, at, 11, squeeze=True)[0]) == [(2, 11, 6, 6, 5)]
     assert numbers(tps_counts(rates, at, 11)[0]) == [(2, 11, 6, 6, 0)]
-    assert [(s.site, s.signal, s.layer) for s in evit_counts(rates, at, 11)[0]] == [("post_attn", "class_attention", None)]
+    assert [(s.site, s.signal, s.layer) for s in evit_counts(rates, at, 11)[0]] == [
+        ("post_attn", "class_attention", None)
+    ]
     assert [(s.site, s.signal, s.layer) for s in tps_counts(rates, at, 11)[0]] == [("pre_block", "score_head", 0)]
 
 

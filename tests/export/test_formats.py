@@ -296,7 +296,9 @@ def test_a_fine_tuned_mae_loads_with_average_pooling_and_otherwise_says_so(tmp_p
     model = model_of(global_pool="avg")
     assert "fc_norm.weight" in model.state_dict() and "norm.weight" not in model.state_dict()
     torch.save(SCRIPTS["MAE"](model.state_dict()), tmp_path / "mae.pth")
-    assert torch.equal(load_model(NAME, {**KWARGS, "global_pool": "avg"}, checkpoint=tmp_path / "mae.pth").module(X), model(X))
+    assert torch.equal(
+        load_model(NAME, {**KWARGS, "global_pool": "avg"}, checkpoint=tmp_path / "mae.pth").module(X), model(X)
+    )
     with pytest.raises(UsageError, match="average pooling .*\n(.*\n)*give global_pool=avg"):
         load_model(NAME, KWARGS, checkpoint=tmp_path / "mae.pth")
 
@@ -317,7 +319,8 @@ def test_a_pretrained_mae_has_no_classifier_and_gives_its_encoder_when_asked(tmp
 
 
 @pytest.mark.parametrize(
-    "kwargs, said", [({"num_classes": 0}, "num_classes=0"), ({"init_values": 0.1}, "the file has LayerScale.*init_values=1e-5")]
+    "kwargs, said",
+    [({"num_classes": 0}, "num_classes=0"), ({"init_values": 0.1}, "the file has LayerScale.*init_values=1e-5")],
 )
 def test_a_model_of_other_options_is_refused_with_the_option(kwargs, said, tmp_path):
     torch.save(
@@ -342,10 +345,9 @@ def test_score_heads_come_with_the_checkpoint(script, slot, tmp_path):
     model, heads = model_of(no_embed_class=not slot), heads_state()
     torch.save(SCRIPTS[script]({**model.state_dict(), **heads}), tmp_path / "vit.pth")
     loaded = load_model(NAME, KWARGS, checkpoint=tmp_path / "vit.pth")
-    assert (
-        "checkpoint format: DynamicViT or dTPS (score heads for 3 stages)" in loaded.notes
-        and len(loaded.notes) == 2 - slot + (script == "DynamicViT")
-    )
+    assert "checkpoint format: DynamicViT or dTPS (score heads for 3 stages)" in loaded.notes and len(
+        loaded.notes
+    ) == 2 - slot + (script == "DynamicViT")
     assert torch.allclose(loaded.module(X), model(X), atol=1e-6, rtol=0)
     assert loaded.heads.keys() == {k.removeprefix("score_predictor.") for k in heads}
     assert all(torch.equal(loaded.heads[k.removeprefix("score_predictor.")], v) for k, v in heads.items())

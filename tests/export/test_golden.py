@@ -155,7 +155,9 @@ def reference(golden, tiny, schedule_of):
 def test_every_case_and_every_array_is_tested():
     assert TESTED == CASES, "a case of a method without a golden test"
     assert (
-        {c["method"] for c in CASES.values()} == {"base", *reducers.TABLE} - {"none"} and len(CASES) == 11 and len(UNITS) == 9
+        {c["method"] for c in CASES.values()} == {"base", *reducers.TABLE} - {"none"}
+        and len(CASES) == 11
+        and len(UNITS) == 9
     )
     for name in CASES:
         arrays = np.load(FOLDER / f"{name}.npz").files

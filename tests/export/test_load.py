@@ -81,7 +81,9 @@ def test_a_checkpoint_is_unwrapped(wrap, suffix, state, tmp_path, tiny):
         "sha256": hash_weights(tiny("tiny_vit").module.state_dict()),
     }
     prefixed = any("module." in k for k in wrap({"k": 0}).get("model", wrap({"k": 0})))
-    assert loaded.notes == (["the keys' prefix module. is taken off"] if prefixed else []) and not loaded.module.training
+    assert (
+        loaded.notes == (["the keys' prefix module. is taken off"] if prefixed else []) and not loaded.module.training
+    )
 
 
 def test_safetensors_fill_every_tensor(tiny, state):
@@ -99,8 +101,13 @@ def test_what_does_not_fit_is_told_in_one_line_then_at_most_twelve_keys_then_wha
     with pytest.raises(UsageError) as e:
         load_model(NAME, KWARGS, checkpoint=tmp_path / "vit.safetensors")
     first, *keys, advice = str(e.value).splitlines()
-    assert "66 of its 80 tensors match; the file has 5 blocks, the model 6; the file has 7 classes, the model 10" in first
-    assert keys[:2] == ["  unexpected blocks.0.extra", "  blocks.0.norm1.bias is (3,), wanted (64,)"]  # what nothing explains
+    assert (
+        "66 of its 80 tensors match; the file has 5 blocks, the model 6; the file has 7 classes, the model 10" in first
+    )
+    assert keys[:2] == [
+        "  unexpected blocks.0.extra",
+        "  blocks.0.norm1.bias is (3,), wanted (64,)",
+    ]  # what nothing explains
     assert len(keys) == 13 and keys[-1] == "  and 3 more" and all("extra.two" not in k for k in keys)
     assert advice == "give depth=5, or its model; give num_classes=7"
 
@@ -183,7 +190,9 @@ def test_the_suffix_plays_no_part(state, tmp_path):
     torch.save(state, tmp_path / "vit.safetensors")
     torch.save(state, tmp_path / "vit")
     for name in ("vit.pth", "vit.safetensors", "vit"):
-        assert torch.equal(load_model(NAME, KWARGS, checkpoint=tmp_path / name).module.norm.weight, state["norm.weight"])
+        assert torch.equal(
+            load_model(NAME, KWARGS, checkpoint=tmp_path / name).module.norm.weight, state["norm.weight"]
+        )
 
 
 def test_loading_leaves_the_global_random_numbers_where_they_are():

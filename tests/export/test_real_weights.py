@@ -57,10 +57,9 @@ def test_layer_scale_of_real_weights_matters(dinov2, tmp_path):
 def test_dinov2_features_are_those_of_timm(checkpoint):
     """The weights mean something: both photos give features of their own, and the reference without reduction is timm's forward."""
     from tokexport.engines.images import load_images
-    from tokexport.export.models import as_plain
 
-    model = tokexport.load_model(samples.MODEL, samples.KWARGS, checkpoint=checkpoint).module
-    image = torch.from_numpy(load_images(samples.sample_photos(), as_plain(model).preprocess))
+    loaded = tokexport.load_model(samples.MODEL, samples.KWARGS, checkpoint=checkpoint)
+    model, image = loaded.module, torch.from_numpy(load_images(samples.sample_photos(), loaded.preprocess))
     none = tokexport.Schedule.parse(method="none", depth=12, n_tokens=257)
     own = tokexport.reduce_model(model, none)(image)
     with torch.no_grad():

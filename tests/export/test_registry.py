@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tokexport import UsageError, export_onnx, reduce_model
-from tokexport.export import reducers
 from tokexport.export.checkpoints import score_heads
+from tokexport.export import reducers
 from tokexport.export.graph.static_vit import StaticViT
 from tokexport.export.models import as_plain
 from tokexport.export.models.load import LoadedModel
@@ -227,7 +227,9 @@ def test_one_model_of_each_structure_runs_as_onnx(part, relative, run_onnx, tmp_
         model = small(name)
         plan = schedule(model, methods[i % len(methods)])
         heads = score_heads.random_heads(WIDTH, 2, seed=1) if plan.n_layers else {}
-        loaded = LoadedModel(model, name, {}, {"source": "random", "seed": 0, "sha256": ""}, [], heads)
+        loaded = LoadedModel(
+            model, name, {}, {"source": "random", "seed": 0, "sha256": ""}, [], as_plain(model).preprocess, heads
+        )
         wanted = reduce_model(model, plan, heads_for(plan)).run(image(model, 3))
         export_onnx(loaded, plan, tmp_path / "vit.onnx", sources=True, force=True)
         got = run_onnx(tmp_path / "vit.onnx", image(model, 3))

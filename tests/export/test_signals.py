@@ -31,8 +31,8 @@ def keep_first(step):
 
 def ignorant():
     """A reducer that looks at nothing: the first tokens stay."""
-    reference = lambda s, step, given=None: given or MergePlan(
-        torch.tensor(keep_first(step), device=s.x.device).expand(len(s.x), -1)[..., None]
+    reference = lambda s, step, given=None: (
+        given or MergePlan(torch.tensor(keep_first(step), device=s.x.device).expand(len(s.x), -1)[..., None])
     )
 
     def static(s, step):
@@ -56,7 +56,9 @@ def toy(signal, site):
             layer = i if signal is not None and SIGNALS[signal].learned else None
             out.append(Step(block, site, n, n - 3, n - 3, 3 if signal == "keys" else 0, signal, layer))
             n -= 3
-        return Counts(asked, out, prop_attn=signal in ("keys", "class_attention"), n_layers=2 if signal == "score_head" else 0)
+        return Counts(
+            asked, out, prop_attn=signal in ("keys", "class_attention"), n_layers=2 if signal == "score_head" else 0
+        )
 
     if signal is None:
         reference, static, regret = ignorant()
@@ -123,7 +125,9 @@ def test_what_is_looked_at_before_a_block_is_what_the_block_would_compute(use, r
         part = SIGNALS[signal].kind
         before, behind = (getattr(seen[signal, site], part) for site in SITES)
         assert relative(before, behind) <= 1e-6
-    assert relative(seen["class_attention", SITES[0]].score[:, 1:], seen["mean_attention", SITES[0]].score[:, 1:]) > 1e-3
+    assert (
+        relative(seen["class_attention", SITES[0]].score[:, 1:], seen["mean_attention", SITES[0]].score[:, 1:]) > 1e-3
+    )
 
 
 def test_the_cost_of_a_signal_is_counted():
@@ -178,8 +182,14 @@ def test_a_step_that_loses_prefix_tokens_is_refused():
 
 def test_a_schedule_says_how_attention_and_pool_use_sizes():
     size = {"n_tokens": 65, "depth": 6}
-    assert Schedule.parse("tome", r=8, **size).prop_attn and not Schedule.parse("tome", r=8, prop_attn=False, **size).prop_attn
-    assert Schedule.parse("tome", r=8, pool="size", **size).pool == "size" and Schedule.parse("evit", at=[1], **size).pool == "mean"
+    assert (
+        Schedule.parse("tome", r=8, **size).prop_attn
+        and not Schedule.parse("tome", r=8, prop_attn=False, **size).prop_attn
+    )
+    assert (
+        Schedule.parse("tome", r=8, pool="size", **size).pool == "size"
+        and Schedule.parse("evit", at=[1], **size).pool == "mean"
+    )
     assert not Schedule.parse("evit", at=[1], **size).prop_attn
     with pytest.raises(UsageError, match="prop_attn 'no': wanted true or false"):
         Schedule.parse("tome", r=8, prop_attn="no", **size)

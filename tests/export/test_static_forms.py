@@ -283,8 +283,8 @@ def test_other_decisions_and_other_arithmetic_are_seen(double, schedule_of, rela
         plan, MergePlan(plan.keep.flip(1), plan.src, plan.dst)
     )
     model, merge = _model("LayerScale"), static_vit.apply_static
-    flipped = lambda plan, form, **how: (laid := apply.lay_out(plan, apply.Form.GATHER, **how)) and replace(
-        laid, dst=laid.dst.flip(-2)
+    flipped = lambda plan, form, **how: (
+        (laid := apply.lay_out(plan, apply.Form.GATHER, **how)) and replace(laid, dst=laid.dst.flip(-2))
     )
     monkeypatch.setattr(static_vit, "lay_out", flipped)
     worst, equal, wrong = _compare(model, schedule_of(model, [4]), "fixed", relative)

@@ -207,7 +207,10 @@ BAD_OPTIONS = {
     "no blocks": ([*TINY, "--model-kwargs", "depth=0", "--r", 8], "no blocks"),
     "r of many digits": ([*TINY, "--r", "9" * 400], "more tokens"),
     "batch of many digits": ([*TINY, "--r", 8, "--batch", "9" * 20], "--batch"),
-    "weights by kwargs": ([*TINY, "--model-kwargs", "checkpoint_path=w.pth", "--r", 8], "named with checkpoint or pretrained"),
+    "weights by kwargs": (
+        [*TINY, "--model-kwargs", "checkpoint_path=w.pth", "--r", 8],
+        "named with checkpoint or pretrained",
+    ),
     "block out of range": ([*TINY, "--method", "evit", "--at", "1,6"], "--at"),
     "blocks not in order": ([*TINY, "--method", "etps", "--at", "3,1"], "--at"),
     "default blocks of a small model": ([*TINY, "--method", "dtps"], "--at"),
@@ -469,9 +472,9 @@ def test_bench_compares_like_with_like(call, vit, tmp_path):
         ([vit, "--dense", other], "one model"),
         ([vit, "--dense", vit], "among the files"),
         ([fixed, "--dense", vit, "--batch", "3"], "reduced"),
-        ([fixed, "--batch", "1"], "--batch 3"),
-        ([vit, "--seconds", "nan"], "--seconds"),
-        ([vit, "--threads", "99999"], "--threads"),
+        ([fixed, "--batch", "1"], "give batch 3"),
+        ([vit, "--seconds", "nan"], "seconds nan"),
+        ([vit, "--threads", "99999"], "threads 99999"),
     ):
         code, _, err = call("bench", *args)
         assert code == 2 and word in err, err

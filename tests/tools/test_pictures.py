@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from tokexport import UsageError, export_onnx, load_model
+from tokexport.export.errors import EngineError
 from tokexport.export.inspection import inspect
 from tokexport.tools.demo import digits, samples
 from tokexport.tools.show import draw
@@ -40,7 +41,7 @@ def data(tmp_path_factory):
 def test_the_weights_are_small_and_good(model, data):
     assert digits.WEIGHTS.stat().st_size + digits.HEADS.stat().st_size < 2e6
     rows = json.loads(run("eval", model, "--images", data, "--json").stdout)["rows"]
-    assert [r["what"] for r in rows] == [str(model), "reference, tome", "reference, dense"]
+    assert [r["name"] for r in rows] == [str(model), "reference, tome", "reference, dense"]
     assert (
         rows[2]["top1"] >= 0.97
         and rows[0]["top1"] == rows[1]["top1"] >= 0.95
@@ -61,18 +62,41 @@ def test_accuracy_can_be_low(model, data, tmp_path):
 def test_folders_name_classes_by_number_label_or_order(model, tmp_path):
     p = inspect(model).provenance
     names = [f"class_{c}" for c in "abcdefghij"]
-    assert evaluate._classes(["3", "7"], p, tmp_path) == {"3": 3, "7": 7}
-    assert evaluate._classes(names, p, tmp_path) == {n: i for i, n in enumerate(names)}
+    assert evaluate._class_indices(["3", "7"], p, tmp_path) == {"3": 3, "7": 7}
+    assert evaluate._class_indices(names, p, tmp_path) == {n: i for i, n in enumerate(names)}
     from dataclasses import replace
 
-    assert evaluate._classes(["two"], replace(p, labels=("zero", "one", "two")), tmp_path) == {"two": 2}
+    assert evaluate._class_indices(["two"], replace(p, labels=("zero", "one", "two")), tmp_path) == {"two": 2}
     with pytest.raises(UsageError, match="has 2 folders .*the model 10 classes"):
-        evaluate._classes(["a", "b"], p, tmp_path)
+        evaluate._class_indices(["a", "b"], p, tmp_path)
 
 
 def test_a_limit_is_spread_over_the_classes(model, data):
-    images = evaluate.labelled(data, inspect(model).provenance, 20)
+    images = evaluate.labelled(data, inspect(model).provenance, limit=20)
     assert len(images) == 20 and len({label for _, label in images}) == 10
+
+
+def test_counts_of_shards_add_up(model, data):
+    """Each image is in one shard, and the sum is the accuracy of all."""
+    images = evaluate.labelled(data, inspect(model).provenance, limit=23)
+    options = {"reference": True, "dense": True}
+    whole = evaluate.evaluate(model, images, **options)
+    shards = [evaluate.evaluate(model, images, shard=i, shards=3, **options) for i in range(3)]
+    assert [s[0].hits.images for s in shards] == [8, 8, 7] and evaluate.added(shards) == whole
+    assert [evaluate.Accuracy.from_json(json.loads(json.dumps(a.to_json()))) for a in whole] == whole
+    assert evaluate.evaluate(model, images[:1], shard=1, shards=2)[0].hits == evaluate.Hits(), "a shard may be empty"
+    with pytest.raises(UsageError, match="of the same models"):
+        evaluate.added([whole, whole[:1]])
+    with pytest.raises(UsageError, match="shard 3 of 3: wanted 0 to 2"):
+        evaluate.evaluate(model, images, shard=3, shards=3)
+
+
+def test_hits_are_counted_among_the_likeliest():
+    logits = np.float32([[0, 1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1, 0]])
+    assert evaluate._hits("f", logits, np.array([6, 4])) == evaluate.Hits(2, 1, 2)
+    assert evaluate._hits("f", logits, np.array([1, 5])) == evaluate.Hits(2, 0, 0)
+    with pytest.raises(EngineError, match="not finite"):
+        evaluate._hits("f", logits / np.float32(0), np.array([1, 5]))
 
 
 @pytest.mark.parametrize("runtime", ["ort", "openvino"])
@@ -88,7 +112,7 @@ def test_bad_data_is_one_error(model, exported, dinov2, tmp_path):
         ([model, "--images", tmp_path / "none"], "wanted a folder with"),
         ([model, "--images", tmp_path / "empty"], "has no folders"),
         ([model, "--images", tmp_path], "has 1 folders"),
-        ([model, "--images", tmp_path, "--limit", 0], "--limit 0"),
+        ([model, "--images", tmp_path, "--limit", 0], "limit 0"),
         ([dinov2("evit"), "--images", tmp_path], "needs a classifier"),
     ):
         assert words in str(run("eval", *args).exception)

@@ -52,8 +52,8 @@ def test_the_five_likeliest_classes(batch, runtime, files, photos):
     rows = json.loads(run(path, photos, "--runtime", runtime, "--json").stdout)["images"]
     assert [r["image"] for r in rows] == [str(photos / f"{n}.png") for n in "abcde"]
     pixels = load_images(sorted(photos.iterdir()), inspect(path).provenance.preprocess)
-    with open_runner(files(10)) as runtime:
-        logits = runtime.run({"image": pixels})["logits"].astype(np.float64)
+    with open_runner(files(10)) as runner:
+        logits = runner.run({"image": pixels})["logits"].astype(np.float64)
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     for row, likely in zip(rows, p):
         assert [t["class"] for t in row["top"]] == list(np.argsort(-likely)[:5])

@@ -62,18 +62,18 @@ def command(
     from ...export.files import check_output
     from ..show.terminal import console, print_json, stages
 
-    images, (which, options) = _batch(batch), split(options)
-    checkpoint, predictor = which["checkpoint"], which["predictor"]
+    images, (model, options) = _batch(batch), split(options)
     check_precision(dtype, calib)
-    path = check_output(f"{file_stem(which)}.{method}.onnx" if output is None else output, force, [checkpoint, predictor, *calib])
+    inputs = [model["checkpoint"], model["predictor"], *calib]
+    path = check_output(f"{file_stem(model)}.{method}.onnx" if output is None else output, force, inputs)
     out = console()
     with stages(out) as progress:
         progress("loading torch")
         from ...engines.onnx_export import export_onnx
 
-        learned = _check_method(method, options, predictor)
+        learned = _check_method(method, options, model["predictor"])
         progress("loading the model")
-        loaded = load(which)
+        loaded = load(model)
         with as_flags(options):
             schedule = loaded.schedule(method, **options)
         result = export_onnx(

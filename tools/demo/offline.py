@@ -8,16 +8,9 @@ from . import digits
 from ..show import draw
 from ..show.terminal import print_json, stages
 
-METHODS = {
-    "none": {},
-    "tome": {"r": 4},
-    "evit": {},
-    "etps": {},
-    "dtps": {},
-    "dynamicvit": {},
-    "diffrate": {"rates": "deit_small@2.9"},
-}
+OPTIONS = {"tome": {"r": 4}, "diffrate": {"rates": "deit_small@2.9"}}  # of methods that need some
 BATCH = 32
+SECONDS = 8.0  # of timing, for all files
 SHOWN = (0, 3, 8)  # held-out digits in the pictures
 
 
@@ -27,6 +20,7 @@ def run(folder: Path, as_json: bool, out) -> None:
     folder: there already; files of an earlier run are replaced. out: rich console. Exits with 1 when a file does not verify.
     """
     from ...engines.runners import require
+    from ...export.reducers import TABLE
 
     require("ort")
     images = digits.write_held_out(folder / "held-out")
@@ -36,10 +30,10 @@ def run(folder: Path, as_json: bool, out) -> None:
         out.print(
             f"A ViT of 12 blocks, 65 tokens, trained by this project on handwritten digits; {n} held-out images of other writers"
         )
-        files = {m: _export(folder, m, how, progress) for m, how in METHODS.items()}
-        times = _time(files, images, progress)
+        files = {m: _export(folder, m, progress) for m in TABLE}
+        speedups = _time(files, progress)
         for method, result in files.items():
-            rows.append(_row(folder, method, result, images, times, progress))
+            rows.append(_row(folder, method, result, images, speedups[method], progress))
     if as_json:
         print_json({"images": n, "batch": BATCH, "rows": rows})
     else:
@@ -48,48 +42,41 @@ def run(folder: Path, as_json: bool, out) -> None:
         raise SystemExit(1)
 
 
-def _export(folder: Path, method: str, how: dict, progress):
-    from ...export.models.load import load_model
-    from ...export.graph.export import export_onnx
+def _export(folder: Path, method: str, progress):
+    from ... import export_onnx, load_model
 
     progress(f"exporting {method}")
     loaded = load_model(digits.MODEL, digits.KWARGS, checkpoint=digits.WEIGHTS, predictor=digits.HEADS)
-    schedule = loaded.schedule(method, **how)
+    schedule = loaded.schedule(method, **OPTIONS.get(method, {}))
     return export_onnx(loaded, schedule, folder / f"digits_{method}.onnx", force=True)
 
 
-def _time(files: dict, images, progress) -> dict[str, list[float]]:
-    """Seconds of every round by method, interleaved, one thread."""
-    import contextlib
-
-    from ...engines.images import load_images
-    from ...engines.runners import open_runner
-    from ...engines.measure.timing import interleaved
+def _time(files: dict, progress) -> dict[str, float]:
+    """Speedup by method over the dense file, one thread."""
+    from ... import bench
 
     progress("timing")
-    feeds = {"image": load_images(images[:BATCH], files["none"].provenance.preprocess)}
-    with contextlib.ExitStack() as stack:
-        runners = {m: stack.enter_context(open_runner(r.path, threads=1)) for m, r in files.items()}
-        return interleaved({m: (lambda r=r: r.run(feeds)) for m, r in runners.items()}, 20)
+    dense = files["none"].path
+    reduced = {str(result.path): method for method, result in files.items() if result.path != dense}
+    report = bench(list(reduced), dense=dense, batches=(BATCH,), seconds=SECONDS)
+    return {"none": 1.0} | {reduced[row.file]: row.speedup for row in report.rows if row.file in reduced}
 
 
-def _row(folder: Path, method: str, result, images, times, progress) -> dict:
-    from ...engines.parity.verify import verify
-    from ...export.inspection import inspect
-    from ...engines.measure.evaluate import evaluate
-    from ...engines.measure.timing import ratio
+def _row(folder: Path, method: str, result, images, speedup: float, progress) -> dict:
+    from ... import evaluate, verify
+    from ...engines.measure.evaluate import LabelledImage
 
     progress(f"verifying {method}")
     report = verify(result.path, images[:16])
-    labels = [(p, int(p.parent.name)) for p in images]
-    (figures,) = evaluate(inspect(result.path), labels, "ort", False, None, None, progress)
+    labels = [LabelledImage(path, int(path.parent.name)) for path in images]
+    (accuracy,) = evaluate(result.path, labels, progress=progress)
     row = {
         "method": method,
         "file": str(result.path),
         "tokens": result.provenance.schedule.n_final,
         "macs_ratio": result.macs_dense / result.macs,
-        "speedup": ratio(times["none"], times[method])[0],
-        "top1": figures["top1"],
+        "speedup": speedup,
+        "top1": accuracy.top1,
         "passed": report.passed,
         "verify": report.summary(),
         "max_rel": report.outputs[0].max_rel,

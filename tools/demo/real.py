@@ -9,6 +9,7 @@ from . import samples
 from ..show.terminal import macs_words, print_json, stages, tokens_words
 
 R = 13
+SECONDS = 4.0  # for each runtime and batch
 
 
 def run(folder: Path, as_json: bool, out) -> None:
@@ -38,7 +39,7 @@ def run(folder: Path, as_json: bool, out) -> None:
         out.print(
             "[bold]3. Time[/bold]    one thread, both files in turn; medians, and the speedup round by round (20 to 80 percentile)"
         )
-        speed = _time(results, photos, progress, out)
+        speed = _time(results, progress, out)
         out.print(
             "[bold]4. Draw[/bold]    merged patches share their mean colour; a patch that stayed alone keeps its texture"
         )
@@ -58,8 +59,7 @@ def run(folder: Path, as_json: bool, out) -> None:
 
 
 def _export(folder: Path, checkpoint: Path, name: str, method: str, progress, out):
-    from ...export.models.load import load_model
-    from ...export.graph.export import export_onnx
+    from ... import export_onnx, load_model
 
     progress(f"exporting {name}")
     loaded = load_model(samples.MODEL, samples.KWARGS, checkpoint=checkpoint)
@@ -73,7 +73,7 @@ def _export(folder: Path, checkpoint: Path, name: str, method: str, progress, ou
 
 
 def _verify(path: Path, photos, progress, out):
-    from ...engines.parity.verify import verify
+    from ... import verify
 
     progress(f"verifying {path.name}")
     report = verify(path, photos)
@@ -81,52 +81,29 @@ def _verify(path: Path, photos, progress, out):
     return report
 
 
-def _time(results: dict, photos, progress, out) -> list[dict]:
-    """Medians and speedup per engine and batch, for the engines that are installed."""
-    import contextlib
-
-    import numpy as np
-
-    from ...engines.images import load_images
-    from ...engines.runners import PACKAGES, open_runner, require
+def _time(results: dict, progress, out) -> list[dict]:
+    """Figures per runtime and batch, for the runtimes that are installed."""
+    from ... import bench
+    from ...engines.runners import require
     from ...export.errors import MissingPackageError
-    from ...engines.measure.timing import interleaved, ratio
 
-    pixels = load_images(photos, results["dense"].provenance.preprocess)
+    dense, reduced = (result.path for result in results.values())
     rows = []
     for runtime in ("ort", "openvino"):
-        words = PACKAGES[runtime][2]
         try:
-            require(runtime)
+            words = require(runtime).words
         except MissingPackageError as e:
             out.print(f"   {e}", style="yellow")
             continue
-        for batch, rounds in ((1, 20), (8, 5)):
+        for batch in (1, 8):
             progress(f"timing in {words}, batch {batch}")
-            feeds = {"image": np.ascontiguousarray(np.resize(pixels, (batch, *pixels.shape[1:])))}
-            with contextlib.ExitStack() as stack:
-                runners = {
-                    n: stack.enter_context(open_runner(r.path, runtime, threads=1, batch=batch))
-                    for n, r in results.items()
-                }
-                times = interleaved({n: (lambda r=r: r.run(feeds)) for n, r in runners.items()}, rounds)
-            (dense, reduced), macs = times.items(), results[f"tome r={R}"]
-            speedup, low, high = ratio(dense[1], reduced[1])
-            rows.append(
-                {
-                    "runtime": words,
-                    "batch": batch,
-                    "dense_ms": float(np.median(dense[1]) * 1e3),
-                    "tome_ms": float(np.median(reduced[1]) * 1e3),
-                    "speedup": speedup,
-                    "speedup_20": low,
-                    "speedup_80": high,
-                    "macs_ratio": macs.macs_dense / macs.macs,
-                }
-            )
+            report = bench([reduced], dense=dense, runtimes=(runtime,), batches=(batch,), seconds=SECONDS)
+            base, row = report.rows
+            rows.append({**row.to_json(), "dense_ms": base.ms})
             out.print(
-                f"   {words:<12} batch {batch}: dense {rows[-1]['dense_ms']:7.1f} ms, ToMe {rows[-1]['tome_ms']:7.1f} ms, "
-                f"{speedup:.2f} times as fast ({low:.2f} to {high:.2f}; MACs say {rows[-1]['macs_ratio']:.2f})"
+                f"   {words:<12} batch {batch}: dense {base.ms:7.1f} ms, ToMe {row.ms:7.1f} ms, "
+                f"{row.speedup:.2f} times as fast ({row.speedup_low:.2f} to {row.speedup_high:.2f}; MACs say "
+                f"{row.macs_ratio:.2f})"
             )
     return rows
 
@@ -135,8 +112,8 @@ def _draw(folder: Path, result, photos, progress, out) -> list[str]:
     """One picture per photo: as the model sees it, and with merged patches in one colour."""
     import numpy as np
 
+    from ... import open_runner
     from ...engines.images import crop, normalise
-    from ...engines.runners import open_runner
 
     progress("drawing")
     p, names = result.provenance, []

@@ -135,8 +135,9 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     g = torch.Generator().manual_seed(0)
-    model = load_model(digits.MODEL, digits.KWARGS, seed=0).module
-    x, y = tensors(as_plain(model).preprocess, args.out)
+    loaded = load_model(digits.MODEL, digits.KWARGS, seed=0)
+    model = loaded.module
+    x, y = tensors(loaded.preprocess, args.out)
     n = digits.N_TRAIN
     train_model(model, x[:n], y[:n], args.epochs, g)
     print(f"held-out accuracy {accuracy(model, x[n:], y[n:]):.2%}")

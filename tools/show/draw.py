@@ -2,24 +2,96 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from pathlib import Path
+from typing import Callable
+
 import numpy as np
 
+from ...export.errors import UsageError
 
 GONE = np.float32([14, 20, 56])  # a tint, so that a dark patch that is gone is told from one that is there
+CAPTION = 28  # letters of a photo's name
 
 
 def grid_of(provenance) -> tuple[int, int]:
     """Patches (rows, columns) of the images a file takes."""
-    (h, w), n = provenance.preprocess.size, provenance.dims["patches"]
-    rows = round((n * h / w) ** 0.5)
+    (height, width), n = provenance.preprocess.size, provenance.dims["patches"]
+    rows = round((n * height / width) ** 0.5)
     return rows, n // rows
+
+
+def token_rows(
+    file,
+    photos: list[Path],
+    *,
+    steps: list[int],
+    runtime: str = "ort",
+    progress: Callable[[str], None] = lambda stage: None,
+) -> list:
+    """For each photo a PIL image: the photo, and beside it which patches a file has merged or dropped after some of its steps.
+
+    Args:
+        file: a reduced ONNX file, or an engine with its decisions.
+        photos: image files.
+        steps: indices of the schedule's steps.
+        runtime: what runs an ONNX file.
+        progress: told which photo is drawn.
+    Raises:
+        UsageError: the file's decisions are no plan.
+    """
+    from ...engines.files import inspect_file
+    from ...engines.images import crop, normalise
+    from ...engines.parity.compare import token_maps
+    from ...engines.parity.verify import open_side
+
+    provenance, rows = inspect_file(file).provenance, []
+    schedule, grid = provenance.schedule, grid_of(provenance)
+    with open_side(file, runtime) as run:
+        for photo in photos:
+            progress(f"drawing {photo.name}")
+            image = crop(photo, provenance.preprocess)
+            side = run(normalise(image, provenance.preprocess)[None])
+            if isinstance(side, str):
+                raise UsageError(f"{file}: {side}; see tokexport verify {file}")
+            maps = token_maps(side, schedule)
+            patches = [maps[i][0, schedule.n_prefix :] for i in steps]
+            pictures = [draw_sources(image, grid, sources) for sources in patches]
+            captions = [
+                f"{step_words(schedule.steps[i])}: {len(np.setdiff1d(sources, [-1]))} of {grid[0] * grid[1]}"
+                for i, sources in zip(steps, patches)
+            ]
+            rows.append(side_by_side([image.resize(pictures[0].size), *pictures], [photo.stem[:CAPTION], *captions]))
+    return rows
+
+
+def step_words(step) -> str:
+    """ "block 3" or "before block 3"."""
+    return f"{'before block' if step.site == 'pre_block' else 'block'} {step.block}"
+
+
+def save(picture, path: Path) -> None:
+    """Write a PIL image aside and rename it.
+
+    Args:
+        picture: the image.
+        path: where it goes.
+    """
+    with tempfile.TemporaryDirectory(prefix=".tokexport-", dir=path.parent) as folder:
+        picture.save(Path(folder) / path.name)
+        os.replace(Path(folder) / path.name, path)
 
 
 def draw_sources(image, grid: tuple[int, int], sources: np.ndarray):
     """The photo with every group of merged patches in its mean colour, outlined; patches that are gone are dimmed and tinted.
 
-    image: PIL image as the model saw it. grid: patches (rows, columns). sources: [rows * columns] the final token of each patch, -1 gone.
-    Returns a PIL image, at least 448 pixels high.
+    Args:
+        image: PIL image as the model saw it.
+        grid: patches (rows, columns).
+        sources: [rows * columns] the final token of each patch, -1 for one that is gone.
+    Returns:
+        A PIL image, at least 448 pixels high.
     """
     from PIL import Image
 
@@ -47,7 +119,12 @@ def draw_sources(image, grid: tuple[int, int], sources: np.ndarray):
 
 
 def side_by_side(images: list, captions: list[str]):
-    """PIL images of one height in a row, each under its caption; a column is as wide as the wider of the two."""
+    """PIL images of one height in a row, each under its caption; a column is as wide as the wider of the two.
+
+    Args:
+        images: PIL images.
+        captions: as many.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
     gap, top = 12, 36

@@ -120,7 +120,9 @@ def _blocks(report, schedule) -> str:
     decided, rows = {b.block: b for b in report.by_block}, []
     for i, (attention, mlp) in enumerate(schedule.tokens_per_block()):
         b = decided.get(i)
-        more = ["", "", ""] if b is None else [f"{b.equal:.1%}", f"{b.margin:.1e}" if b.margin else "0", f"{b.limit:.0e}"]
+        more = (
+            ["", "", ""] if b is None else [f"{b.equal:.1%}", f"{b.margin:.1e}" if b.margin else "0", f"{b.limit:.0e}"]
+        )
         rows.append([str(i), str(attention), str(mlp), *more])
     titles = ["block", "tokens in attention", "in MLP", "decided alike", "most given away", "a near-tie: at most"]
     note = (
