@@ -117,19 +117,16 @@ def load_model(
     Args:
         name: any timm model name, hf-hub:ORG/NAME or local-dir:DIR. None: the checkpoint's folder says it, else DeiT-S.
         kwargs: for `timm.create_model` (img_size, num_classes, ...); norm_eps: the epsilon of all layer norms.
-        checkpoint: a file of weights in any layout of `checkpoints.layouts`, or a folder of transformers or timm; no
-        code in it is run.
+        checkpoint: a file in any layout of `checkpoints.layouts`, or a folder of transformers or timm; it runs no code.
         pretrained: take the weights of the model's hub (or of local-dir's folder).
         seed: of random weights, where there is neither.
         predictor: file of score heads (DynamicViT, dTPS).
         weights: name of the set of weights in the checkpoint; None for what the framework that wrote it takes.
         pos_grid: (rows, columns) of the checkpoint's position embedding; None to guess them, which is said.
-        preprocess: in place of the model's own: mean, std, interpolation, crop_pct, and size (height, width), the
-        same as img_size.
+        preprocess: in place of the model's own: mean, std, interpolation, crop_pct, size (height, width; as img_size).
         activation: "softmax", "sigmoid" or "none"; None for the folder's, sigmoid for one class, else softmax.
     Raises:
-        UsageError: an unknown model or option, a model that is no plain ViT, a checkpoint that does not fit or cannot
-        be read.
+        UsageError: an unknown model or option, no plain ViT, a checkpoint that does not fit or cannot be read.
     """
     source = open_source(name, checkpoint, pretrained)
     if source.file is None and (weights is not None or pos_grid is not None):
