@@ -64,6 +64,10 @@ def fill_from_npz(model: nn.Module, path: Path, arrays: dict[str, StoredTensor])
         raise UsageError(
             f"checkpoint {path} does not fill this model: {len(empty)} of its {len(own)} tensors are missing: {', '.join(empty[:12])}"
         )
+    return _notes(model, start, arrays)
+
+
+def _notes(model: nn.Module, start: str, arrays: dict[str, StoredTensor]) -> list[str]:
     notes = ["checkpoint format: big_vision or JAX ViT (.npz), by timm's own loader"]
     kernel = arrays[start + KERNEL].shape
     if len(kernel) == 4 and tuple(kernel[:2]) != tuple(model.patch_embed.patch_size):

@@ -55,22 +55,27 @@ class LoadedModel:
     activation: str | None = None
     learned: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    @property
-    def rates(self) -> dict[str, list[int]] | None:
-        """DiffRate's keep counts of the checkpoint, {"prune_kept": [...], "merge_kept": [...]}, or None. Raises:
-        UsageError."""
-        return rates_of_checkpoint(self.learned)
-
     def schedule(self, method: str, **options) -> Schedule:
         """The schedule of a method for this model, e.g. `loaded.schedule("tome", r=13)`.
 
         Args:
             method: a name of the reducer table.
-            options: the method's own, see `Schedule.parse`.
+            options: the method's own, see `Schedule.parse`; rates="checkpoint" takes those that the checkpoint has learned.
         Raises:
-            UsageError: see `Schedule.parse`.
+            UsageError: see `Schedule.parse`; the checkpoint has learned no rates.
         """
+        if options.get("rates") == "checkpoint":
+            options["rates"] = self.rates
+            if options["rates"] is None:
+                raise UsageError(
+                    "rates checkpoint: the weights have learned none: wanted a checkpoint of DiffRate's training"
+                )
         return Schedule.parse(method, **as_plain(self.module).size._asdict(), **options)
+
+    @property
+    def rates(self) -> dict[str, list[int]] | None:
+        """DiffRate's keep counts of the checkpoint, {"prune_kept": [...], "merge_kept": [...]}, or None."""
+        return rates_of_checkpoint(self.learned)
 
 
 def parse_kwargs(pairs: list[str] | tuple[str, ...]) -> dict:
@@ -112,19 +117,16 @@ def load_model(
     Args:
         name: any timm model name, hf-hub:ORG/NAME or local-dir:DIR. None: the checkpoint's folder says it, else DeiT-S.
         kwargs: for `timm.create_model` (img_size, num_classes, ...); norm_eps: the epsilon of all layer norms.
-        checkpoint: a file of weights in any layout of `checkpoints.layouts`, or a folder of transformers or timm; no
-        code in it is run.
+        checkpoint: a file in any layout of `checkpoints.layouts`, or a folder of transformers or timm; it runs no code.
         pretrained: take the weights of the model's hub (or of local-dir's folder).
         seed: of random weights, where there is neither.
         predictor: file of score heads (DynamicViT, dTPS).
         weights: name of the set of weights in the checkpoint; None for what the framework that wrote it takes.
         pos_grid: (rows, columns) of the checkpoint's position embedding; None to guess them, which is said.
-        preprocess: in place of the model's own: mean, std, interpolation, crop_pct, and size (height, width), the
-        same as img_size.
+        preprocess: in place of the model's own: mean, std, interpolation, crop_pct, size (height, width; as img_size).
         activation: "softmax", "sigmoid" or "none"; None for the folder's, sigmoid for one class, else softmax.
     Raises:
-        UsageError: an unknown model or option, a model that is no plain ViT, a checkpoint that does not fit or cannot
-        be read.
+        UsageError: an unknown model or option, no plain ViT, a checkpoint that does not fit or cannot be read.
     """
     source = open_source(name, checkpoint, pretrained)
     if source.file is None and (weights is not None or pos_grid is not None):
@@ -136,9 +138,7 @@ def load_model(
     if pretrained and source.file is None:  # only now: nothing is downloaded for a model that cannot be used
         model = _create(name, kwargs, True, seed)
     filled = _filled(model, source, pretrained, seed=seed, weights=weights, pos_grid=pos_grid)
-    if heads and filled.heads:
-        filled.notes.append(f"score heads are taken from {predictor}, not from the checkpoint")
-    heads = heads or filled.heads
+    heads = _chosen_heads(heads, filled, predictor)
     state = {**model.state_dict(), **{HEAD + k: v for k, v in heads.items()}}
     origin = filled.record | ({"predictor": str(predictor)} if predictor else {}) | {"sha256": hash_weights(state)}
     return LoadedModel(
@@ -153,6 +153,13 @@ def load_model(
         _activation(model, source, activation, filled.notes),
         filled.learned,
     )
+
+
+def _chosen_heads(heads: dict, filled: Filled, predictor: str | Path | None) -> dict[str, torch.Tensor]:
+    """Score heads of the predictor's file, else the checkpoint's."""
+    if heads and filled.heads:
+        filled.notes.append(f"score heads are taken from {predictor}, not from the checkpoint")
+    return heads or filled.heads
 
 
 def _filled(model: nn.Module, source: Source, pretrained: bool, *, seed: int, weights, pos_grid) -> Filled:

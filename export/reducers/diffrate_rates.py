@@ -9,6 +9,7 @@ from pathlib import Path
 
 from typing import NamedTuple
 
+from ..checkpoints.learned_rates import list_in, names_in
 from ..errors import UsageError
 from .options import is_whole, short
 
@@ -79,19 +80,31 @@ def find(name: str) -> KeepCounts:
     return lists[model][same[0]]
 
 
-def read(path: str | Path) -> KeepCounts:
+def read(path: str | Path, name: str | None = None) -> KeepCounts:
     """Counts from a JSON file.
 
     Args:
         path: of {"prune_kept": [...], "merge_kept": [...], "n_tokens": 197}; n_tokens is optional. The published keys
             prune_kept_num and merge_kept_num are taken too.
+        name: of one of several lists in the file, as the authors' files hold them: MODEL@GFLOPS.
     Raises:
-        UsageError: there is no such file, or it holds anything else.
+        UsageError: there is no such file or list, or it holds anything else.
     """
     lists, where = {}, f"rates {str(path)[:200]}"
+<<<<<<< HEAD
     for key, value in _pairs(path, where):
         if key == "learned":  # how `rates learn` came to the counts
             continue
+=======
+    pairs = _pairs(path, where)
+    names = names_in(pairs)
+    if name is not None:
+        pairs = list_in(pairs, name).items()
+    elif names:
+        listed = ", ".join(f"{Path(path).name}@{n}" for n in names[:12]) + (", ..." if len(names) > 12 else "")
+        raise UsageError(f"{where}: holds several lists by name: name one, {listed}")
+    for key, value in pairs:
+>>>>>>> ckpt
         if key not in KEYS or KEYS[key] in lists:
             raise UsageError(f"{where}: {'unknown key' if key not in KEYS else 'a second'} {key[:40]!r}; {FORM}")
         lists[KEYS[key]] = value
@@ -134,12 +147,16 @@ def _pairs(path, where: str) -> list[tuple]:
 
 
 def resolve(rates: str | Path) -> KeepCounts:
-    """A published list when rates has an "@" and is no file, otherwise a file; see `find` and `read`."""
+    """A list of a file (FILE@NAME where it holds several), or a published one (MODEL@GFLOPS); see `find` and `read`."""
     if not isinstance(rates, (str, Path)) or not str(rates).strip():
         raise UsageError(
             f"rates {str(rates)[:60]!r}: wanted a published list such as deit_small@2.9 (see `tokexport rates`), or a file"
         )
-    return find(str(rates)) if "@" in str(rates) and not os.path.exists(rates) else read(rates)
+    text = str(rates)
+    if "@" not in text or os.path.exists(rates):
+        return read(rates)
+    cuts = [i for i, letter in enumerate(text) if letter == "@" and os.path.isfile(text[:i])]
+    return read(text[: cuts[0]], text[cuts[0] + 1 :]) if cuts else find(text)
 
 
 def check_counts(prune_kept: list[int], merge_kept: list[int], *, where: str = "rates") -> None:

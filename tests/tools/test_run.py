@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokexport import Schedule, UsageError, export_onnx, load_model, open_runner
+from tokexport import UsageError, export_onnx, load_model, open_runner
 from tokexport.engines.images import load_images
 from tokexport.export.inspection import inspect
 from tokexport.tools.cli import group
@@ -33,7 +33,7 @@ def files(tmp_path_factory):
         if (classes, batch) not in made:
             path = made[classes, batch] = folder / f"{classes}.{batch}.onnx"
             loaded = load_model("vit_tiny_patch16_224", {**KWARGS, "num_classes": classes})
-            export_onnx(loaded, Schedule.parse(8, method="tome", depth=4, n_tokens=65), path, batch=batch)
+            export_onnx(loaded, loaded.schedule("tome", r=8), path, batch=batch)
         return made[classes, batch]
 
     return export

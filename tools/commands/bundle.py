@@ -14,7 +14,7 @@ import click
     "--images", multiple=True, required=True, metavar="DIR_OR_FILES", help="Photos for the proof; some of them go into it."
 )
 @click.option("--count", default=4, show_default=True, type=click.IntRange(1, 64), help="Photos in the proof.")
-@click.option("--checkpoint", metavar="FILE", help="Where the weights are now; they are checked by hash.")
+@click.option("--checkpoint", metavar="FILE|DIR", help="Where the weights are now; they are checked by hash.")
 @click.option("--predictor", metavar="FILE", help="Where the score heads are now (dTPS, DynamicViT).")
 @click.option("--runtime", default="ort", show_default=True, metavar="RUNTIME", help="What runs an ONNX file: ort or openvino.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")

@@ -21,7 +21,7 @@ from ..options import runtime_option
     show_default=True,
     help="Also the PyTorch reference of each, and the dense model.",
 )
-@click.option("--checkpoint", metavar="FILE", help="Where the weights are now; they are checked by hash.")
+@click.option("--checkpoint", metavar="FILE|DIR", help="Where the weights are now; they are checked by hash.")
 @click.option("--predictor", metavar="FILE", help="Where the score heads are now (dTPS, DynamicViT).")
 @click.option("--json", "as_json", is_flag=True, help="The figures as JSON on stdout.")
 def command(files, data, limit, runtime, reference, checkpoint, predictor, as_json):

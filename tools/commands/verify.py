@@ -26,7 +26,7 @@ SHOWN = 10  # images, flips and stages shown one by one
 )
 @click.option("--bisect", is_flag=True, help="Compare every stage on its own too and name the first that is wrong.")
 @click.option("--report", metavar="HTML", help="Write a page with everything, of one FILE; bisects too.")
-@click.option("--checkpoint", metavar="FILE", help="Where the weights are now; they are checked by hash.")
+@click.option("--checkpoint", metavar="FILE|DIR", help="Where the weights are now; they are checked by hash.")
 @click.option("--predictor", metavar="FILE", help="Where the score heads are now (dTPS, DynamicViT).")
 @click.option("--runtime", default="ort", show_default=True, help="What runs the file: ort or openvino.")
 @click.option("--force", is_flag=True, help="Replace the report.")

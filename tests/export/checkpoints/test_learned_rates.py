@@ -84,3 +84,15 @@ def test_nested_lists_offer_their_names(pairs):
 
 def test_a_file_of_one_list_has_no_names():
     assert names_in(LISTS["ViT-T-DeiT"]["0.9"]) == [] and names_in([1, 2]) == [] and names_in("x") == []
+
+
+def test_the_lists_of_a_file_are_reached_by_name(tmp_path):
+    from tokexport.export.reducers.diffrate_rates import resolve
+
+    path = tmp_path / "compression_rate.json"
+    path.write_text(json.dumps(LISTS))
+    assert resolve(f"{path}@ViT-T-DeiT@0.9").prune_kept == [17, 12]
+    with pytest.raises(UsageError, match="several lists by name: name one, compression_rate.json@ViT-T-DeiT@0.9, "):
+        resolve(path)
+    with pytest.raises(UsageError, match="no list 'ViT-T-DeiT@7' in the file; wanted one of"):
+        resolve(f"{path}@ViT-T-DeiT@7")
