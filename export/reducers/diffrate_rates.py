@@ -91,12 +91,7 @@ def read(path: str | Path, name: str | None = None) -> KeepCounts:
         UsageError: there is no such file or list, or it holds anything else.
     """
     lists, where = {}, f"rates {str(path)[:200]}"
-<<<<<<< HEAD
-    for key, value in _pairs(path, where):
-        if key == "learned":  # how `rates learn` came to the counts
-            continue
-=======
-    pairs = _pairs(path, where)
+    pairs = [(key, value) for key, value in _pairs(path, where) if key != "learned"]  # how `rates learn` came to them
     names = names_in(pairs)
     if name is not None:
         pairs = list_in(pairs, name).items()
@@ -104,7 +99,6 @@ def read(path: str | Path, name: str | None = None) -> KeepCounts:
         listed = ", ".join(f"{Path(path).name}@{n}" for n in names[:12]) + (", ..." if len(names) > 12 else "")
         raise UsageError(f"{where}: holds several lists by name: name one, {listed}")
     for key, value in pairs:
->>>>>>> ckpt
         if key not in KEYS or KEYS[key] in lists:
             raise UsageError(f"{where}: {'unknown key' if key not in KEYS else 'a second'} {key[:40]!r}; {FORM}")
         lists[KEYS[key]] = value

@@ -63,7 +63,6 @@ def test_folders_name_classes_by_number_label_or_order(model, tmp_path):
     names = [f"class_{c}" for c in "abcdefghij"]
     assert evaluate._class_indices(["3", "7"], 10, labels=(), folder=tmp_path) == {"3": 3, "7": 7}
     assert evaluate._class_indices(names, 10, labels=(), folder=tmp_path) == {n: i for i, n in enumerate(names)}
-    from dataclasses import replace
 
     assert evaluate._class_indices(["two"], 10, labels=("zero", "one", "two"), folder=tmp_path) == {"two": 2}
     with pytest.raises(UsageError, match="has 2 folders .*the model 10 classes"):
