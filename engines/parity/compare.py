@@ -110,9 +110,8 @@ class Comparison:
         failed = np.any([e.failed for e in errors], 0)
         if judged.other is not None:
             for s in self._other_outputs:
-                failed[judged.rows] |= s.add(
-                    judged.other[s.name], judged.other_wanted[s.name], reach[judged.rows]
-                ).failed
+                some = s.add(judged.other[s.name], judged.other_wanted[s.name], reach[judged.rows])
+                failed[judged.rows] |= some.failed
         wrong = judged.differs & ~(judged.margins <= self.limits)  # a margin that is no number is wrong
         failed |= wrong.any(1)
         self._note_not_finite(chunk.names, wanted)
@@ -154,10 +153,9 @@ class Comparison:
             judged = replay(reference, images[rows], plans=other.plans)
             regrets = np.maximum(regrets, judged.regrets)
             other, other_wanted = other.outputs, judged.side.outputs
-        gives = ~(regrets <= 0) & (
-            not self.other_file
-        )  # after an earlier flip, a plan that is the same may give something away
-        differs[rows] = ~alike[rows] | gives
+        differs[rows] = ~alike[rows]
+        if not self.other_file:  # after an earlier flip, a plan that is the same may give something away
+            differs[rows] |= ~(regrets <= 0)
         margins[rows] = np.where(differs[rows], regrets, 0.0)
         # where both decide alike they are compared with each other, not through the reference
         like = {name: _put(wanted.outputs[name], rows, own.side.outputs[name]) for name in self.names}

@@ -72,9 +72,8 @@ class OutputKind:
         if self.exact:
             share = (values != wanted).reshape(len(values), -1).mean(1)
             return ImageErrors(share, share, 1.0 - share)
-        return _relative(
-            values, wanted, floor=floor_of(reach) if self.classes else np.zeros(len(values)), classes=self.classes
-        )
+        floor = floor_of(reach) if self.classes else np.zeros(len(values))
+        return _relative(values, wanted, floor=floor, classes=self.classes)
 
 
 # By name of the output; what follows an underscore ("tokens_5") is a block and changes nothing.
@@ -118,7 +117,13 @@ def _failed(n: int, classes: bool) -> ImageErrors:
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine of every row, [B, C] and [B, C] -> [B]; 1 of two rows of zeros."""
+    """Cosine of every row; 1 of two rows of zeros.
+
+    Args:
+        a, b: [B, C].
+    Returns:
+        [B], -1 to 1.
+    """
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     same = (a == b).all(1)
     return np.where(same, 1.0, (a * b).sum(1) / np.maximum(norms, 1e-30))
@@ -139,7 +144,13 @@ def top(a: np.ndarray, b: np.ndarray, k: int) -> np.ndarray:
 
 
 def divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Kullback-Leibler divergence KL(p || q) of every row's softmax, logits [B, classes] -> [B] in nats."""
+    """Kullback-Leibler divergence KL(p || q) of the softmax of every row.
+
+    Args:
+        p, q: logits [B, classes].
+    Returns:
+        [B] in nats, 0 or more.
+    """
     log_p, log_q = (v - v.max(1, keepdims=True) for v in (p, q))
     log_p, log_q = (v - np.log(np.exp(v).sum(1, keepdims=True)) for v in (log_p, log_q))
     return np.maximum((np.exp(log_p) * (log_p - log_q)).sum(1), 0.0)

@@ -162,12 +162,11 @@ def _outputs(result) -> dict[str, np.ndarray]:
 def run_with_reach(reference, images: np.ndarray, **options):
     """Run the reference and see how large its logits could be.
 
-    A classifier is a linear layer that gives one row of classes an image. The most that a row w with bias b can make of a feature f
-    is |w| |f| + |b|; the reach of an image is the largest of all rows, the mean over classifiers where there are several (a
-    distilled DeiT averages two).
+    The most that a classifier's row w with bias b can make of a feature f is |w| |f| + |b|; the reach of an image is the largest of
+    all rows, the mean over classifiers where there are several (a distilled DeiT averages two).
 
     Args:
-        reference: the eager model, a torch module.
+        reference: the eager model.
         images: [B, 3, H, W].
         options: for its `run`.
     Returns:
@@ -177,26 +176,29 @@ def run_with_reach(reference, images: np.ndarray, **options):
 
     reaches = []
 
-    def watch(layer, inputs, output):
-        if output.ndim == 2:
-            norms = inputs[0].norm(dim=1, keepdim=True) * layer.weight.norm(dim=1)
-            reaches.append((output.shape, (norms if layer.bias is None else norms + layer.bias.abs()).amax(1)))
+    def watch(classifier, inputs, output):
+        norms = inputs[0].norm(dim=1, keepdim=True) * classifier.weight.norm(dim=1)
+        reaches.append((norms if classifier.bias is None else norms + classifier.bias.abs()).amax(1))
 
-    linears = [m for m in reference.modules() if isinstance(m, torch.nn.Linear)]
-    hooks = [m.register_forward_hook(watch) for m in linears]
+    classifiers = [m for m in reference.plain.pooling.classifiers if isinstance(m, torch.nn.Linear)]
+    hooks = [m.register_forward_hook(watch) for m in classifiers]
     try:
         result = reference.run(torch.from_numpy(images), **options)
     finally:
         for hook in hooks:
             hook.remove()
-    of_classes = [reach for shape, reach in reaches if shape == result.output.shape]
-    if not of_classes:
-        return result, np.zeros(len(images))
-    return result, torch.stack(of_classes).mean(0).double().numpy()
+    return result, torch.stack(reaches).mean(0).double().numpy() if reaches else np.zeros(len(images))
 
 
 def run_dense(reference, images: np.ndarray) -> np.ndarray:
-    """The dense model's main output. reference: the eager model. images: [B, 3, H, W]. Returns: [B, classes or C]."""
+    """The dense model's main output.
+
+    Args:
+        reference: the eager model.
+        images: [B, 3, H, W].
+    Returns:
+        [B, classes or C].
+    """
     import torch
 
     with torch.no_grad():

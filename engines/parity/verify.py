@@ -21,7 +21,8 @@ from .decisions import DecisionError
 from .report import ParityReport, StageParity
 from .sides import open_side, run_dense, run_reference, verifiable
 
-CHUNK = 8
+CHUNK_PIXELS = 8 * 224 * 224  # compared at once: bounds what the reference's attention takes
+CHUNK_IMAGES = (4, 32)  # fewest and most at once
 NOISE = 4  # images of noise, where no photos are given
 BISECTION = 0.3  # share of the time that bisecting takes, roughly
 Chunks = Generator[tuple[int, np.ndarray], None, None]  # index of the first image, and images [B, 3, H, W]
@@ -36,7 +37,8 @@ class _Job:
     """One verification.
 
     path: of the file; provenance: its. runtime: what runs ONNX files. against: the other file; against_provenance: its. precision: of
-    the looser side. outputs: names compared, the main one first. progress: a function (text, share done).
+    the looser side. outputs: names compared, the main one first. chunk: images compared at once. progress: a function (text, share
+    done).
     """
 
     path: Path
@@ -46,6 +48,7 @@ class _Job:
     against_provenance: Provenance | None
     precision: str
     outputs: tuple[str, ...]
+    chunk: int
     bisect: bool
     progress: Callable[[str, float], None]
 
@@ -90,30 +93,11 @@ def verify(
         MissingPackageError: the runtime of an ONNX file is not installed.
     """
     job = _job(path, runtime, against, bisect, progress)
-    names, chunks = _chunks(images, job.provenance)
+    names, chunks = _chunks(images, job.provenance, size=job.chunk)
     progress("rebuilding the reference", 0.0)
     reference = _reference(job, checkpoint, predictor)
     comparison = _compare(job, reference, names, chunks)
-    stages = _bisect(job, reference, comparison)
-    return ParityReport(
-        path=str(path),
-        runtime="TensorRT" if is_engine(path) else runtime,
-        against=None if against is None else str(against),
-        precision=job.precision,
-        n_images=len(names),
-        verdicts=dict(comparison.verdicts),
-        outputs=comparison.outputs(),
-        decisions=comparison.share,
-        flips=comparison.flips(),
-        n_flips=comparison.n_flips,
-        faults=comparison.faults,
-        notes=job.notes,
-        by_image=comparison.images(),
-        by_block=comparison.blocks(),
-        cost=comparison.cost(),
-        stages=stages,
-        maps=comparison.maps(),
-    )
+    return _report(job, comparison, n_images=len(names), stages=_bisect(job, reference, comparison))
 
 
 def _job(path, runtime: str, against, bisect: bool, progress) -> _Job:
@@ -127,7 +111,17 @@ def _job(path, runtime: str, against, bisect: bool, progress) -> _Job:
         _check_comparable(path, provenance, against, other)
         precision = max(precision, other.precision, key=lambda name: precisions.get(name).output_limit)
         outputs = tuple(name for name in outputs if name in other.outputs)
-    return _Job(Path(path), provenance, runtime, against, other, precision, outputs, bisect, progress)
+    chunk = _chunk_size(provenance, [inspect_file(p).batch for p in (path, against) if p is not None])
+    return _Job(Path(path), provenance, runtime, against, other, precision, outputs, chunk, bisect, progress)
+
+
+def _chunk_size(provenance: Provenance, batches: list[int | None]) -> int:
+    """Images that are compared at once: many small ones or a few large ones, and whole runs of a file with a fixed batch."""
+    height, width = provenance.preprocess.size
+    fewest, most = CHUNK_IMAGES
+    size = min(max(CHUNK_PIXELS // (height * width), fewest), most)
+    batch = max(b or 1 for b in batches)
+    return -(-size // batch) * batch
 
 
 def _check_comparable(path, provenance: Provenance, against, other: Provenance) -> None:
@@ -197,7 +191,29 @@ def _bisect(job: _Job, reference, comparison: Comparison) -> list[StageParity]:
     )
 
 
-def _chunks(images, provenance: Provenance) -> tuple[list[str], Chunks]:
+def _report(job: _Job, comparison: Comparison, *, n_images: int, stages: list[StageParity]) -> ParityReport:
+    return ParityReport(
+        path=str(job.path),
+        runtime="TensorRT" if is_engine(job.path) else job.runtime,
+        against=None if job.against is None else str(job.against),
+        precision=job.precision,
+        n_images=n_images,
+        verdicts=dict(comparison.verdicts),
+        outputs=comparison.outputs(),
+        decisions=comparison.share,
+        flips=comparison.flips(),
+        n_flips=comparison.n_flips,
+        faults=comparison.faults,
+        notes=job.notes,
+        by_image=comparison.images(),
+        by_block=comparison.blocks(),
+        cost=comparison.cost(),
+        stages=stages,
+        maps=comparison.maps(),
+    )
+
+
+def _chunks(images, provenance: Provenance, *, size: int) -> tuple[list[str], Chunks]:
     """Names of the images, and the images in chunks."""
     if images is None:
         shape = (NOISE, provenance.dims["channels"], *provenance.preprocess.size)
@@ -207,4 +223,4 @@ def _chunks(images, provenance: Provenance) -> tuple[list[str], Chunks]:
 
     paths = find_images(images)
     load = lambda some: load_images(some, provenance.preprocess)
-    return [str(p) for p in paths], read_ahead(paths, load, chunk=CHUNK)
+    return [str(p) for p in paths], read_ahead(paths, load, chunk=size)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from ...export import precisions
+from ...export.files import aside
 from ...export.inspection import inspect
 
 WORST = 6  # images shown with their token maps
@@ -28,12 +27,15 @@ figure { margin: 1rem 0 } figure img { max-width: 100% } figcaption, .note { col
 
 
 def write_report(report, path: Path) -> None:
-    """Write the page of a `ParityReport`, aside and renamed."""
+    """Write the page of a `ParityReport`, aside and renamed.
+
+    Args:
+        report: what `verify` returned.
+        path: of the page; replaced when it is there.
+    """
     provenance = inspect(report.path).provenance
-    with tempfile.TemporaryDirectory(prefix=".tokexport-", dir=path.parent) as folder:
-        new = Path(folder) / path.name
+    with aside(path) as new:
         new.write_text(page(report, provenance), encoding="utf-8")
-        os.replace(new, path)
 
 
 def page(report, provenance) -> str:
