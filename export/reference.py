@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import reducers
 from .apply import apply_eager, follow
 from .constants import lift
+from .margins import RowMargins, row_margins
 from .models import as_plain
 from .models.plain_vit import BlockParts, PlainViT
 from .models.score_head import head_scores
@@ -40,6 +41,7 @@ class ReferenceResult:
     plans: list[MergePlan] = field(default_factory=list)
     regrets: list[Tensor] = field(default_factory=list)
     departs: dict[str, Tensor] = field(default_factory=dict)
+    margins: list[RowMargins] | None = None
 
 
 class TokenState(NamedTuple):
@@ -130,6 +132,7 @@ class ReducedViT(nn.Module):
         replay: list[MergePlan] | None = None,
         observed: dict[str, Tensor] | None = None,
         rounding: float = 0.0,
+        margins: bool = False,
     ) -> ReferenceResult:
         """Compute, deciding itself or under given decisions.
 
@@ -140,13 +143,14 @@ class ReducedViT(nn.Module):
                 is compared with what the reference makes of the tokens before it, and goes on in its place: errors do not add up.
             rounding: of a number that the observed tokens are kept in, relative; what it explains is no departure (a stage may add
                 less than that).
+            margins: also measure how clear every decision is (see `margins`).
         """
         plain, steps = self.plain, self.schedule.by_site
         x = plain.embed(image)
         batch, n, _ = x.shape
         rows = torch.arange(n, device=x.device).expand(batch, n)
         state = TokenState(x, x.new_ones(batch, n, 1), rows, rows)
-        result = ReferenceResult(x, x, rows, state.size[..., 0])
+        result = ReferenceResult(x, x, rows, state.size[..., 0], margins=[] if margins else None)
         seen = Observed(observed or {}, rounding, result.departs)
         run = Run(replay, seen, result, plain.rotary())
         state = state._replace(x=seen.replace("embed", x))
@@ -188,7 +192,7 @@ class ReducedViT(nn.Module):
             score = head_scores(self.heads[step.layer], x, n_prefix=p)
         elif step.signal is not None:
             score = received(attention.weights, n_prefix=p, of=step.signal)
-        return Signals(x, p, self.plain.has_class_token, state.size, metric, score)
+        return Signals(x, p, self.plain.has_class_token, state.size, metric=metric, score=score)
 
     def _reduce(self, step: Step, state: TokenState, *, block: BlockParts, run: Run, attention=None) -> TokenState:
         """One reduction; attention: of the block, after it."""
@@ -198,6 +202,8 @@ class ReducedViT(nn.Module):
         plan = reducer.reference(signals, step, given)
         if given is not None:
             result.regrets.append(reducer.regret(signals, step, plan))
+        if result.margins is not None:
+            result.margins.append(row_margins(signals, step, plan=plan))
         result.plans.append(plan)
         place = state.place.gather(1, plan.keep[..., 0])  # a token stands where it stood; one made of others nowhere
         place = torch.cat([place, place.new_full((len(place), plan.n_extra), self.schedule.n_tokens)], 1)

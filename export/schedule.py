@@ -135,13 +135,5 @@ class Schedule:
         reducer, size = reducers.get(method), ModelSize(n_tokens, n_prefix, depth)
         cls(method, *size)  # sizes that cannot be are told before options that do not fit them
         counts = reducer.steps(reducers.check_options(method, options, size), size)
-        return cls(
-            method,
-            *size,
-            counts.options,
-            tuple(counts.steps),
-            tuple(counts.notes),
-            counts.prop_attn,
-            counts.pool,
-            counts.n_layers,
-        )
+        lists = {"steps": tuple(counts.steps), "notes": tuple(counts.notes)}
+        return cls(method, *size, **{**counts._asdict(), **lists})

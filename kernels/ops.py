@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+FLOAT = 1  # onnx.TensorProto.FLOAT
 LARGEST_TABLE = 2**15  # elements of a constant that `one_hot` is looked up in
 
 _TRANSLATE: dict = {}
@@ -78,17 +79,27 @@ def _array_onnx(dtype):
 
 @_operator(fake=lambda values, shape: torch.empty(shape), onnx=_array_onnx("float32"))
 def floats(values: list[float], shape: list[int]) -> Tensor:
-    """A float32 constant; a tensor made in the traced code would be lifted, copied and detached node by node. ONNX: an initializer."""
+    """A float32 constant; a tensor made in the traced code would be lifted, copied and detached node by node. ONNX: an initializer.
+
+    Args:
+        values: in row-major order.
+        shape: of the tensor.
+    """
     return torch.tensor(values, dtype=torch.float32).reshape(shape)
 
 
 @_operator(fake=lambda values, shape: torch.empty(shape, dtype=torch.int64), onnx=_array_onnx("int64"))
 def ints(values: list[int], shape: list[int]) -> Tensor:
-    """An int64 constant. ONNX: an initializer."""
+    """An int64 constant. ONNX: an initializer.
+
+    Args:
+        values: in row-major order.
+        shape: of the tensor.
+    """
     return torch.tensor(values, dtype=torch.int64).reshape(shape)
 
 
-@_operator(fake=lambda mask: torch.empty(mask.shape), onnx=lambda mask: _ox().Cast(mask, to=1))
+@_operator(fake=lambda mask: torch.empty(mask.shape), onnx=lambda mask: _ox().Cast(mask, to=FLOAT))
 def to_float(mask: Tensor) -> Tensor:
     """1.0 where a bool tensor is true, else 0.0. ONNX: Cast."""
     return mask.to(torch.float32)
@@ -99,7 +110,14 @@ def to_float(mask: Tensor) -> Tensor:
     onnx=lambda x, index: _ox().GatherND(x, index, batch_dims=len(index.shape) - 2),
 )
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows x[index]: x [.., N, C], index [.., K, 1] -> [.., K, C]. ONNX: GatherND."""
+    """Rows x[index]. ONNX: GatherND.
+
+    Args:
+        x: [.., N, C].
+        index: [.., K, 1].
+    Returns:
+        [.., K, C].
+    """
     return torch.gather(x, -2, index.expand(*index.shape[:-1], x.shape[-1]))
 
 
@@ -108,7 +126,14 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     onnx=lambda table, index: _ox().GatherND(table, index),
 )
 def look_up(table: Tensor, index: Tensor) -> Tensor:
-    """Rows of one table [M, D] for every image: index [.., K, 1] -> [.., K, D]. ONNX: GatherND."""
+    """Rows of one table for every image. ONNX: GatherND.
+
+    Args:
+        table: [M, D].
+        index: [.., K, 1].
+    Returns:
+        [.., K, D].
+    """
     return table[index[..., 0]]
 
 
@@ -119,7 +144,7 @@ def _one_hot_onnx(index, columns, width):
     if len(columns) * width > LARGEST_TABLE:
         named = np.full([1] * (len(index.shape) - 1) + [width], -1, np.int64)
         named[..., columns] = np.arange(len(columns))
-        return _ox().Cast(_ox().Equal(index, _ox().Constant(value=onnx_ir.tensor(named))), to=1)
+        return _ox().Cast(_ox().Equal(index, _ox().Constant(value=onnx_ir.tensor(named))), to=FLOAT)
     table = np.zeros((len(columns), width), np.float32)
     table[np.arange(len(columns)), columns] = 1
     return _ox().GatherND(_ox().Constant(value=onnx_ir.tensor(table)), index)
@@ -127,9 +152,16 @@ def _one_hot_onnx(index, columns, width):
 
 @_operator(fake=lambda index, columns, width: torch.empty((*index.shape[:-1], width)), onnx=_one_hot_onnx)
 def one_hot(index: Tensor, columns: list[int], width: int) -> Tensor:
-    """float32 rows with a 1 in column columns[index], else 0: index [.., R, 1] -> [.., R, width]; columns are unique.
+    """float32 rows with a 1 in one column, else 0.
 
     ONNX: GatherND of a constant table, or Equal and Cast where that would have more than LARGEST_TABLE elements.
+
+    Args:
+        index: [.., R, 1]; the 1 of a row is in column columns[index].
+        columns: unique.
+        width: number of columns.
+    Returns:
+        [.., R, width].
     """
     at = torch.tensor(columns, device=index.device)[index[..., 0]]
     return torch.zeros(*at.shape, width, device=index.device).scatter_(-1, at[..., None], 1.0)
@@ -140,7 +172,14 @@ def one_hot(index: Tensor, columns: list[int], width: int) -> Tensor:
     onnx=lambda x, rows: _ox().Gather(x, _int32s(rows), axis=-2),
 )
 def fixed_rows(x: Tensor, rows: list[int]) -> Tensor:
-    """Rows known when the graph is made: x [.., N, C] -> [.., len(rows), C]. ONNX: Gather (a strided Slice costs TensorRT 30 layers)."""
+    """Rows known when the graph is made. ONNX: Gather (a strided Slice costs TensorRT 30 layers).
+
+    Args:
+        x: [.., N, C].
+        rows: their numbers.
+    Returns:
+        [.., len(rows), C].
+    """
     return x.index_select(-2, torch.tensor(rows, device=x.device))
 
 
@@ -149,9 +188,14 @@ def fixed_rows(x: Tensor, rows: list[int]) -> Tensor:
     onnx=lambda x, k, largest: _ox().TopK(x, _ints(k), axis=-2, largest=int(largest), sorted=1),
 )
 def top_rows(x: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
-    """The k largest (smallest) of a column, sorted: x [.., N, 1] -> values, indices [.., k, 1]. Of equals, the lower index first.
+    """The largest or smallest of a column, sorted; of equals, the lower index first. ONNX: TopK.
 
-    ONNX: TopK.
+    Args:
+        x: [.., N, 1].
+        k: how many.
+        largest: or smallest.
+    Returns:
+        Values and indices [.., k, 1].
     """
     order = torch.sort(x, dim=-2, descending=largest, stable=True)
     return order.values.narrow(-2, 0, k).clone(), order.indices.narrow(-2, 0, k).clone()
@@ -172,7 +216,13 @@ def best_column(x: Tensor) -> tuple[Tensor, Tensor]:
     onnx=lambda base, index, values: _ox().ScatterElements(base, index, values, axis=-2),
 )
 def put_rows(base: Tensor, index: Tensor, values: Tensor) -> Tensor:
-    """A copy of the column base [.., N, 1] with base[index] = values; indices are unique. ONNX: ScatterElements without a reduction."""
+    """A copy of a column with some rows replaced. ONNX: ScatterElements without a reduction.
+
+    Args:
+        base: [.., N, 1].
+        index: [.., K, 1], unique.
+        values: [.., K, 1].
+    """
     return base.scatter(-2, index, values)
 
 
@@ -189,6 +239,10 @@ def reshape(x: Tensor, shape: list[int]) -> Tensor:
     """x in another shape; a -1 stays one in the graph, where `torch.reshape` leaves the batch it was traced with.
 
     ONNX: Reshape; one of a Reshape takes what that took, and one that changes nothing is none.
+
+    Args:
+        x: any tensor.
+        shape: at most one size is -1.
     """
     return x.reshape(shape).clone()
 
@@ -213,7 +267,15 @@ def _matmul_onnx(a, b, trans_a, trans_b):
 
 @_operator(fake=_product_shape, onnx=_matmul_onnx)
 def matmul(a: Tensor, b: Tensor, trans_a: bool, trans_b: bool) -> Tensor:
-    """a b, either one transposed: [.., N, K] and [.., K, M] -> [.., N, M]. ONNX: one Gemm without a batch, else Transpose and MatMul."""
+    """a b, either one transposed. ONNX: one Gemm without a batch, else Transpose and MatMul.
+
+    Args:
+        a: [.., N, K], or [.., K, N] with trans_a.
+        b: [.., K, M], or [.., M, K] with trans_b.
+        trans_a, trans_b: which of them.
+    Returns:
+        [.., N, M].
+    """
     return (a.mT if trans_a else a) @ (b.mT if trans_b else b)
 
 
@@ -225,5 +287,10 @@ def _addmm_onnx(a, b, c, trans_a, trans_b):
 
 @_operator(fake=lambda a, b, c, trans_a, trans_b: _product_shape(a, b, trans_a, trans_b), onnx=_addmm_onnx)
 def addmm(a: Tensor, b: Tensor, c: Tensor, trans_a: bool, trans_b: bool) -> Tensor:
-    """a b + c as `matmul`, c broadcastable to the result. ONNX: one Gemm without a batch, else MatMul and Add."""
+    """a b + c. ONNX: one Gemm without a batch, else MatMul and Add.
+
+    Args:
+        a, b, trans_a, trans_b: see `matmul`.
+        c: broadcastable to [.., N, M].
+    """
     return (a.mT if trans_a else a) @ (b.mT if trans_b else b) + c

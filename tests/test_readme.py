@@ -1,4 +1,4 @@
-"""What the README and docs/ say is true: the quick start runs, in order, in one folder; tables are those of the code."""
+"""What the README and docs/ say is true: the quick start runs, in order, in one folder; tables are the code's."""
 
 import io
 import json

@@ -14,6 +14,7 @@ from ..export.errors import FailureError, UsageError, missing_export_package
 COMMANDS = {
     "onnx": "Export a ViT, reduced or not, to a static ONNX file.",
     "trt": "Build a TensorRT engine from a file.",
+    "bundle": "Pack a file with what it is and a proof that needs no PyTorch.",
     "verify": "Compare a file with the PyTorch reference it was made from.",
     "inspect": "Show what a file is and whether TensorRT would take it.",
     "run": "Run a file on images.",
@@ -22,6 +23,7 @@ COMMANDS = {
     "bench": "Time files against each other in one run.",
     "rates": "List the keep counts published with DiffRate.",
     "env": "Show versions, runtimes and hardware, for a bug report.",
+    "plugin": "Build native libraries that run each reduction as one node.",
     "demo": "Export, verify, time and draw ToMe on real weights and photos.",
 }
 EXIT_CODES = {

@@ -66,43 +66,39 @@ def export_onnx(
     written aside and renamed.
 
     Args:
-        loaded: from `load_model`.
-        schedule: from `loaded.schedule`.
+        loaded, schedule: from `load_model` and `loaded.schedule`.
         path: of the file.
         batch: images per run, None for any number.
         opset: 20 to 23.
         simplify: let onnxsim look at the graph too.
         sources: add output `sources` [B, N0], the final row of every input token, -1 when gone.
         force: replace the file.
-        dtype: "fp32", or "fp16" or "bf16" for the trunk (see `precision`); input and outputs stay float32.
+        dtype: of the trunk, a graph precision (see `precision`); input and outputs stay float32.
         progress: called with the name of each stage.
     Raises:
-        UsageError: wrong options, or a path that cannot be written; nothing is written.
-        GraphError: the graph came out wrong.
+        UsageError: wrong options or an unwritable path, before anything is written; GraphError: the graph came out wrong.
     """
-    path = check_output(path, force)
-    plain = as_plain(loaded.module)
+    path, plain = check_output(path, force), as_plain(loaded.module)
     _check_request(plain, schedule, batch=batch, opset=opset, dtype=dtype)
     heads = score_heads(loaded, schedule)
     provenance = _provenance(loaded, schedule, opset=opset, sources=sources, dtype=dtype)
     progress("tracing")
-    static = StaticViT(plain, schedule, batch, sources, heads).eval()
-    model = trace(static, provenance.preprocess.size, batch=batch, opset=opset)
-    decisions = [o.name for o in model.graph.outputs[len(provenance.outputs) :]]
+    static = StaticViT(plain, schedule, batch, sources, heads)
+    model, n_outputs = trace(static.eval(), plain.preprocess.size, batch=batch, opset=opset), len(provenance.outputs)
+    decisions = [o.name for o in model.graph.outputs[n_outputs:]]
     progress("simplifying")
-    graph = passes.finish(model, n_outputs=len(provenance.outputs), batch=batch, simplify=simplify)
+    graph = passes.finish(model, n_outputs=n_outputs, batch=batch, simplify=simplify)
     proto, weights = precision.convert(*graph, dtype)
-    kept = {o for n in proto.graph.node for o in n.output}
-    provenance = replace(provenance, decisions=tuple(d for d in decisions if d in kept))
+    there = {o for n in proto.graph.node for o in n.output}
+    provenance = replace(provenance, decisions=tuple(d for d in decisions if d in there))
     progress("checking")
     checks.check_graph(proto, schedule)
     checks.check_decisions(provenance.decisions, schedule)
     proto.metadata_props.add(key=KEY, value=provenance.to_json())
+    cost = {"macs": macs.count(plain.dims, schedule), "macs_dense": macs.count(plain.dims, macs.dense(schedule))}
     nodes = len(proto.graph.node)
     progress("writing")
-    size = write_model(proto, weights, path)
-    dense = macs.count(provenance.dims, macs.dense(schedule))
-    return ExportResult(path, provenance, nodes, size, macs.count(provenance.dims, schedule), dense)
+    return ExportResult(path, provenance, nodes, write_model(proto, weights, path), **cost)
 
 
 def _check_request(plain: PlainViT, schedule: Schedule, *, batch: int | None, opset: int, dtype: str) -> None:
@@ -143,16 +139,16 @@ def _provenance(loaded: LoadedModel, schedule: Schedule, *, opset: int, sources:
 
     plain = as_plain(loaded.module)
     return Provenance(
-        version("tokexport"),
-        loaded.name,
-        loaded.kwargs,
-        loaded.weights,
-        schedule,
-        loaded.preprocess,
-        opset,
-        dtype,
-        (plain.output_name, *(["sources"] if sources else [])),
-        plain.dims,
-        loaded.labels or (() if loaded.weights["source"] == "random" else plain.labels()),
+        version=version("tokexport"),
+        model=loaded.name,
+        model_kwargs=loaded.kwargs,
+        weights=loaded.weights,
+        schedule=schedule,
+        preprocess=loaded.preprocess,
+        opset=opset,
+        precision=dtype,
+        outputs=(plain.output_name, *(["sources"] if sources else [])),
+        dims=plain.dims,
+        labels=loaded.labels or (() if loaded.weights["source"] == "random" else plain.labels()),
         activation=loaded.activation,
     )

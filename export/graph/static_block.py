@@ -120,7 +120,11 @@ class StaticSignal(nn.Module):
         self.norm1, self.linear = p.norm1, linear(qkv.weight[rows], None if qkv.bias is None else qkv.bias[rows])
 
     def forward(self, x: Tensor, n: int, size: Tensor | None, rope=None) -> dict:
-        """The signal, as the field of `Signals` it goes into; arguments are those of `StaticBlock.forward`."""
+        """The signal, as the field of `Signals` it goes into.
+
+        Args:
+            x, n, size, rope: see `StaticBlock.forward`.
+        """
         h, images = self.heads, 1 if self.single else -1
         kinds = 1 if self.signal == "keys" else 2
         rows = self.linear(self.norm1(x))

@@ -206,7 +206,12 @@ class PlainViT:
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A layer of these very tensors, without a gradient."""
+    """A layer of these very tensors, without a gradient.
+
+    Args:
+        weight: [outputs, inputs].
+        bias: [outputs], or None.
+    """
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
     if bias is not None:

@@ -21,14 +21,8 @@ class ScoreHead(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.in_conv = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
-        self.out_conv = nn.Sequential(
-            nn.Linear(width, width // 2),
-            nn.GELU(),
-            nn.Linear(width // 2, width // 4),
-            nn.GELU(),
-            nn.Linear(width // 4, 2),
-            nn.LogSoftmax(-1),
-        )
+        first, second, last = nn.Linear(width, width // 2), nn.Linear(width // 2, width // 4), nn.Linear(width // 4, 2)
+        self.out_conv = nn.Sequential(*(first, nn.GELU(), second, nn.GELU(), last, nn.LogSoftmax(-1)))
 
     def forward(self, x: Tensor) -> Tensor:
         local, whole = self.in_conv(x).chunk(2, -1)

@@ -169,7 +169,8 @@ def _pooling(model: nn.Module) -> Pooling:
 def _attention_pool(pool: nn.Module, skip: int) -> AttentionPool:
     query = pool.q(pool.latent).reshape(1, pool.latent_len, pool.num_heads, -1).transpose(1, 2)
     query = (pool.q_norm(query) * pool.scale).contiguous()
-    return AttentionPool(query, pool.kv, pool.k_norm, pool.proj, pool.norm, pool.mlp, pool.pool, skip)
+    layers = {name: getattr(pool, name) for name in ("kv", "k_norm", "proj", "norm", "mlp")}
+    return AttentionPool(query, **layers, kind=pool.pool, skip=skip)
 
 
 def _dims(model: nn.Module) -> dict:

@@ -119,5 +119,10 @@ class Reducer:
     squeezes: bool = False
 
     def row_labels(self, step: Step, n_prefix: int) -> tuple[int, ...]:
-        """Names of a static plan's output rows, one int per row (see `plan.StaticLayout`)."""
+        """Names of a static plan's output rows, one int per row (see `plan.StaticLayout`).
+
+        Args:
+            step: how many rows stay.
+            n_prefix: prefix tokens at the head of the sequence.
+        """
         return tuple(range(step.n_kept)) if self.labels is None else self.labels(step, n_prefix)

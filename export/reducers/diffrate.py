@@ -54,7 +54,7 @@ def block_counts(
         if out == n:
             all_stay.append(str(block))
         if out < n or block == size.depth - 1:
-            steps.append(Step(block, "post_attn", n, out, out, left - out, signal))
+            steps.append(Step(block, "post_attn", n, out, out, n_folded=left - out, signal=signal))
         n = out
     notes = {
         "every token stays in block ": all_stay,

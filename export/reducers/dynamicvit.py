@@ -50,7 +50,8 @@ def stage_counts(asked: dict, size: ModelSize, *, squeeze: bool) -> Counts:
         n_kept = size.n_prefix + kept
         n_folded = others - kept if squeeze else 0
         n_in = size.n_prefix + others
-        steps.append(Step(block, "pre_block", n_in, n_kept, n_kept, n_folded, "score_head", stage))
+        reads = {"signal": "score_head", "layer": stage}
+        steps.append(Step(block, "pre_block", n_in, n_kept, n_kept, n_folded=n_folded, **reads))
         others = kept
     return Counts({**asked, "keep_rate": shares}, steps, notes, n_layers=len(at))
 

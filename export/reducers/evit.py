@@ -45,7 +45,7 @@ def stage_counts(asked: dict, size: ModelSize, *, fold: bool, extra: bool) -> Co
             notes.append(f"stage {stage} (block {block}) fuses a single token: there are as many tokens as before")
         n_kept, signal = size.n_prefix + kept, options.SIGNAL_OF[asked["score"]]
         n_folded = others - kept if fold else 0
-        steps.append(Step(block, "post_attn", n, n_kept, n_kept + extra, n_folded, signal))
+        steps.append(Step(block, "post_attn", n, n_kept, n_kept + extra, n_folded=n_folded, signal=signal))
         n = n_kept + extra
     return Counts({**asked, "keep_rate": rates}, steps, notes)
 

@@ -135,7 +135,12 @@ def parse_at(blocks: str | list | tuple, depth: int) -> list[int]:
 
 
 def keeps_all(stage: int, block: int) -> str:
-    """The note for a stage that has no step. Stages are counted from 1 in words."""
+    """The note for a stage that has no step.
+
+    Args:
+        stage: counted from 1.
+        block: from 0.
+    """
     return f"stage {stage} (block {block}) keeps every token"
 
 

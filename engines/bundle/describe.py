@@ -1,0 +1,190 @@
+"""What a manifest says of a file: worked out from its provenance and from the opened file, once, when it is bundled."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+from ...export import precisions
+from ...export.errors import UsageError
+from ...export.provenance import KEY, Provenance
+from ..files import is_engine
+from .folder import entry_of
+from .manifest import Builder, DecisionEntry, FileEntry, Manifest, OutputEntry, Preprocessing, ProofEntry, TensorEntry
+
+MEANINGS = {
+    "logits": "a value for each class, before the activation",
+    "features": "the image's feature",
+    "sources": "for each input token the row of the token it ended up in, -1 where it was dropped",
+}
+BY_ROW = ("sources",)
+# What a file in a precision may differ from what it gave itself when it was bundled. Of int8, scales and weights are the same on any
+# runtime, and only its rounding differs: see docs/bundle.md for what was seen.
+OWN_LIMITS = {"int8": 1e-1}
+
+
+def describe(path: Path, provenance: Provenance, runtime: str) -> Manifest:
+    """The manifest of a file, its proof still to come.
+
+    Args:
+        path: ONNX file or engine.
+        provenance: of it.
+        runtime: what will run an ONNX file for the proof.
+    Raises:
+        UsageError: it cannot be run, or has an output that has no rule.
+    """
+    from ..runners import open_runner
+
+    engine = is_engine(path)
+    names = provenance.decisions
+    with open_runner(path, runtime, outputs=names) as runner:
+        inputs, shapes = dict(runner.inputs), dict(runner.outputs)
+    (image, shape), batch = next(iter(inputs.items())), next(iter(inputs.values()))[0]
+    pixels = getattr(provenance, "input", "float32")
+    preprocessing = _preprocessing(provenance, pixels)
+    return Manifest(
+        version=version("tokexport"),
+        kind="engine" if engine else "onnx",
+        file=entry_of(path),
+        beside=_beside(path, engine),
+        inputs=(TensorEntry(image, pixels.partition("-")[0], tuple(shape), _input_words(preprocessing)),),
+        outputs=tuple(_output(name, shapes[name], batch, provenance) for name in provenance.outputs),
+        preprocessing=preprocessing,
+        classes=provenance.dims["classes"],
+        labels=provenance.labels if len(provenance.labels) == provenance.dims["classes"] else (),
+        activation=_activation(provenance),
+        precision=provenance.precision,
+        decisions=decision_entries(provenance),
+        ordered=provenance.schedule.method == "tome" and not has_class_token(provenance),
+        tokens=provenance.schedule.n_tokens,
+        proof=ProofEntry(FileEntry("proof.safetensors", "", 0), 0, *_runtime_version(path, engine, runtime), photos=True),
+        builder=_builder(path) if engine else None,
+        provenance=_stored(path, engine),
+    )
+
+
+def decision_entries(provenance: Provenance) -> tuple[DecisionEntry, ...]:
+    """Every reduction whose decision the file gives. provenance: of it."""
+    from ...export import reducers
+    from ...export.reference import signal_of
+
+    schedule, entries = provenance.schedule, []
+    for step in schedule.steps:
+        prefix = f"block{step.block}."
+        parts = {d.removeprefix(prefix): d for d in provenance.decisions if d.startswith(prefix)}
+        if not parts:
+            continue
+        reducer = reducers.get(schedule.method)
+        labels = reducer.labels(step, schedule.n_prefix) if hasattr(reducer, "labels") else range(step.n_kept)
+        signal = signal_of(schedule, step)
+        entries.append(
+            DecisionEntry(
+                step.block,
+                step.site,
+                step.n_in,
+                step.n_kept,
+                step.n_out,
+                step.n_folded,
+                signal,
+                precisions.get(provenance.precision).near_tie[signal],
+                parts,
+                "int64",
+                () if step.n_out > step.n_kept or not step.n_folded else tuple(int(n) for n in labels),
+            )
+        )
+    return tuple(entries)
+
+
+def has_class_token(provenance: Provenance) -> bool:
+    """Whether the model has one: the order of ToMe's rows depends on it."""
+    return provenance.schedule.n_prefix > 0 and provenance.model_kwargs.get("class_token", True)
+
+
+def _output(name: str, shape: tuple, batch: int | None, provenance: Provenance) -> OutputEntry:
+    kind = name.partition("_")[0]
+    if kind not in MEANINGS:
+        raise UsageError(f"output {name!r}: bundles hold {', '.join(MEANINGS)}")
+    exact, precision = kind == "sources", provenance.precision
+    limit = 0.0 if exact else precisions.get(precision).output_limit
+    own = 0.0 if exact else OWN_LIMITS.get(precision, limit)
+    last = {"logits": provenance.dims["classes"], "features": provenance.dims["width"], "sources": provenance.schedule.n_tokens}
+    return OutputEntry(
+        name,
+        "int64" if exact else "float32",
+        (batch, *shape[1:-1], shape[-1] or last[kind]),
+        MEANINGS[kind],
+        kind,
+        exact,
+        kind in BY_ROW,
+        limit,
+        own,
+    )
+
+
+def _preprocessing(provenance: Provenance, pixels: str) -> Preprocessing:
+    p = provenance.preprocess
+    return Preprocessing(
+        tuple(p.size),
+        tuple(p.mean),
+        tuple(p.std),
+        p.interpolation,
+        float(p.crop),
+        p.crop_mode,
+        provenance.dims["channels"],
+        "nhwc" if pixels == "uint8-nhwc" else "nchw",
+        pixels == "float32",
+    )
+
+
+def _input_words(p: Preprocessing) -> str:
+    what = "(value / 255 - mean) / std" if p.normalised else "pixels, 0 to 255"
+    return f"{'RGB' if p.channels == 3 else 'grey'} images, resized and cropped: {what}"
+
+
+def _activation(provenance: Provenance) -> str:
+    stored = getattr(provenance, "activation", None)
+    return stored or ("softmax" if provenance.dims["classes"] else "none")
+
+
+def _beside(path: Path, engine: bool) -> tuple[FileEntry, ...]:
+    if engine:
+        from ..tensorrt.sidecar import sidecar
+
+        return (entry_of(sidecar(path)),)
+    from ...export.inspection import read_onnx
+
+    names = {e.value for i in read_onnx(path).graph.initializer for e in i.external_data if e.key == "location"}
+    return tuple(entry_of(path.parent / name) for name in sorted(names))
+
+
+def _builder(path: Path) -> Builder:
+    from ..tensorrt.sidecar import read_sidecar
+
+    engine = read_sidecar(path)
+    return Builder(
+        engine.runtime["name"],
+        engine.runtime["version"],
+        tuple(engine.compute_capability),
+        bool(getattr(engine, "plugin", None)),
+    )
+
+
+def _stored(path: Path, engine: bool) -> dict:
+    """The provenance as it stands in the file, or in an engine's sidecar."""
+    if engine:
+        from ..tensorrt.sidecar import sidecar
+
+        return json.loads(sidecar(path).read_text())["provenance"]
+    from ...export.inspection import read_onnx
+
+    return json.loads(next(e.value for e in read_onnx(path).metadata_props if e.key == KEY))
+
+
+def _runtime_version(path: Path, engine: bool, runtime: str) -> tuple[str, str]:
+    if engine:
+        from ..tensorrt.sidecar import read_sidecar
+
+        return tuple(read_sidecar(path).runtime[k] for k in ("name", "version"))
+    package = "openvino" if runtime == "openvino" else "onnxruntime"
+    return runtime, version(package)

@@ -1,0 +1,123 @@
+"""The folder of a bundle: plain names inside it, nothing else is opened; written aside and renamed as a whole. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator
+
+from ...export.errors import StorageError, UsageError
+from .manifest import NAME, FileEntry, Manifest
+
+
+def refuse_path(name: str, manifest: Path) -> None:
+    """Raises: UsageError unless a name is that of a file right inside the folder. manifest: for the message."""
+    plain = name and name not in (".", "..") and not set(name) & set('/\\:\0') and name.isprintable() and len(name) <= 200
+    if not plain:
+        raise UsageError(f"{manifest} names a file {name[:80]!r}: wanted a plain name, without folders: do not trust this bundle")
+
+
+def plain_file(folder: Path, name: str) -> Path:
+    """A file right inside a folder.
+
+    Args:
+        folder: of the bundle.
+        name: a plain name.
+    Raises:
+        UsageError: it is not there, or a link, a folder or a device.
+    """
+    if not os.path.isdir(folder):
+        raise UsageError(f"{folder}: no such folder: wanted a bundle, which `tokexport bundle` makes")
+    path = folder / name
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        raise UsageError(f"{folder} has no {name}: " + ("wanted a bundle, which `tokexport bundle` makes" if name == NAME else
+                         "the bundle is not complete, copy it again")) from None
+    if not stat.S_ISREG(mode):
+        raise UsageError(f"{path} is {'a link' if stat.S_ISLNK(mode) else 'no regular file'}: bundles hold plain files only")
+    return path
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Make sure that the files are those the manifest speaks of.
+
+    Args:
+        folder: of the bundle.
+        manifest: of it.
+    Raises:
+        UsageError: one is missing, no plain file, or has other bytes.
+    """
+    for entry in manifest.files:
+        path = plain_file(folder, entry.name)
+        size = path.stat().st_size
+        if size != entry.size:
+            raise UsageError(f"{path} has {size} bytes, wanted {entry.size}: it was truncated or replaced, copy the bundle again")
+        if sha256_of(path) != entry.sha256:
+            raise UsageError(f"{path} is not the file that {NAME} speaks of (SHA-256 differs): it was changed or replaced")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def entry_of(path: Path) -> FileEntry:
+    """What a manifest says of a file."""
+    return FileEntry(path.name, sha256_of(path), path.stat().st_size)
+
+
+def check_place(folder: str | Path, *, force: bool) -> Path:
+    """The folder, when a bundle can be written there.
+
+    Args:
+        folder: where the bundle is to be.
+        force: whether a bundle that is there may be replaced; anything else never is.
+    Raises:
+        UsageError: something is there, or the folder around it is not there or cannot be written.
+    """
+    folder = Path(folder)
+    if not str(folder).strip() or folder.name in ("", "..") or "\0" in str(folder):
+        raise UsageError(f"output {str(folder)!r}: wanted the name of a folder")
+    if os.path.lexists(folder):
+        a_bundle = folder.is_dir() and not folder.is_symlink() and (folder / NAME).is_file()
+        if not (force and a_bundle):
+            what = "exists: give force to replace it, or another name" if a_bundle else "exists and is no bundle: wanted another name"
+            raise UsageError(f"output {folder} {what}")
+    if not os.path.isdir(folder.parent) or not os.access(folder.parent, os.W_OK):
+        raise UsageError(f"output {folder}: there is no folder {folder.parent}, or nothing can be written in it")
+    return folder
+
+
+@contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """A new folder to write to, beside `folder`, whose place it takes when the block ends without an error.
+
+    Args:
+        folder: where it is to be; an older bundle there is replaced.
+    Raises:
+        StorageError: the disk is full or failed; what was there still is, and nothing is left behind.
+    """
+    aside = Path(tempfile.mkdtemp(prefix=".tokexport-", dir=folder.parent))
+    try:
+        new, old = aside / "new", aside / "old"
+        new.mkdir()
+        yield new
+        if folder.exists():
+            os.replace(folder, old)
+        try:
+            os.replace(new, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
+    except OSError as e:
+        raise StorageError(f"output {folder}: could not be written ({e.strerror or e}); nothing was left behind") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,214 @@
+"""Writing a bundle: the file is verified first, images whose decisions are clear are chosen, and the folder is written as a whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import numpy as np
+
+from ...export.errors import UsageError
+from ...export.margins import RowMargins
+from ..files import inspect_file
+from . import folder as folders
+from .decisions import read_fates
+from .describe import describe
+from .manifest import NAME, Manifest, ProofEntry, to_text
+from .proof import to_input
+
+N_IMAGES = 4
+CANDIDATES = 8  # photos that are looked at for each one that is taken
+PHOTO_SIDE = 2  # photos are stored with a short side of at most so many times the input's
+PROOF = "proof.safetensors"
+
+
+class RefusedError(UsageError):
+    """A file that fails `verify` is not bundled; `report` says why."""
+
+    def __init__(self, path: str | Path, report):
+        super().__init__(f"{path} is not bundled, since it does not pass verify: {report.summary()}")
+        self.report = report
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that was written.
+
+    Attributes:
+        path: of the folder.
+        manifest: of it.
+        size: bytes.
+        photos: those that are in the proof.
+        unclear: how many of them have a decision that is a near-tie, on which runtimes may differ.
+    """
+
+    path: Path
+    manifest: Manifest
+    size: int
+    photos: tuple[Path, ...]
+    unclear: int
+
+
+class _Run(NamedTuple):
+    """What one photo's proof is made of: its pixels, its input, what the file gave and what the reference did under its decisions."""
+
+    path: Path
+    photo: np.ndarray
+    values: dict[str, np.ndarray]
+    reference: dict[str, np.ndarray]
+    margins: list[RowMargins]
+    scale: dict[str, float]
+    clearness: float
+
+
+def write_bundle(
+    file: str | Path,
+    folder: str | Path,
+    *,
+    images,
+    n_images: int = N_IMAGES,
+    runtime: str = "ort",
+    checkpoint: str | Path | None = None,
+    predictor: str | Path | None = None,
+    force: bool = False,
+    progress: Callable[[str], None] = lambda stage: None,
+) -> Bundle:
+    """Write a file, its manifest and its proof into a folder.
+
+    The same arguments give the same bytes on one machine and one set of versions. Photos go into the proof, made smaller.
+
+    Args:
+        file: ONNX file or engine made by tokexport.
+        folder: where the bundle is to be.
+        images: photos: files or folders.
+        n_images: how many go into the proof, 1 to 64; those whose decisions are clearest, among eight times as many.
+        runtime: what runs an ONNX file.
+        checkpoint, predictor: where weights and score heads are now; they are checked by hash.
+        force: replace a bundle that is there.
+        progress: is told what is being done.
+    Returns:
+        The bundle.
+    Raises:
+        UsageError: wrong arguments, or a file without provenance or weights.
+        RefusedError: the file does not pass verify; nothing was written.
+        StorageError: the disk is full or failed; nothing was left behind.
+    """
+    from ..images import find_images
+    from ..parity.verify import verify
+
+    if not 1 <= n_images <= 64:
+        raise UsageError(f"images in the proof: {n_images}, wanted 1 to 64")
+    folder = folders.check_place(folder, force=force)
+    provenance = inspect_file(file).provenance
+    folders.refuse_path(Path(file).name, Path(file))
+    if Path(file).name in (NAME, PROOF):
+        raise UsageError(f"{file}: a bundle has a file of its own of that name: rename it")
+    paths = find_images(images)[: n_images * CANDIDATES]
+    progress("verifying the file")
+    report = verify(file, paths, checkpoint=checkpoint, runtime=runtime, predictor=predictor)
+    if not report.passed:
+        raise RefusedError(file, report)
+    manifest, source = describe(Path(file), provenance, runtime), Path(file)
+    runs = _choose(_runs(source, manifest, paths, runtime, checkpoint, predictor, progress), min(n_images, len(paths)))
+    progress("writing")
+    with folders.written_aside(folder) as new:
+        for entry in (manifest.file, *manifest.beside):
+            shutil.copyfile(source.parent / entry.name, new / entry.name)
+        _write_proof(new / PROOF, manifest, runs)
+        proof = ProofEntry(
+            folders.entry_of(new / PROOF), len(runs), manifest.proof.runtime, manifest.proof.runtime_version, photos=True
+        )
+        manifest = Manifest(**{**vars(manifest), "proof": proof})
+        (new / NAME).write_text(to_text(manifest), encoding="utf-8")
+        folders.check_files(new, manifest)
+        size = sum(f.stat().st_size for f in new.iterdir())
+    return Bundle(folder, manifest, size, tuple(r.path for r in runs), sum(r.clearness <= 1 for r in runs))
+
+
+def _runs(source: Path, manifest: Manifest, paths: list[Path], runtime: str, checkpoint, predictor, progress) -> list[_Run]:
+    """A run for every photo."""
+    from ...export.models.score_head import score_heads
+    from ...export.rebuild import rebuild
+    from ...export.reference import ReducedViT
+    from ..runners import in_batches, open_runner
+
+    provenance = inspect_file(source).provenance
+    loaded = rebuild(provenance, source, checkpoint, predictor)
+    reference = ReducedViT(loaded.module, provenance.schedule, score_heads(loaded, provenance.schedule))
+    inner = tuple(name for step in manifest.decisions for name in step.parts.values())
+    runs = []
+    with open_runner(source, runtime, outputs=inner) as runner:
+        for i, path in enumerate(paths):
+            progress(f"image {i + 1} of {len(paths)}")
+            photo = _photo(path, manifest)
+            values = {"input": to_input(photo, manifest.preprocessing)[None]}
+            values |= in_batches(runner, values["input"])
+            runs.append(_against_reference(path, photo, values, manifest, provenance, reference))
+    return runs
+
+
+def _against_reference(path: Path, photo, values: dict, manifest: Manifest, provenance, reference) -> _Run:
+    import torch
+
+    from ..parity.compare import read_side
+
+    side = read_side(values, provenance)
+    plans = None if not manifest.decisions else side.plans
+    result = reference.run(torch.from_numpy(values["input"]), replay=plans, margins=True)
+    fields = {"logits": "output", "features": "output", "sources": "sources"}
+    wanted = {o.name: getattr(result, fields[o.kind]).numpy() for o in manifest.outputs}
+    scale = {o.name: float(np.abs(wanted[o.name]).max()) for o in manifest.outputs}
+    decided = [m for m, s in zip(result.margins, provenance.schedule.steps) if s.n_in > 1]
+    clear = [min(m.fate.min(), m.host.min()) / s.near_tie for m, s in zip(decided, manifest.decisions)]
+    pixels = np.asarray(photo)
+    return _Run(
+        path,
+        pixels.reshape(*pixels.shape[:2], -1),
+        values,
+        wanted,
+        decided,
+        scale,
+        float(min(clear, default=np.inf)),
+    )
+
+
+def _photo(path: Path, manifest: Manifest):
+    """A photo as it is stored: RGB or grey, its short side at most PHOTO_SIDE times the input's."""
+    from ..images import read_image
+
+    image = read_image(path, manifest.preprocessing.channels)
+    side = PHOTO_SIDE * max(manifest.preprocessing.size)
+    if min(image.size) > side:
+        ratio = side / min(image.size)
+        image = image.resize([max(1, round(n * ratio)) for n in image.size])
+    return image
+
+
+def _choose(runs: list[_Run], n: int) -> list[_Run]:
+    """The n clearest ones, in the order they were given; all that are clear count alike."""
+    order = sorted(range(len(runs)), key=lambda i: (-min(runs[i].clearness, 1.0 + 1e-9), i))
+    return [runs[i] for i in sorted(order[:n])]
+
+
+def _write_proof(path: Path, manifest: Manifest, runs: list[_Run]) -> None:
+    from safetensors.numpy import save_file
+
+    join = lambda parts: np.concatenate([np.asarray(p) for p in parts])
+    tensors = {"input": join(r.values["input"] for r in runs)}
+    for i, run in enumerate(runs):
+        tensors[f"photo.{i}"] = run.photo
+    for o in manifest.outputs:
+        kind = np.int64 if o.exact else np.float32
+        tensors[f"reference.{o.name}"] = join(r.reference[o.name] for r in runs).astype(kind)
+        tensors[f"own.{o.name}"] = join(r.values[o.name] for r in runs).astype(kind)
+        tensors[f"scale.{o.name}"] = np.array([r.scale[o.name] for r in runs], np.float32)
+    for k, step in enumerate(manifest.decisions):
+        fates = [read_fates(r.values, step) for r in runs]
+        tensors[f"keep.block{step.block}"] = join(f.keep for f in fates).astype(np.int32)
+        tensors[f"host.block{step.block}"] = join(f.host for f in fates).astype(np.int32)
+        both = [np.stack([m.numpy() for m in r.margins[k]]) for r in runs]
+        tensors[f"margin.block{step.block}"] = np.concatenate(both, 1).astype(np.float32)
+    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path)

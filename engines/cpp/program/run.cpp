@@ -1,0 +1,258 @@
+// tokexport-run: classes or features of photos, the speed and the proof of a bundle, without Python.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <iostream>
+#include <numeric>
+#include <sstream>
+#include <thread>
+
+#include "tokexport/tokexport.hpp"
+
+namespace {
+
+using namespace tokexport;
+
+const char kHelp[] =
+    "tokexport-run COMMAND BUNDLE [PHOTOS...] [options]\n"
+    "\n"
+    "  classify BUNDLE PHOTOS...   the likeliest classes of each photo (JPEG, PNG)\n"
+    "  features BUNDLE PHOTOS...   the feature of each photo\n"
+    "  bench    BUNDLE             milliseconds a run, on the inputs of the proof\n"
+    "  verify   BUNDLE             run the bundle's proof: exit 0 passed, 1 failed\n"
+    "  input    BUNDLE PHOTOS...   the prepared input as raw values on stdout, [B, C, H, W] float32 (or the uint8 it takes)\n"
+    "  output   BUNDLE PHOTOS...   every output as JSON\n"
+    "\n"
+    "  --runtime NAME        what runs it; default: the first built in that can\n"
+    "  --library PATH        the runtime's shared library (ONNX Runtime, TensorRT)\n"
+    "  --threads N           of the processor for one run; default: the runtime's choice\n"
+    "  --runtime-precision   let OpenVINO choose what it computes in (bf16 on some processors)\n"
+    "  --allow-host-code     load an engine that carries native code of a plugin\n"
+    "  --top N               classes to show (5)\n"
+    "  --batch N             bench: images a run (1)\n"
+    "  --runs N, --warmup N  bench: runs that are timed (100), and before them (10)\n"
+    "  --concurrency N       bench: threads that run at the same time (1)\n"
+    "  --json                JSON on stdout\n";
+
+struct Arguments {
+  std::string command, bundle;
+  std::vector<std::string> photos;
+  Options options;
+  int top = 5, batch = 1, runs = 100, warmup = 10, concurrency = 1;
+  bool json = false;
+};
+
+int number(const std::string& option, const std::string& text, int least) {
+  std::size_t used = 0;
+  int value = least - 1;
+  try {
+    value = std::stoi(text, &used);
+  } catch (const std::exception&) {
+  }
+  if (value < least || used != text.size() || value > 1000000) throw Error(Fault::usage, option + " " + text + ": wanted a whole number from " + std::to_string(least) + " on");
+  return value;
+}
+
+Arguments parse(int argc, char** argv) {
+  Arguments a;
+  std::vector<std::string> plain;
+  for (int i = 1; i < argc; ++i) {
+    std::string word = argv[i];
+    auto value = [&] {
+      if (i + 1 >= argc) throw Error(Fault::usage, word + ": wanted a value");
+      return std::string(argv[++i]);
+    };
+    if (word == "--runtime") a.options.runtime = value();
+    else if (word == "--library") a.options.library = value();
+    else if (word == "--threads") a.options.threads = number(word, value(), 1);
+    else if (word == "--runtime-precision") a.options.runtime_precision = true;
+    else if (word == "--allow-host-code") a.options.allow_host_code = true;
+    else if (word == "--top") a.top = number(word, value(), 1);
+    else if (word == "--batch") a.batch = number(word, value(), 1);
+    else if (word == "--runs") a.runs = number(word, value(), 1);
+    else if (word == "--warmup") a.warmup = number(word, value(), 0);
+    else if (word == "--concurrency") a.concurrency = number(word, value(), 1);
+    else if (word == "--json") a.json = true;
+    else if (word.rfind("--", 0) == 0) throw Error(Fault::usage, "no option " + word + ": tokexport-run --help lists them");
+    else plain.push_back(word);
+  }
+  if (plain.size() < 2) throw Error(Fault::usage, "wanted a command and a bundle: tokexport-run --help");
+  a.command = plain[0];
+  a.bundle = plain[1];
+  a.photos.assign(plain.begin() + 2, plain.end());
+  const bool wants_photos = a.command != "bench" && a.command != "verify";
+  if (wants_photos == a.photos.empty()) throw Error(Fault::usage, a.command + (wants_photos ? ": wanted photos" : ": takes no photos"));
+  a.options.decisions = a.command == "verify";
+  return a;
+}
+
+std::string quoted(const std::string& text) {
+  std::string out = "\"";
+  for (unsigned char c : text) {
+    if (c == '"' || c == '\\') out += '\\', out += static_cast<char>(c);
+    else if (c < 0x20) { char code[8]; std::snprintf(code, sizeof code, "\\u%04x", c); out += code; }
+    else out += static_cast<char>(c);
+  }
+  return out + "\"";
+}
+
+std::string figure(double value) {
+  if (!std::isfinite(value)) return "null";
+  std::ostringstream out;
+  out.precision(9);
+  out << value;
+  return out.str();
+}
+
+template <class T>
+std::string list(const std::vector<T>& values) {
+  std::string out = "[";
+  for (std::size_t i = 0; i < values.size(); ++i) out += (i ? ", " : "") + figure(static_cast<double>(values[i]));
+  return out + "]";
+}
+
+std::vector<Image> read(const Arguments& a, const Engine& engine) {
+  std::vector<Image> images;
+  for (const std::string& path : a.photos) images.push_back(Image::read(path, engine.channels()));
+  return images;
+}
+
+int classify(const Arguments& a, const Engine& engine) {
+  auto results = engine.classify(read(a, engine), a.top);
+  std::string json;
+  for (std::size_t i = 0; i < results.size(); ++i) {
+    std::string rows;
+    if (!a.json) std::cout << a.photos[i] << "\n";
+    for (const Class& c : results[i]) {
+      if (!a.json) std::printf("  %8.4f  %s\n", c.score, c.label.c_str()), std::fflush(stdout);
+      rows += (rows.empty() ? "" : ", ") + ("{\"class\": " + std::to_string(c.index)) + ", \"label\": " + quoted(c.label) + ", \"logit\": " + figure(c.logit) + ", \"score\": " + figure(c.score) + "}";
+    }
+    json += (i ? ", " : "") + ("{\"image\": " + quoted(a.photos[i])) + ", \"top\": [" + rows + "]}";
+  }
+  if (a.json) std::cout << "{\"images\": [" << json << "]}\n";
+  return 0;
+}
+
+int features(const Arguments& a, const Engine& engine) {
+  auto results = engine.features(read(a, engine));
+  std::string json;
+  for (std::size_t i = 0; i < results.size(); ++i) {
+    double length = std::sqrt(std::inner_product(results[i].begin(), results[i].end(), results[i].begin(), 0.0));
+    if (!a.json) std::cout << a.photos[i] << "\n  " << results[i].size() << " features, length " << figure(length) << "\n";
+    json += (i ? ", " : "") + ("{\"image\": " + quoted(a.photos[i])) + ", \"features\": " + list(results[i]) + "}";
+  }
+  if (a.json) std::cout << "{\"images\": [" << json << "]}\n";
+  return 0;
+}
+
+int output(const Arguments& a, const Engine& engine) {
+  std::string json;
+  for (const auto& [name, value] : engine.run(read(a, engine)))
+    json += (json.empty() ? "" : ", ") + quoted(name) + ": {\"shape\": " + list(value.shape) + ", \"values\": " + std::visit([](const auto& v) { return list(v); }, value.values) + "}";
+  std::cout << "{" << json << "}\n";
+  return 0;
+}
+
+int input(const Arguments& a, const Engine& engine) {
+  Tensor tensor = engine.prepare(read(a, engine));
+  std::visit([](const auto& v) { std::fwrite(v.data(), sizeof v[0], v.size(), stdout); }, tensor.values);
+  return std::fflush(stdout) == 0 ? 0 : 3;
+}
+
+// The proof's inputs, repeated until there are n.
+Tensor batch_of(const Tensor& some, int n) {
+  Tensor out;
+  out.shape = some.shape;
+  out.shape[0] = n;
+  const std::size_t row = some.size() / static_cast<std::size_t>(some.shape[0]);
+  std::visit([&](const auto& v) {
+    std::decay_t<decltype(v)> values(row * n);
+    for (std::size_t i = 0; i < values.size(); ++i) values[i] = v[i % v.size()];
+    out.values = std::move(values);
+  }, some.values);
+  return out;
+}
+
+int bench(const Arguments& a, const Engine& engine) {
+  using Clock = std::chrono::steady_clock;
+  Tensor input = batch_of(engine.proof_inputs(), a.batch);
+  std::vector<double> times(a.runs);
+  std::atomic<int> next{0};
+  std::vector<std::thread> threads;
+  std::vector<std::string> errors(a.concurrency);
+  for (int i = 0; i < a.warmup; ++i) engine.run(input);
+  auto start = Clock::now();
+  for (int t = 0; t < a.concurrency; ++t)
+    threads.emplace_back([&, t] {
+      try {
+        for (int i; (i = next++) < a.runs;) {
+          auto before = Clock::now();
+          engine.run(input);
+          times[i] = std::chrono::duration<double, std::milli>(Clock::now() - before).count();
+        }
+      } catch (const std::exception& e) {
+        errors[t] = e.what();
+        next = a.runs;
+      }
+    });
+  for (std::thread& thread : threads) thread.join();
+  for (const std::string& error : errors)
+    if (!error.empty()) throw Error(Fault::failure, error);
+  double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+  std::sort(times.begin(), times.end());
+  auto percentile = [&](double share) { return times[static_cast<std::size_t>(std::ceil(share * a.runs)) - 1]; };
+  double mean = std::accumulate(times.begin(), times.end(), 0.0) / a.runs, rate = a.runs * a.batch / seconds;
+  if (a.json) {
+    std::cout << "{\"runtime\": " << quoted(engine.runtime()) << ", \"batch\": " << a.batch << ", \"concurrency\": " << a.concurrency << ", \"runs\": " << a.runs
+              << ", \"mean\": " << figure(mean) << ", \"p50\": " << figure(percentile(.5)) << ", \"p90\": " << figure(percentile(.9)) << ", \"p95\": " << figure(percentile(.95))
+              << ", \"p99\": " << figure(percentile(.99)) << ", \"images_per_second\": " << figure(rate) << "}\n";
+  } else {
+    std::printf("%s\nbatch %d, %d at a time, %d runs: mean %.3f ms, p50 %.3f, p90 %.3f, p95 %.3f, p99 %.3f; %.1f images a second\n", engine.summary().c_str(), a.batch, a.concurrency,
+                a.runs, mean, percentile(.5), percentile(.9), percentile(.95), percentile(.99), rate);
+  }
+  return 0;
+}
+
+int verify(const Arguments& a, const Engine& engine) {
+  Proof proof = engine.verify();
+  if (a.json) {
+    std::string outputs, images;
+    for (const auto& o : proof.outputs)
+      outputs += (outputs.empty() ? "" : ", ") + ("{\"name\": " + quoted(o.name)) + ", \"error\": " + figure(o.error) + ", \"limit\": " + figure(o.limit) + ", \"own_error\": " + figure(o.own_error) +
+                 ", \"own_limit\": " + figure(o.own_limit) + ", \"n_judged\": " + std::to_string(o.n_judged) + "}";
+    for (const auto& i : proof.images)
+      images += (images.empty() ? "" : ", ") + ("{\"verdict\": " + quoted(i.verdict)) + ", \"pixels\": " + figure(i.pixels) + ", \"block\": " + std::to_string(i.block) + ", \"margin\": " + figure(i.margin) + "}";
+    std::cout << "{\"passed\": " << (proof.passed() ? "true" : "false") << ", \"runtime\": " << quoted(engine.runtime()) << ", \"outputs\": [" << outputs << "], \"images\": [" << images << "]}\n";
+  } else {
+    std::cout << engine.summary() << ": " << proof.summary() << "\n";
+  }
+  return proof.passed() ? 0 : 1;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    for (int i = 1; i < argc; ++i)
+      if (std::string(argv[i]) == "--help" || std::string(argv[i]) == "-h") {
+        std::cout << kHelp << "\nruntimes that are built in:";
+        for (const std::string& name : runtimes()) std::cout << ' ' << name;
+        std::cout << "\n";
+        return 0;
+      }
+    Arguments a = parse(argc, argv);
+    using Command = int (*)(const Arguments&, const Engine&);
+    const std::vector<std::pair<std::string, Command>> commands = {{"classify", classify}, {"features", features}, {"bench", bench}, {"verify", verify}, {"input", input}, {"output", output}};
+    for (const auto& [name, command] : commands)
+      if (a.command == name) return command(a, Engine::open(a.bundle, a.options));
+    throw Error(Fault::usage, "no command " + a.command + ": tokexport-run --help");
+  } catch (const Error& e) {
+    std::cerr << "Error: " << e.what() << "\n";
+    return static_cast<int>(e.fault());
+  } catch (const std::exception& e) {
+    std::cerr << "Error: " << e.what() << "\n";
+    return 3;
+  }
+}
