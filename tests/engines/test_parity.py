@@ -448,7 +448,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
     from tokexport.tools.demo import digits
 
     photos = digits.write_held_out(tmp_path, 16)
-    loaded = load_model(digits.MODEL, digits.KWARGS, digits.WEIGHTS)
+    loaded = load_model(digits.MODEL, digits.KWARGS, checkpoint=digits.WEIGHTS)
     export_onnx(
         loaded, Schedule.parse(method="evit", depth=12, n_tokens=65, at=(1,)), tmp_path / "d.onnx", sources=True
     )

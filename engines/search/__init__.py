@@ -1,0 +1,1 @@
+"""Choosing how many tokens to keep: DiffRate's differentiable search of counts."""
