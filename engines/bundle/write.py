@@ -135,7 +135,7 @@ def _runs(source: Path, manifest: Manifest, paths: list[Path], runtime: str, che
     from ..runners import in_batches, open_runner
 
     provenance = inspect_file(source).provenance
-    loaded = rebuild(provenance, source, checkpoint, predictor)
+    loaded = rebuild(provenance, source, checkpoint=checkpoint, predictor=predictor)
     reference = ReducedViT(loaded.module, provenance.schedule, score_heads(loaded, provenance.schedule))
     inner = tuple(name for step in manifest.decisions for name in step.parts.values())
     runs = []

@@ -213,7 +213,7 @@ def _eager_models(inspection: Inspection, *, reference: bool, dense: bool, check
     from ...export.reference import ReducedViT
 
     schedule = inspection.provenance.schedule
-    loaded = rebuild(inspection.provenance, inspection.path, checkpoint, predictor)
+    loaded = rebuild(inspection.provenance, inspection.path, checkpoint=checkpoint, predictor=predictor)
     models = {}
     if reference and schedule.steps:
         models[f"reference, {schedule.method}"] = ReducedViT(loaded.module, schedule, score_heads(loaded, schedule))

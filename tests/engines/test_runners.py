@@ -321,7 +321,9 @@ def test_a_real_engine_needs_no_onnxruntime(without_onnxruntime, tome, tmp_path)
 
     from tokexport.engines.tensorrt.build import build_engine
 
-    plan = build_engine(tome, tmp_path / "v.plan", "fp16", "rtx", ("80",), decisions=True).path
+    plan = build_engine(
+        tome, tmp_path / "v.plan", precision="fp16", builder="rtx", capabilities=("80",), decisions=True
+    ).path
     (tmp_path / "0").mkdir()
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "0" / "p.png")
     photo = str(tmp_path / "0" / "p.png")

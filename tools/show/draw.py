@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
 
 from ...export.errors import UsageError
+from ...export.files import aside
 
 GONE = np.float32([14, 20, 56])  # a tint, so that a dark patch that is gone is told from one that is there
 CAPTION = 28  # letters of a photo's name
@@ -78,9 +77,8 @@ def save(picture, path: Path) -> None:
         picture: the image.
         path: where it goes.
     """
-    with tempfile.TemporaryDirectory(prefix=".tokexport-", dir=path.parent) as folder:
-        picture.save(Path(folder) / path.name)
-        os.replace(Path(folder) / path.name, path)
+    with aside(path) as new:
+        picture.save(new)
 
 
 def draw_sources(image, grid: tuple[int, int], sources: np.ndarray):

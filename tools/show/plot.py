@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 
 from ...export.errors import MissingPackageError
+from ...export.files import aside
 
 BLUE, RED, BLACK = "#4a7fb5", "#b3261e", "#222222"
 
@@ -45,9 +44,8 @@ def save(rows: list, path: Path, *, sweep: str | None) -> None:
         _draw_sweep(axes, shown, sweep)
     else:
         _draw_bars(axes[0], shown)
-    with tempfile.TemporaryDirectory(prefix=".tokexport-", dir=path.parent) as folder:
-        figure.savefig(Path(folder) / path.name, dpi=130, format="png")
-        os.replace(Path(folder) / path.name, path)
+    with aside(path) as new:
+        figure.savefig(new, dpi=130, format="png")
     plt.close(figure)
 
 
