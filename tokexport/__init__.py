@@ -4,6 +4,7 @@ The public names are loaded when they are first used, so `import tokexport` and 
 """
 
 from importlib import import_module
+from typing import Any
 
 _HOME = {  # public name: its module, and the name it has there
     "load_model": ("export.models.load", "load_model"),
@@ -30,7 +31,7 @@ _HOME = {  # public name: its module, and the name it has there
 __all__ = ["__version__", *_HOME]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
 
@@ -43,8 +44,8 @@ def __getattr__(name: str):
     except ModuleNotFoundError as e:
         from .export.errors import missing_export_package
 
-        raise missing_export_package(e) or e from None
+        raise (missing_export_package(e) or e) from None
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(__all__)
