@@ -1,5 +1,6 @@
 """The one table of tiny models and of what every method is asked for in tests. A method without a row here fails `test_add_reducer`."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 KWARGS = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 6, "num_heads": 4, "num_classes": 10}
@@ -13,42 +14,66 @@ AT = {"at": (1, 3, 4)}
 
 
 class MethodCase(NamedTuple):
-    """What one method is asked for.
+    """What one method is asked for in tests.
 
-    tiny: on the tiny models (65 tokens, 6 blocks). deit: its paper's main setting, on DeiT-S. any_size: on a model of 4 blocks (12 for
-    DiffRate) and any image size. cli: of `tiny`, as typed. variants: further rows of METHOD_CASES, by what is special.
+    tiny: on the tiny models (65 tokens, 6 blocks).
+    deit: its paper's main setting, on DeiT-S.
+    short: on any model of three blocks, from its number of tokens.
+    any_size: on a model of `depth` blocks with any image.
+    cli: `tiny` or something like it, as typed.
+    budgets: batch -> most nodes in the file of DeiT-S, most layers in the network that TensorRT-RTX parses from it.
+    variants: further options on the tiny models, by what is special about them.
     """
 
     tiny: dict
     deit: dict
+    short: Callable[[int], dict]
     any_size: dict
     cli: tuple
+    budgets: dict
     variants: dict = {}
+    depth: int = 4
 
 
 def _rates(prune: list[int], merge: list[int]) -> dict:
     return {"rates": {"prune_kept": prune, "merge_kept": merge}}
 
 
-RATES = _rates([65, 60, 50, 42, 34, 20], [65, 55, 46, 38, 30, 12])
+def _stages(**further) -> dict:
+    """The fields that are alike in the methods that reduce in a few blocks."""
+    return {"tiny": AT, "deit": {}, "short": lambda n: {"keep_rate": 0.6, "at": (0, 2)}, "any_size": {"at": (1, 2)}, **further}
+
+
 METHODS = {
-    "none": MethodCase({}, {}, {}, ()),
-    "tome": MethodCase({"r": 8}, {"r": 13}, {"r": 5}, ("--r", "8:-1", "--no-prop-attn")),
-    "evit": MethodCase(AT, {}, {"at": (1, 2)}, ("--at", "1,3,4"), {"no-fuse": {**AT, "fuse": False}}),
-    "etps": MethodCase(AT, {}, {"at": (1, 2)}, ("--at", "1,3", "--keep-rate", "0.8,0.6")),
-    "dtps": MethodCase(AT, {}, {"at": (1, 2)}, ("--at", "1,3,4")),
-    "dynamicvit": MethodCase(AT, {}, {"at": (1, 2)}, ("--at", "1,3,4")),
+    "none": MethodCase({}, {}, lambda n: {}, {}, (), {1: (230, 390)}),
+    "tome": MethodCase(
+        tiny={"r": 8},
+        deit={"r": 13},
+        short=lambda n: {"r": [5, 0, 3]},
+        any_size={"r": 5},
+        cli=("--r", "8:-1", "--no-prop-attn"),
+        budgets={1: (450, 800), None: (562, 1000)},
+    ),
+    "evit": MethodCase(
+        **_stages(cli=("--at", "1,3,4"), budgets={1: (260, 440)}, variants={"no-fuse": {**AT, "fuse": False}})
+    ),
+    "etps": MethodCase(**_stages(cli=("--at", "1,3", "--keep-rate", "0.8,0.6"), budgets={1: (300, 600)})),
     "diffrate": MethodCase(
-        RATES,
-        {"rates": "deit_small@2.9"},
-        {"rates": "deit_small@2.9"},
-        ("--rates", "rates.json"),
-        {
+        tiny=_rates([65, 60, 50, 42, 34, 20], [65, 55, 46, 38, 30, 12]),
+        deit={"rates": "deit_small@2.9"},
+        short=lambda n: _rates([n - 2, n - 4, n - 6], [n - 3, n - 4, n - 9]),
+        any_size={"rates": "deit_small@2.9"},
+        depth=12,
+        cli=("--rates", "rates.json"),
+        budgets={1: (500, 1000)},
+        variants={
             "prune": _rates([65, 60, 50, 42, 34, 20], [65, 60, 50, 42, 34, 20]),
             "merge": _rates([65, 65, 60, 50, 40, 30], [65, 60, 50, 40, 30, 30]),
             "up and down": _rates([60, 64, 50, 58, 40, 65], [55, 60, 45, 52, 38, 60]),
         },
     ),
+    "dtps": MethodCase(**_stages(cli=("--at", "1,3,4"), budgets={1: (300, 600)})),
+    "dynamicvit": MethodCase(**_stages(cli=("--at", "1,3,4"), budgets={1: (300, 600)})),
 }
 # Every row on the tiny models; after the method's name, what is special.
 METHOD_CASES = {

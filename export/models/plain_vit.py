@@ -195,7 +195,7 @@ class PlainViT:
         if any(s.needs_class for s in signals) and not self.has_class_token:
             raise UsageError(
                 f"{schedule.method} sorts tokens by the attention of the class token, which this model does not have: give "
-                f"score mean (the mean attention a token receives, a substitute), or take another method"
+                f'score="mean" (the mean attention a token receives, a substitute), or take another method'
             )
         self.pools_by_size(schedule)
         if any(s.learned for s in signals) and schedule.n_layers > len(heads or ()):

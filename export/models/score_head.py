@@ -108,7 +108,7 @@ def score_heads(loaded, schedule: Schedule) -> nn.ModuleList | None:
     if not state and loaded.weights["source"] != "random":
         raise UsageError(
             f"{schedule.method} needs a trained score head for each of its {stages} stages, these weights have none: give "
-            f"them with predictor (a file), or the authors' checkpoint that has them"
+            f'them with predictor="FILE", or the checkpoint of the authors that has them'
         )
     state = state or random_heads(width, stages, loaded.weights["seed"])
     check_heads(state, width, stages)

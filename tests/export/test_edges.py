@@ -12,6 +12,8 @@ from tokexport.export.models.score_head import score_heads
 from tokexport.export.graph.static_vit import StaticViT
 from tokexport.tools.show.terminal import tokens_words
 
+from .. import cases
+
 KWARGS = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2, "num_classes": 10}
 
 
@@ -86,7 +88,6 @@ SIZES = {
     "patch 32": (256, 32),
     "not a multiple": ((70, 100), 8),
 }
-ASKED = {"none": {}, "tome": {"r": 5}, "diffrate": {"rates": "deit_small@2.9"}}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -94,15 +95,14 @@ ASKED = {"none": {}, "tome": {"r": 5}, "diffrate": {"rates": "deit_small@2.9"}}
 def test_any_image_and_patch_size(size, method, relative):
     """The static model computes what the reference does, whatever the grid; published DiffRate counts are scaled to it."""
     pixels, patch = SIZES[size]
-    depth = 12 if method == "diffrate" else 4
+    case = cases.METHODS[method]
     loaded = load_model(
         "vit_tiny_patch16_224",
-        {**KWARGS, "img_size": pixels, "patch_size": patch, "embed_dim": 32, "depth": depth},
+        {**KWARGS, "img_size": pixels, "patch_size": patch, "embed_dim": 32, "depth": case.depth},
         seed=3,
     )
     model = loaded.module
-    asked = ASKED.get(method, {"at": (1, 2)})
-    s = loaded.schedule(method, **asked)
+    s = loaded.schedule(method, **case.any_size)
     heads = score_heads(loaded, s)
     image = torch.randn(2, 3, *as_plain(model).preprocess.size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

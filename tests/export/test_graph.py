@@ -12,18 +12,11 @@ from tokexport.export.errors import GraphError
 from tokexport.export import reducers
 from tokexport.export.models.score_head import score_heads
 
+from .. import cases
+
 WHY_TENSORRT = "tensorrt_rtx is not installed: node counts of the parsed network and engine builds need it (no GPU)"
 # DeiT-S: (method, batch) -> most nodes in the file, most layers in the network TensorRT-RTX parses
-BUDGETS = {
-    ("none", 1): (230, 390),
-    ("tome", 1): (450, 800),
-    ("tome", None): (562, 1000),
-    ("evit", 1): (260, 440),
-    ("etps", 1): (300, 600),
-    ("dtps", 1): (300, 600),
-    ("dynamicvit", 1): (300, 600),
-    ("diffrate", 1): (500, 1000),
-}
+BUDGETS = {(m, batch): most for m, case in cases.METHODS.items() for batch, most in case.budgets.items()}
 ADDED = 0.03  # of the weights: what the constants of a reduction may take
 
 

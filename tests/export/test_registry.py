@@ -18,6 +18,8 @@ from tokexport.export.models.load import LoadedModel
 from tokexport.export.models.score_head import make_heads
 from tokexport.kernels import ops
 
+from .. import cases
+
 PARTS = 16  # the names are walked in as many tests: timm is imported when they run, not when they are collected
 
 
@@ -53,16 +55,6 @@ OTHERS = (
     "resnet18",
 )
 WIDTH, DEPTH, HEADS, GRID = 32, 3, 2, (5, 4)
-STAGES = {"keep_rate": 0.6, "at": (0, 2)}
-OPTIONS = {
-    "none": {},
-    "tome": {"r": [5, 0, 3]},
-    "evit": STAGES,
-    "etps": STAGES,
-    "dtps": STAGES,
-    "dynamicvit": STAGES,
-    "diffrate": {},
-}
 
 
 @functools.cache
@@ -105,10 +97,8 @@ def small(name):
 
 
 def schedule(model, method):
-    plain, options = as_plain(model), dict(OPTIONS[method])
-    n = plain.n_tokens
-    if method == "diffrate":
-        options["rates"] = {"prune_kept": [n - 2, n - 4, n - 6], "merge_kept": [n - 3, n - 4, n - 9]}
+    plain = as_plain(model)
+    options = cases.METHODS[method].short(plain.n_tokens)
     if not plain.has_class_token and "mean_attention" in reducers.get(method).signals:
         options["score"] = "mean"
     return LoadedModel(model, "", {}, {}, []).schedule(method, **options)
@@ -159,10 +149,6 @@ def double(monkeypatch):
     torch.set_default_dtype(torch.float32)
 
 
-def test_every_method_is_walked():
-    assert set(OPTIONS) == set(reducers.TABLE)
-
-
 def test_what_is_left_out_is_left_out_for_a_named_reason():
     reasons = {name: refusal(name) for name in names() if refusal(name)}
     assert {name: why for name, why in reasons.items() if not any(word in why for word in EXCLUDED)} == {}
@@ -185,7 +171,7 @@ def test_another_architecture_is_refused_by_name(name):
 def differences(name, relative):
     """(method, batch) -> largest relative difference, where the static graph of a model is not its reference."""
     model, wrong = small(name), {}
-    for method in OPTIONS:
+    for method in reducers.TABLE:
         plan = schedule(model, method)
         heads = heads_for(plan)
         wanted = reduce_model(model, plan, heads).run(image(model))
@@ -222,7 +208,7 @@ def _one_of_each():
 @pytest.mark.parametrize("part", range(PARTS))
 def test_one_model_of_each_structure_runs_as_onnx(part, relative, run_onnx, tmp_path):
     """Methods take turns, so that each meets many structures."""
-    methods = sorted(set(OPTIONS) - {"none"})
+    methods = sorted(set(reducers.TABLE) - {"none"})
     for i, name in list(enumerate(_one_of_each()))[part::PARTS]:
         model = small(name)
         plan = schedule(model, methods[i % len(methods)])

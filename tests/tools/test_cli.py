@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 
 from tokexport.export import reducers
 
+from .. import cases
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 TINY = [
@@ -254,15 +256,10 @@ def test_bad_options_are_refused_in_words(call, tmp_path, case):
     assert not list(tmp_path.iterdir())
 
 
-METHODS = {
-    "evit": ["--at", "1,3,4"],
-    "etps": ["--at", "1,3", "--keep-rate", "0.8,0.6"],
-    "dynamicvit": ["--at", "1,3,4", "--predictor", GOLDEN / "tps_predictors_tiny.safetensors"],
-    "dtps": ["--at", "1,3,4", "--predictor", GOLDEN / "tps_predictors_tiny.safetensors"],
-    "tome": ["--r", "8:-1", "--no-prop-attn"],
-    "none": [],
-    "diffrate": ["--rates", "rates.json"],
-}
+def method_arguments(method):
+    """A method and its options as typed, with trained score heads where it reads them."""
+    heads = ["--predictor", GOLDEN / "tps_predictors_tiny.safetensors"]
+    return [*cases.METHODS[method].cli, *(heads if "score_head" in reducers.TABLE[method].signals else [])]
 
 
 @pytest.mark.parametrize("batch", [1, "dynamic"])
@@ -279,7 +276,7 @@ def test_every_method_is_exported_inspected_and_verified(call, tmp_path, monkeyp
         GOLDEN / "tiny_vit.safetensors",
         "--method",
         method,
-        *METHODS[method],
+        *method_arguments(method),
         "--batch",
         batch,
         "--sources",
@@ -311,7 +308,7 @@ def test_verify_fails_wrong_decisions_of_every_kind(call, tmp_path, monkeypatch,
     (tmp_path / "rates.json").write_text(
         json.dumps({"prune_kept": [65, 60, 50, 42, 34, 20], "merge_kept": [65, 55, 46, 38, 30, 12]})
     )
-    assert call("onnx", *TINY, "--method", method, *METHODS[method], "-o", "m.onnx")[0] == 0
+    assert call("onnx", *TINY, "--method", method, *method_arguments(method), "-o", "m.onnx")[0] == 0
     code, out, _ = call("verify", _changed("m.onnx", "wrong.onnx", fault), "--json")
     report = json.loads(out)
     assert code == 1 and report["decisions"] < 1 and any(not f["passed"] for f in report["flips"])

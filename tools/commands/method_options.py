@@ -56,7 +56,7 @@ def flag_of(name: str) -> str:
 
 @contextlib.contextmanager
 def as_flags(names) -> Iterator[None]:
-    """Errors of the library speak of arguments; here they leave speaking of the flags.
+    """Errors of the library speak of arguments (`keep_rate 2: ...`, `score="mean"`); here they leave speaking of the flags.
 
     Args:
         names: of the arguments that are flags of the command.
@@ -66,6 +66,7 @@ def as_flags(names) -> Iterator[None]:
     except UsageError as e:
         known = "|".join(map(re.escape, names))
         text = re.sub(rf"^({known})\b", lambda m: flag_of(m[1]), str(e))
+        text = re.sub(rf'\b({known})="([^"]*)"', lambda m: f"{flag_of(m[1])} {m[2]}", text)
         text = re.sub(
             r"^method (\S+) needs (.*)$",
             lambda m: f"--method {m[1]} needs {', '.join(map(flag_of, m[2].split(', ')))}",

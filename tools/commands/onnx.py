@@ -76,19 +76,20 @@ def command(
         loaded = load(model)
         with as_flags(options):
             schedule = loaded.schedule(method, **options)
-        result = export_onnx(
-            loaded,
-            schedule,
-            path,
-            dtype=dtype,
-            calibration=calib,
-            force=force,
-            progress=progress,
-            batch=images,
-            opset=opset,
-            simplify=simplify,
-            sources=sources,
-        )
+        with as_flags((*options, "opset", "dtype", "batch", "predictor")):
+            result = export_onnx(
+                loaded,
+                schedule,
+                path,
+                dtype=dtype,
+                calibration=calib,
+                force=force,
+                progress=progress,
+                batch=images,
+                opset=opset,
+                simplify=simplify,
+                sources=sources,
+            )
     notes = [*loaded.notes, *schedule.notes]
     if learned and not loaded.heads:
         notes.append("the score heads are random too (same seed): give --predictor FILE, or a checkpoint that has them")
