@@ -458,7 +458,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
 
     photos = digits.write_held_out(tmp_path, 16)
     loaded = load_model(digits.MODEL, digits.KWARGS, checkpoint=digits.WEIGHTS)
-    few_tokens = {"at": range(6), "keep_rate": (0.3, *[0.9] * 5)}  # soon, so that the reference is quick
+    few_tokens = {"at": [*range(6)], "keep_rate": (0.3, *[0.9] * 5)}  # soon, so that the reference is quick
     schedule = Schedule.parse(method="evit", depth=12, n_tokens=65, **few_tokens)
     export_onnx(loaded, schedule, tmp_path / "d.onnx", sources=True)
     out = subprocess.run(
