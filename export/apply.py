@@ -30,6 +30,7 @@ class Form(Enum):
 GATHER_FROM = {"single": 158, "dynamic": 115, "fixed": 0}
 # A size that was zero or negative: its logarithm, -69, takes the token out of the attention, finitely.
 SMALLEST = 2.0**-100
+MLERP = ("mlerp", "mlerp_code")
 
 
 def choose_form(n_in: int, batch: str) -> Form:
@@ -47,7 +48,7 @@ def lay_out(plan: MergePlan, form: Form, *, any_batch: bool) -> MergePlan:
 
     Args:
         plan: of a reducer's `static`.
-        form: see `choose_form`.
+        form: see `choose_form`; there is a matmul form of means by size only.
         any_batch: the batch is free in the graph.
     Returns:
         The plan with `dst`, and in the matmul form with `layout.target`; what is not used leaves the graph.
@@ -55,7 +56,7 @@ def lay_out(plan: MergePlan, form: Form, *, any_batch: bool) -> MergePlan:
     layout = plan.layout
     if layout is None or layout.hosts is None:
         return plan
-    if form is Form.MATMUL:  # a label is never above the row it names, so the smaller of the two is the label
+    if form is Form.MATMUL and plan.combine == "size":  # a label is never above the row it names, so the smaller of the two is the label
         names = bounded(layout.labels, plan.keep, torch.minimum, any_batch=any_batch)
         layout = replace(layout, target=ops.put_rows(layout.hosts, plan.keep, names))
     return replace(plan, dst=ops.take_rows(layout.hosts, plan.src), layout=layout)
@@ -84,7 +85,20 @@ def apply_eager(plan: MergePlan, x: Tensor, size: Tensor) -> tuple[Tensor, Tenso
     total, n = fold(w_keep, w_src), plan.keep.shape[1]
     total = torch.cat([total[:, :n], torch.ones_like(total[:, n:])], 1)  # an extra row is a sum
     sizes = fold(kept_size, rows(size, plan.src) * (1 if plan.w_size is None else plan.w_size))
-    return fold(kept * w_keep, rows(x, plan.src) * w_src) / total, sizes.clamp(min=SMALLEST)
+    folded, mean = rows(x, plan.src), fold(kept * w_keep, rows(x, plan.src) * w_src) / total
+    if plan.combine in MLERP:
+        largest = kept.norm(dim=-1, keepdim=True).scatter_reduce(1, plan.dst, folded.norm(dim=-1, keepdim=True), "amax")
+        mean = _rescaled(mean, kept, largest, plan.combine)
+    return mean, sizes.clamp(min=SMALLEST)
+
+
+def _rescaled(mean: Tensor, kept: Tensor, largest: Tensor, combine: str) -> Tensor:
+    """Rows of means times their largest member's norm over a norm: their own ("mlerp") or the host's ("mlerp_code").
+
+    A divisor of zero, which the published code turns into NaN, counts as SMALLEST.
+    """
+    divisor = torch.linalg.vector_norm(mean if combine == "mlerp" else kept, dim=-1, keepdim=True)
+    return mean * (largest / torch.maximum(divisor, row([SMALLEST], divisor)))
 
 
 def _weights(plan: MergePlan, kept_size: Tensor, src_size: Tensor, dtype) -> tuple[Tensor, Tensor]:
@@ -140,6 +154,10 @@ def apply_static(
     weight = hit if plan.w_src is None else hit * plan.w_src
     total = ops.addmm(weight, _ones(hit), row([1.0], x), True, False)
     out = ops.addmm(weight, folded, kept, True, False) / total
+    if plan.combine in MLERP:
+        norms = [torch.linalg.vector_norm(rows, dim=-1, keepdim=True) for rows in (kept, folded)]
+        largest = torch.maximum((hit * norms[1]).amax(-2, keepdim=True).transpose(-1, -2), norms[0])
+        return _rescaled(out, kept, largest, plan.combine), None
     if plan.w_size is None:
         return out, None
     kept_size, folded_size = (row([1.0], x), None) if size is None else _split(plan, size)

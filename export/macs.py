@@ -11,7 +11,7 @@ def count(dims: dict, schedule: Schedule) -> int:
 
     Args:
         dims: of `PlainViT`: width, attn_width, mlp [(inputs, outputs), ...], gate, classes, heads (classifiers), patches,
-            patch_values (inputs of a patch's embedding), pool.
+            patch_values (inputs of a patch's embedding), pool, metric_width (features of a metric layer).
         schedule: of the same model.
     """
     c, a = dims["width"], dims["attn_width"]
@@ -37,6 +37,8 @@ def signal(dims: dict, step: Step, *, n_prefix: int) -> int:
     c, a, n = dims["width"], dims["attn_width"], step.n_in
     if step.signal == "score_head":  # Linear C C, C C/2, C/2 C/4, C/4 2
         return (n - n_prefix) * (c * c + c * (c // 2) + (c // 2) * (c // 4) + c // 4 * 2)
+    if step.signal == "metric_layer":
+        return n * c * dims.get("metric_width", 0)
     if step.site == "post_attn":  # the block's own keys and attention
         return 0
     rows = {"class_attention": 1, "mean_attention": n}.get(step.signal, 0)  # queries

@@ -50,12 +50,12 @@ SIGNALS = {
     "class_attention": Signal("attention received from the class token, mean over heads", "score", needs_class=True),
     "mean_attention": Signal("attention received, mean over heads and over all tokens", "score"),
     "score_head": Signal("log-odds to keep the token, of a trained score head", "score", learned=True),
+    "metric_layer": Signal(
+        "a trained linear layer on norm1's output, each row divided by its L2 norm", "metric", learned=True
+    ),
 }
-ATTENTION_SIGNALS = (
-    "keys",
-    "class_attention",
-    "mean_attention",
-)  # those of a block's attention, or one it would compute
+# Those of a block's attention, or of the one that it would compute of the tokens in front of it.
+ATTENTION_SIGNALS = ("keys", "class_attention", "mean_attention")
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ COMBINE = {
     "size": "mean weighted by the tokens' sizes, which add",
     "weighted": "mean weighted by w_keep and w_src",
     "sum": "one row more: the sum of what is folded, weighted by w_src",
+    "mlerp": "plain mean, scaled to the largest norm among a host and what is folded into it",
+    "mlerp_code": "plain mean times that largest norm over the host's own norm (published code of ToFu)",
 }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import reducers
 from .apply import apply_eager, follow
 from .constants import lift
-from .margins import RowMargins, row_margins
+from .margins import RowMargins, nothing_decided
 from .models import as_plain
 from .models.plain_vit import BlockParts, PlainViT
 from .models.score_head import head_scores
@@ -185,9 +185,12 @@ class ReducedViT(nn.Module):
         x, p, metric, score = state.x, self.plain.n_prefix, None, None
         if step.signal in ATTENTION_SIGNALS and attention is None:
             attention = self._attend(step.block, state, block=block, run=run)
-        if step.signal == "keys":
-            keys = attention.keys.mean(1)
-            metric = keys / keys.norm(dim=-1, keepdim=True)
+        if step.signal in ("keys", "metric_layer"):
+            if step.signal == "keys":
+                rows = attention.keys.mean(1)
+            else:
+                rows = self.heads[step.layer](block.norm1(x) if attention is None else attention.normed)
+            metric = rows / rows.norm(dim=-1, keepdim=True)
         elif step.signal == "score_head":
             score = head_scores(self.heads[step.layer], x, n_prefix=p)
         elif step.signal is not None:
@@ -203,7 +206,8 @@ class ReducedViT(nn.Module):
         if given is not None:
             result.regrets.append(reducer.regret(signals, step, plan))
         if result.margins is not None:
-            result.margins.append(row_margins(signals, step, plan=plan))
+            clear = nothing_decided(signals, step) if reducer.margins is None else reducer.margins(signals, step, plan)
+            result.margins.append(clear)
         result.plans.append(plan)
         place = state.place.gather(1, plan.keep[..., 0])  # a token stands where it stood; one made of others nowhere
         place = torch.cat([place, place.new_full((len(place), plan.n_extra), self.schedule.n_tokens)], 1)
@@ -219,11 +223,13 @@ class Attended(NamedTuple):
         x: tokens after the attention residual [B, N, C].
         keys: [B, heads, N, D], not rotated.
         weights: the attention [B, heads, N, N].
+        normed: norm1's output, of the tokens before it [B, N, C].
     """
 
     x: Tensor
     keys: Tensor
     weights: Tensor
+    normed: Tensor
 
 
 def attend(block: BlockParts, x: Tensor, *, size: Tensor | None = None, rope: Tensor | None = None) -> Attended:
@@ -244,7 +250,7 @@ def attend(block: BlockParts, x: Tensor, *, size: Tensor | None = None, rope: Te
     weights = logits.softmax(-1)
     out = block.norm((weights @ v).transpose(1, 2).flatten(2))
     out = block.proj(out if block.gate is None else out * block.gate(y).sigmoid())
-    return Attended(x + _scaled(out, block.gamma1), k, weights)
+    return Attended(x + _scaled(out, block.gamma1), k, weights, y)
 
 
 def rotated(x: Tensor, rope: Tensor, *, half: bool) -> Tensor:
@@ -286,7 +292,7 @@ def reduce_model(model: nn.Module | PlainViT, schedule: Schedule, heads: nn.Modu
     Args:
         model: a plain ViT, on any device.
         schedule: from `loaded.schedule`, or `Schedule.parse` with the model's own token counts.
-        heads: the score heads of dTPS and DynamicViT, from `score_heads(loaded, schedule)`.
+        heads: the score heads of dTPS and DynamicViT, from `learned_layers(loaded, schedule)`.
     Raises:
         UsageError: the model is no plain ViT, or the schedule or the heads are for another one.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .errors import UsageError
@@ -38,6 +38,7 @@ class Step:
         n_folded: input rows that are folded into the rows that go out; all that are not kept by default. The rest is dropped.
         signal: what it looks at, a key of `plan.SIGNALS`; None for the tokens alone.
         layer: which of the layers that were trained for its signal it reads (score head 0, 1, ...); None for other signals.
+        settings: what else its method decided for this step, JSON values that only the method reads.
     Raises:
         UsageError: the numbers do not fit each other, or site or signal is unknown.
     """
@@ -50,6 +51,7 @@ class Step:
     n_folded: int | None = None
     signal: str | None = None
     layer: int | None = None
+    settings: dict = field(default_factory=dict)
 
     def __post_init__(self):
         if self.n_folded is None:

@@ -74,6 +74,32 @@ METHODS = {
     ),
     "dtps": MethodCase(**_stages(cli=("--at", "1,3,4"), budgets={1: (300, 600)})),
     "dynamicvit": MethodCase(**_stages(cli=("--at", "1,3,4"), budgets={1: (300, 600)})),
+    "pitome": MethodCase(
+        tiny={"keep_rate": 0.9},
+        deit={},
+        short=lambda n: {"keep_rate": 0.8},
+        any_size={"keep_rate": 0.85, "forms": "last"},
+        cli=("--keep-rate", "0.9", "--forms", "none", "--margin", "0.75:0.4"),
+        budgets={1: (560, 1000)},
+        variants={"list": {"keep_rate": [1.0, 0.8, 1.0, 0.75, 0.9, 0.95], "forms": "last"}},
+    ),
+    "tofu": MethodCase(
+        tiny={"r": 8},
+        deit={"r": 13},
+        short=lambda n: {"r": [5, 0, 3], "prune_until": 0},
+        any_size={"r": 5},
+        cli=("--r", "8", "--norm", "code", "--prune-until", "2"),
+        budgets={1: (560, 1000)},
+        variants={"code": {"r": 8, "norm": "code", "prune_until": -1}},
+    ),
+    "dtem": MethodCase(
+        tiny={"r": 8},
+        deit={"r": 13},
+        short=lambda n: {"r": [5, 0, 3]},
+        any_size={"r": 5},
+        cli=("--r", "8", "--at", "even", "--align", "8"),
+        budgets={1: (450, 800)},
+    ),
 }
 # Every row on the tiny models; after the method's name, what is special.
 METHOD_CASES = {

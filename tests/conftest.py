@@ -71,7 +71,18 @@ def golden():
 
 
 @pytest.fixture(scope="session")
-def tiny():
+def tiny_layers(tmp_path_factory):
+    """A file of trained layers for the tiny models: score heads for three stages, metric layers for six blocks."""
+    from safetensors.torch import load_file, save_file
+
+    path = tmp_path_factory.mktemp("layers") / "layers.safetensors"
+    parts = ("tps_predictors_tiny.safetensors", "second/tiny_vit.dtem_linear_f16.safetensors")
+    save_file({k: v for part in parts for k, v in load_file(GOLDEN / part).items()}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_layers):
     """tiny(kind) -> LoadedModel with the golden weights: tiny_vit, tiny_vit_nocls or tiny_vit_distilled."""
     from tokexport import load_model
 
@@ -84,7 +95,7 @@ def tiny():
                 name,
                 {**KWARGS, **kwargs},
                 checkpoint=GOLDEN / f"{kind}.safetensors",
-                predictor=GOLDEN / "tps_predictors_tiny.safetensors",
+                predictor=tiny_layers,
             )
         return made[kind]
 
@@ -180,10 +191,12 @@ def deit(exported_large):
 
 @pytest.fixture(scope="session")
 def dinov2(exported_large, tmp_path_factory):
-    """dinov2(method, batch, ...) -> path of DINOv2 ViT-S/14 with its real weights and `sources`; score heads, which nobody has trained,
-    are random."""
+    """dinov2(method, batch, ...) -> path of DINOv2 ViT-S/14 with its real weights and `sources`; score heads and metric layers, which nobody
+    has trained, are random."""
     from safetensors.torch import save_file
 
+    from tokexport.export import reducers
+    from tokexport.export.checkpoints.metric_layers import random_layers
     from tokexport.export.checkpoints.score_heads import random_heads
     from tokexport.tools.demo import samples
 
@@ -191,10 +204,10 @@ def dinov2(exported_large, tmp_path_factory):
 
     def export(method, batch=None, **options):
         checkpoint, heads = samples.dinov2_checkpoint(folder), None
-        if method in ("dtps", "dynamicvit"):
+        if {"score_head", "metric_layer"} & set(reducers.get(method).signals):
             heads = folder / "heads.safetensors"
             if not heads.exists():
-                save_file(random_heads(384, 3, seed=5), heads)
+                save_file(random_heads(384, 3, seed=5) | random_layers(384, 64, n_blocks=12, seed=5), heads)
         return exported_large(samples.MODEL, samples.KWARGS, batch, checkpoint, heads, True, method=method, **options)
 
     return export

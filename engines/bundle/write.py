@@ -129,14 +129,14 @@ def write_bundle(
 
 def _runs(source: Path, manifest: Manifest, paths: list[Path], runtime: str, checkpoint, predictor, progress) -> list[_Run]:
     """A run for every photo."""
-    from ...export.models.score_head import score_heads
+    from ...export.models.learned_layers import learned_layers
     from ...export.rebuild import rebuild
     from ...export.reference import ReducedViT
     from ..runners import in_batches, open_runner
 
     provenance = inspect_file(source).provenance
     loaded = rebuild(provenance, source, checkpoint=checkpoint, predictor=predictor)
-    reference = ReducedViT(loaded.module, provenance.schedule, score_heads(loaded, provenance.schedule))
+    reference = ReducedViT(loaded.module, provenance.schedule, learned_layers(loaded, provenance.schedule))
     inner = tuple(name for step in manifest.decisions for name in step.parts.values())
     runs = []
     with open_runner(source, runtime, outputs=inner) as runner:

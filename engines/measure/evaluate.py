@@ -208,7 +208,7 @@ def _eager_models(inspection: Inspection, *, reference: bool, dense: bool, check
     progress("loading torch")
     import torch
 
-    from ...export.models.score_head import score_heads
+    from ...export.models.learned_layers import learned_layers
     from ...export.rebuild import rebuild
     from ...export.reference import ReducedViT
 
@@ -216,7 +216,7 @@ def _eager_models(inspection: Inspection, *, reference: bool, dense: bool, check
     loaded = rebuild(inspection.provenance, inspection.path, checkpoint=checkpoint, predictor=predictor)
     models = {}
     if reference and schedule.steps:
-        models[f"reference, {schedule.method}"] = ReducedViT(loaded.module, schedule, score_heads(loaded, schedule))
+        models[f"reference, {schedule.method}"] = ReducedViT(loaded.module, schedule, learned_layers(loaded, schedule))
     if dense or not schedule.steps:  # of a dense file the two are one
         models["reference, dense"] = loaded.module
 

@@ -142,11 +142,11 @@ def _check_comparable(path, provenance: Provenance, against, other: Provenance) 
 
 def _reference(job: _Job, checkpoint, predictor):
     """The eager model a file was made from."""
-    from ...export.models.score_head import score_heads
+    from ...export.models.learned_layers import learned_layers
     from ...export.reference import ReducedViT
 
     loaded = rebuild(job.provenance, job.path, checkpoint=checkpoint, predictor=predictor)
-    return ReducedViT(loaded.module, job.provenance.schedule, score_heads(loaded, job.provenance.schedule))
+    return ReducedViT(loaded.module, job.provenance.schedule, learned_layers(loaded, job.provenance.schedule))
 
 
 def _compare(job: _Job, reference, names: list[str], chunks: Chunks) -> Comparison:

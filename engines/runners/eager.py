@@ -15,7 +15,7 @@ from .table import Runtime
 def open_file(path: Path, runtime: Runtime, options: RunnerOptions) -> "EagerRunner":
     """The reference of an ONNX file. Raises: UsageError for inner values, or weights that cannot be found."""
     from ...export.inspection import inspect
-    from ...export.models.score_head import score_heads
+    from ...export.models.learned_layers import learned_layers
     from ...export.rebuild import rebuild
     from ...export.reference import ReducedViT
 
@@ -24,7 +24,7 @@ def open_file(path: Path, runtime: Runtime, options: RunnerOptions) -> "EagerRun
     inspection = inspect(path)
     provenance = inspection.provenance
     loaded = rebuild(provenance, path)
-    reference = ReducedViT(loaded.module, provenance.schedule, score_heads(loaded, provenance.schedule))
+    reference = ReducedViT(loaded.module, provenance.schedule, learned_layers(loaded, provenance.schedule))
     return EagerRunner(runtime, reference, inspection=inspection, threads=options.threads)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from .metric_layers import split_layers
 
 HEAD = "score_predictor."  # how the authors' models name them
 LAYERS = {"in_conv.0": "norm", "in_conv.1": (1, 1), "out_conv.0": (2, 1), "out_conv.2": (4, 2), "out_conv.4": (None, 4)}
@@ -24,7 +25,8 @@ def split_heads(state: dict) -> tuple[dict, dict]:
 
 
 def read_heads(state: dict[str, Tensor], file: str) -> dict[str, Tensor]:
-    """Score heads out of a file of their own ("0.in_conv...") or a whole checkpoint ("score_predictor.0.in_conv...").
+    """Score heads, or DTEM's metric layers, out of a file of their own ("0.in_conv...") or a whole checkpoint
+    ("score_predictor.0.in_conv...").
 
     Args:
         state: tensors of the file by name.
@@ -32,12 +34,15 @@ def read_heads(state: dict[str, Tensor], file: str) -> dict[str, Tensor]:
     Raises:
         UsageError: there are none.
     """
-    heads = split_heads(state)[0] or state
-    if not any(re.match(r"\d+\.(in|out)_conv\.", k) for k in heads):
+    layers, rest = split_layers(state, file)
+    plain = any(re.match(r"\d+\.(in|out)_conv\.", k) for k in rest)
+    heads = split_heads(rest)[0] or (rest if plain else {})
+    if not heads and not layers:
         raise UsageError(
-            f"predictor {file}: holds no score heads; wanted keys such as 0.in_conv.0.weight or {HEAD}0.in_conv.0.weight"
+            f"predictor {file}: holds no score heads and no metric layers; wanted keys such as 0.in_conv.0.weight, "
+            f"{HEAD}0.in_conv.0.weight or blocks.0.attn.qkv.metric_layer.weight"
         )
-    return heads
+    return heads | layers
 
 
 def head_shapes(width: int) -> dict[str, tuple[int, ...]]:

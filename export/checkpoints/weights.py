@@ -14,6 +14,7 @@ from . import folders, prefixes
 from .archives import fill_from_npz
 from .fill import beside_note, fill
 from .read import WeightFile, read_file
+from .metric_layers import KEY, split_layers
 from .score_heads import split_heads
 from .stand_ins import Inert
 from .torch_file import DamagedError, StoredTensor
@@ -137,8 +138,11 @@ def fill_from(
     heads, state = split_heads(chosen.state)
     learned = {k: v.load() for k, v in state.items() if "_ddp." in k}
     heads = {k: v.load() for k, v in (heads or split_heads(chosen.others)[0]).items()}
-    converted = chosen.layout.convert({k: v.load() for k, v in state.items()}, model)
+    metric, state = split_layers({k: v.load() for k, v in state.items()}, str(file.path))
+    converted = chosen.layout.convert(state, model)
     notes = [*choice.notes]
+    if metric:
+        notes.append(f"checkpoint format: DTEM (metric layers for {len(metric) // 2} blocks)")
     if heads:
         notes.append(
             f"checkpoint format: DynamicViT or dTPS (score heads for {len({k.split('.')[0] for k in heads})} stages)"
@@ -150,7 +154,7 @@ def fill_from(
     notes += [*converted.notes, *beside_note(chosen.others)]
     notes += fill(model, converted.state, str(file.path), pos_grid)
     record = {"set": chosen.name or "root"} if choice.notes else {}
-    return Filled(notes, heads, learned, record | ({"pos_grid": list(pos_grid)} if pos_grid else {}))
+    return Filled(notes, heads | metric, learned, record | ({"pos_grid": list(pos_grid)} if pos_grid else {}))
 
 
 def _refuse_foreign_tensors(file: WeightFile, chosen: prefixes.WeightSet, model: nn.Module) -> None:
@@ -228,7 +232,7 @@ def read_state(path: str | Path, what: str = "checkpoint") -> dict[str, torch.Te
     """
     file = read_file(path, what)
     sets = [tensors for _, tensors in prefixes.dictionaries(file.data)]
-    sets = [s for s in sets if split_heads(s)[0]] or sets
+    sets = [s for s in sets if split_heads(s)[0] or any(map(KEY.match, s))] or sets
     if not sets:
         raise UsageError(f"{what} {path}: holds no state dict (a dictionary of plain tensors by name)")
     try:

@@ -7,13 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import nn
+
 from .. import macs
 from ..errors import UsageError
 from ..files import check_output, write_model
 from ..models import as_plain
 from ..models.load import LoadedModel
 from ..models.plain_vit import PlainViT
-from ..models.score_head import score_heads
+from ..models.learned_layers import learned_layers
 from ..provenance import KEY, Provenance
 from ..schedule import Schedule
 from . import checks, passes, precision
@@ -80,8 +82,9 @@ def export_onnx(
     """
     path, plain = check_output(path, force), as_plain(loaded.module)
     _check_request(plain, schedule, batch=batch, opset=opset, dtype=dtype)
-    heads = score_heads(loaded, schedule)
-    provenance = _provenance(loaded, schedule, opset=opset, sources=sources, dtype=dtype)
+    heads = learned_layers(loaded, schedule)
+    dims = cost_dims(plain, heads)
+    provenance = _provenance(loaded, schedule, opset=opset, sources=sources, dtype=dtype, dims=dims)
     progress("tracing")
     static = StaticViT(plain, schedule, batch, sources, heads)
     model, n_outputs = trace(static.eval(), plain.preprocess.size, batch=batch, opset=opset), len(provenance.outputs)
@@ -95,7 +98,7 @@ def export_onnx(
     checks.check_graph(proto, schedule)
     checks.check_decisions(provenance.decisions, schedule)
     proto.metadata_props.add(key=KEY, value=provenance.to_json())
-    cost = {"macs": macs.count(plain.dims, schedule), "macs_dense": macs.count(plain.dims, macs.dense(schedule))}
+    cost = {"macs": macs.count(dims, schedule), "macs_dense": macs.count(dims, macs.dense(schedule))}
     nodes = len(proto.graph.node)
     progress("writing")
     return ExportResult(path, provenance, nodes, write_model(proto, weights, path), **cost)
@@ -134,7 +137,20 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _provenance(loaded: LoadedModel, schedule: Schedule, *, opset: int, sources: bool, dtype: str) -> Provenance:
+def cost_dims(plain: PlainViT, layers: nn.ModuleList | None) -> dict:
+    """What MACs are counted from (see `macs.count`), with the width of metric layers.
+
+    Args:
+        plain: the model.
+        layers: from `learned_layers`.
+    """
+    metric = {"metric_width": layers[0].out_features} if layers is not None and isinstance(layers[0], nn.Linear) else {}
+    return plain.dims | metric
+
+
+def _provenance(
+    loaded: LoadedModel, schedule: Schedule, *, opset: int, sources: bool, dtype: str, dims: dict
+) -> Provenance:
     from importlib.metadata import version
 
     plain = as_plain(loaded.module)
@@ -148,7 +164,7 @@ def _provenance(loaded: LoadedModel, schedule: Schedule, *, opset: int, sources:
         opset=opset,
         precision=dtype,
         outputs=(plain.output_name, *(["sources"] if sources else [])),
-        dims=plain.dims,
+        dims=dims,
         labels=loaded.labels or (() if loaded.weights["source"] == "random" else plain.labels()),
         activation=loaded.activation,
     )

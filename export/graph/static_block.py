@@ -35,9 +35,12 @@ class StaticBlock(nn.Module):
         single: one image, whose signals have no batch axis.
         n_prefix: prefix tokens at the head of the sequence.
         rotary: the model has a rotary embedding.
+        metric: a trained layer whose output a step behind the attention compares; it is joined with qkv in one Gemm.
     """
 
-    def __init__(self, p: BlockParts, *, single: bool, n_prefix: int, rotary: bool):
+    def __init__(
+        self, p: BlockParts, *, single: bool, n_prefix: int, rotary: bool, metric: nn.Linear | None = None
+    ):
         super().__init__()
         self.single, self.n_prefix, self.heads, self.scale = single, n_prefix, p.heads, None
         self.norm1, self.norm2, self.attn_norm, self.gate = p.norm1, p.norm2, p.norm, p.gate
@@ -48,6 +51,9 @@ class StaticBlock(nn.Module):
             self.qkv = _scaled_linear(self.qkv, factor.detach())
         else:
             self.scale = p.scale
+        self.widths = [p.qkv.out_features, 0 if metric is None else metric.out_features]
+        if metric is not None:
+            self.qkv = _joined_linear(self.qkv, metric)
         self.proj = _scaled_linear(p.proj, p.gamma1)
         last = p.mlp.get_submodule(p.mlp_last)
         self.mlp = with_parts(p.mlp, **{p.mlp_last: _scaled_linear(last, p.gamma2)})
@@ -67,7 +73,9 @@ class StaticBlock(nn.Module):
         """
         h, images = self.heads, 1 if self.single else -1
         y = self.norm1(x)
-        qkv = ops.reshape(self.qkv(y), [images, n, 3 * h, self.qkv.out_features // (3 * h)]).transpose(1, 2)
+        rows = self.qkv(y)
+        rows, metric = rows.split(self.widths, -1) if self.widths[1] else (rows, None)
+        qkv = ops.reshape(rows, [images, n, 3 * h, self.widths[0] // (3 * h)]).transpose(1, 2)
         q, k, v, q_turned, k_turned = self._turned(qkv, rope)
         q, k_t = q_turned if self.scale is None else q_turned * self.scale, k_turned.transpose(-1, -2)
         bias = None if size is None else self.bias(size, n)
@@ -78,6 +86,8 @@ class StaticBlock(nn.Module):
         offered = {}
         if signal == "keys":
             offered["metric"] = self.unit(k.mean((0, 1)) if self.single else k.mean(1))
+        elif signal == "metric_layer":
+            offered["metric"] = self.unit(metric if self.single else ops.reshape(metric, [-1, n, self.widths[1]]))
         elif signal == "class_attention":  # its row is computed by itself: the attention stays one that engines fuse
             offered["score"] = self.score(ops.fixed_rows(q, [0]) @ k_t, bias, n)
         elif signal == "mean_attention":
@@ -100,6 +110,29 @@ class StaticBlock(nn.Module):
         qk, v = qkv.split([2 * h, h], 1)
         both = turn(qk, rope) if rope[0].shape[1] == 1 else torch.cat([turn(t, rope) for t in qk.split(h, 1)], 1)
         return *qk.split(h, 1), v, *both.split(h, 1)
+
+
+class StaticMetric(nn.Module):
+    """What a trained layer makes of the tokens in front of a block, for a step that stands there.
+
+    Args:
+        p: the parts of the block, of which norm1 is used.
+        metric: the trained layer.
+        single: one image, whose signals have no batch axis.
+    """
+
+    def __init__(self, p: BlockParts, metric: nn.Linear, *, single: bool):
+        super().__init__()
+        self.norm1, self.linear, self.single = p.norm1, metric, single
+
+    def forward(self, x: Tensor, n: int, size: Tensor | None, rope=None) -> dict:
+        """The signal, as the field of `Signals` it goes into.
+
+        Args:
+            x, n, size, rope: see `StaticBlock.forward`; the last two change nothing.
+        """
+        rows = self.linear(self.norm1(x))
+        return {"metric": unit(rows if self.single else ops.reshape(rows, [-1, n, self.linear.out_features]))}
 
 
 class StaticSignal(nn.Module):
@@ -220,6 +253,12 @@ def _in_halves(p: BlockParts) -> tuple[nn.Linear, nn.Module, nn.Module]:
         for norm in (p.q_norm, p.k_norm)
     )
     return linear(p.qkv.weight[order], None if p.qkv.bias is None else p.qkv.bias[order]), *norms
+
+
+def _joined_linear(first: nn.Linear, second: nn.Linear) -> nn.Linear:
+    """One layer whose outputs are those of both."""
+    biases = [torch.zeros_like(m.weight[:, 0]) if m.bias is None else m.bias for m in (first, second)]
+    return linear(torch.cat([first.weight, second.weight]), torch.cat(biases))
 
 
 def _scaled_linear(layer: nn.Linear, factor: Tensor | None) -> nn.Linear:

@@ -22,7 +22,7 @@ from ..models.score_head import StaticScoreHead
 from ..plan import ATTENTION_SIGNALS, MergePlan, Signals, StaticLayout
 from ..schedule import Schedule
 from ..step import Step
-from .static_block import Stage, StaticBlock, StaticSignal, halves
+from .static_block import Stage, StaticBlock, StaticMetric, StaticSignal, halves
 from .static_head import StaticHead
 
 
@@ -34,7 +34,7 @@ class StaticViT(nn.Module):
         schedule: of the same model.
         batch: images per run, None for any number (one image needs no batch axis).
         sources: also give the map of input tokens.
-        heads: score heads of the methods that have them.
+        heads: layers that were trained for the schedule's signal, see `learned_layers`.
     """
 
     def __init__(
@@ -60,10 +60,15 @@ class StaticViT(nn.Module):
         self.pos = nn.Parameter(plain.positions(), requires_grad=False)
         parts, table = plain.blocks(), plain.rotary()
         shape = {"single": self.single, "n_prefix": self.n_prefix, "rotary": table is not None}
-        self.blocks = nn.ModuleList(StaticBlock(p, **shape) for p in parts)
+        metric = {(s.block, s.site): heads[s.layer] for s in schedule.steps if s.signal == "metric_layer"}
+        self.blocks = nn.ModuleList(
+            StaticBlock(p, **shape, metric=metric.get((i, "post_attn"))) for i, p in enumerate(parts)
+        )
         self.rotary = None if table is None else Rotary(table, half=parts[0].half, single=self.single)
         in_front = [s for s in schedule.steps if s.site == "pre_block" and s.signal in ATTENTION_SIGNALS]
         self.signals = nn.ModuleDict({str(s.block): StaticSignal(parts[s.block], s.signal, **shape) for s in in_front})
+        for block in (block for block, site in metric if site == "pre_block"):
+            self.signals[str(block)] = StaticMetric(parts[block], metric[block, "pre_block"], single=self.single)
         learned = [s for s in schedule.steps if s.signal == "score_head"]
         self.score_heads = nn.ModuleDict({str(s.block): StaticScoreHead(heads[s.layer]) for s in learned})
         self.head, self.by_size = StaticHead(plain.pooling), plain.pools_by_size(schedule)
@@ -109,10 +114,10 @@ class StaticViT(nn.Module):
         return None if self.rotary is None else self.rotary(block, state.place)
 
     def _in_front(self, step: Step, x, n: int, state) -> dict:
-        """Keys or attention in front of a block, as the field of `Signals` they go into."""
-        if step.signal not in ATTENTION_SIGNALS:
+        """Keys, attention or a metric in front of a block, as the field of `Signals` they go into."""
+        if str(step.block) not in self.signals:
             return {}
-        rope = None if step.signal == "keys" else self._rope(step.block, state)
+        rope = self._rope(step.block, state) if step.signal in ("class_attention", "mean_attention") else None
         return self.signals[str(step.block)](x, n, self._sizes(state), rope)
 
     def _share(self, size):

@@ -181,7 +181,7 @@ class PlainViT:
 
         Args:
             schedule: with the model's own counts.
-            heads: score heads, as many as the schedule has trained layers.
+            heads: the trained layers of its signal, as many as the schedule says.
         Raises:
             UsageError: it is for another number of tokens, prefix tokens or blocks, or needs a class token or score heads that are
                 not there.
@@ -200,8 +200,8 @@ class PlainViT:
         self.pools_by_size(schedule)
         if any(s.learned for s in signals) and schedule.n_layers > len(heads or ()):
             raise UsageError(
-                f"{schedule.method} needs {schedule.n_layers} score heads, {len(heads or ())} were given: see "
-                f"score_heads(loaded, schedule)"
+                f"{schedule.method} needs {schedule.n_layers} trained layers, {len(heads or ())} were given: see "
+                f"learned_layers(loaded, schedule)"
             )
 
 

@@ -7,9 +7,6 @@ from torch import Tensor, nn
 
 from ...kernels import ops
 from ..constants import column, lift
-from ..errors import UsageError
-from ..schedule import Schedule
-from . import as_plain
 
 
 class ScoreHead(nn.Module):
@@ -89,27 +86,3 @@ class StaticScoreHead(nn.Module):
         mean = ops.addmm(ops.matmul(share, h, False, False), self.whole, self.bias, False, False)
         h = self.act(self.second(self.act(ops.addmm(h, self.local, mean, False, False))))
         return ops.addmm(h, self.last, column([self.shift + v for v in lift(n, n_prefix)], h), False, False)
-
-
-def score_heads(loaded, schedule: Schedule) -> nn.ModuleList | None:
-    """The score heads that a schedule's steps read; None where none does.
-
-    Args:
-        loaded: from `load_model`: heads of its checkpoint or predictor file, random ones where its weights are random too.
-        schedule: whose steps name the signal "score_head".
-    Raises:
-        UsageError: trained weights come without heads, or the heads are for another model.
-    """
-    if not any(s.signal == "score_head" for s in schedule.steps):
-        return None
-    from ..checkpoints.score_heads import check_heads, random_heads
-
-    width, stages, state = as_plain(loaded.module).width, schedule.n_layers, loaded.heads
-    if not state and loaded.weights["source"] != "random":
-        raise UsageError(
-            f"{schedule.method} needs a trained score head for each of its {stages} stages, these weights have none: give "
-            f'them with predictor="FILE", or the checkpoint of the authors that has them'
-        )
-    state = state or random_heads(width, stages, loaded.weights["seed"])
-    check_heads(state, width, stages)
-    return make_heads(state, width)

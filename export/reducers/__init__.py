@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from ..errors import UsageError
 from ..step import ModelSize
-from . import diffrate, dtps, dynamicvit, etps, evit, none, tome
+from . import diffrate, dtem, dtps, dynamicvit, etps, evit, none, pitome, tofu, tome
 from .base import REQUIRED, Reducer
 
 TABLE: dict[str, Reducer] = {
-    module.REDUCER.name: module.REDUCER for module in (none, tome, evit, etps, diffrate, dtps, dynamicvit)
+    module.REDUCER.name: module.REDUCER
+    for module in (none, tome, evit, etps, diffrate, dtps, dynamicvit, pitome, tofu, dtem)
 }
 DEFAULT = "tome"
 

@@ -12,6 +12,7 @@ from ..step import ModelSize, Step
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..margins import RowMargins
     from ..plan import MergePlan, Signals
 
 
@@ -102,6 +103,8 @@ class Reducer:
             on a batch. Given decisions are kept, and only their weights are computed.
         static: (Signals, Step) -> MergePlan: the same decisions with fixed shapes, in the operators of `kernels.ops`.
         regret: (Signals, Step, MergePlan) -> [B]: what given decisions give away in the reference's own scores; 0: as good.
+        margins: (Signals, Step, MergePlan) -> RowMargins: how clear each row's part of a plan is (see `export/margins.py`); None for
+            a method that decides nothing by scores.
         labels: (Step, n_prefix) -> names of a static plan's output rows, one int per row; None: the row numbers.
         squeezes: folded tokens count as gone in the map of tokens: they only tint their hosts (TPS).
     """
@@ -115,6 +118,7 @@ class Reducer:
     reference: Callable[..., MergePlan] | None = None
     static: Callable[[Signals, Step], MergePlan] | None = None
     regret: Callable[[Signals, Step, MergePlan], Tensor] | None = None
+    margins: Callable[[Signals, Step, MergePlan], RowMargins] | None = None
     labels: Callable[[Step, int], tuple[int, ...]] | None = None
     squeezes: bool = False
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
+from ..margins import RowMargins
 from ..plan import MergePlan, Signals, StaticLayout
 from ..step import ModelSize, Step
 from . import diffrate_rates, options, ranking
@@ -135,6 +136,18 @@ def regret(s: Signals, step: Step, plan: MergePlan) -> Tensor:
     return ranking.regret(s, step, plan=plan, cosine=cosine)
 
 
+def margins(s: Signals, step: Step, plan: MergePlan) -> RowMargins:
+    """How clear each row's part of a plan is, in logarithms of the attention received and in cosines.
+
+    Args:
+        s: with score [B, N, 1] and x [B, N, C].
+        step: how many stay and merge.
+        plan: row numbers.
+    """
+    cosine = None if plan.src is None else ranking.cosines(s, plan.keep, plan.src, eps=0.0)
+    return ranking.margins(s, step, plan=plan, cosine=cosine)
+
+
 RATES = Option(
     "rates", "a published list (tokexport rates), e.g. deit_small@2.9, or a JSON file of counts", metavar="NAME|FILE"
 )
@@ -148,4 +161,5 @@ REDUCER = Reducer(
     reference=reference,
     static=static,
     regret=regret,
+    margins=margins,
 )

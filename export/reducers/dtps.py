@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..margins import RowMargins
 from ..plan import MergePlan, Signals
 from ..step import ModelSize, Step
 from . import dynamicvit, etps, options, ranking
@@ -39,6 +40,18 @@ def regret(s: Signals, step: Step, plan: MergePlan) -> Tensor:
     return ranking.regret(s, step, plan=plan, cosine=cosine, log=False)
 
 
+def margins(s: Signals, step: Step, plan: MergePlan) -> RowMargins:
+    """How clear each row's part of a plan is, in log-odds to keep and in cosines.
+
+    Args:
+        s: with score [B, N, 1] and x [B, N, C].
+        step: how many stay.
+        plan: row numbers.
+    """
+    cosine = ranking.cosines(s, plan.keep, plan.src, eps=etps.EPS)
+    return ranking.margins(s, step, plan=plan, cosine=cosine, log=False)
+
+
 REDUCER = Reducer(
     "dtps",
     "dTPS",
@@ -49,5 +62,6 @@ REDUCER = Reducer(
     reference=etps.reference,
     static=etps.static,
     regret=regret,
+    margins=margins,
     squeezes=True,
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
+from ..margins import RowMargins
 from ..plan import MergePlan, Signals, StaticLayout
 from ..step import ModelSize, Step
 from . import options, ranking
@@ -99,6 +100,17 @@ def regret(s: Signals, step: Step, plan: MergePlan) -> Tensor:
     return ranking.regret(s, step, plan=plan, log=False)
 
 
+def margins(s: Signals, step: Step, plan: MergePlan) -> RowMargins:
+    """How clear each row's part of a plan is, in log-odds to keep.
+
+    Args:
+        s: with score [B, N, 1].
+        step: how many stay.
+        plan: row numbers.
+    """
+    return ranking.margins(s, step, plan=plan, log=False)
+
+
 REDUCER = Reducer(
     "dynamicvit",
     "DynamicViT",
@@ -109,4 +121,5 @@ REDUCER = Reducer(
     reference=reference,
     static=static,
     regret=regret,
+    margins=margins,
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from ..margins import RowMargins
 from ..plan import MergePlan, Signals, StaticLayout
 from ..step import ModelSize, Step
 from . import evit, options, ranking
@@ -72,6 +73,17 @@ def regret(s: Signals, step: Step, plan: MergePlan) -> Tensor:
     return ranking.regret(s, step, plan=plan, cosine=ranking.cosines(s, plan.keep, plan.src, eps=EPS))
 
 
+def margins(s: Signals, step: Step, plan: MergePlan) -> RowMargins:
+    """How clear each row's part of a plan is, in logarithms of the attention received and in cosines.
+
+    Args:
+        s: with score [B, N, 1] and x [B, N, C].
+        step: how many stay.
+        plan: row numbers.
+    """
+    return ranking.margins(s, step, plan=plan, cosine=ranking.cosines(s, plan.keep, plan.src, eps=EPS))
+
+
 REDUCER = Reducer(
     "etps",
     "eTPS",
@@ -82,5 +94,6 @@ REDUCER = Reducer(
     reference=reference,
     static=static,
     regret=regret,
+    margins=margins,
     squeezes=True,
 )

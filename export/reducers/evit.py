@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from ..margins import RowMargins
 from ..plan import MergePlan, Signals, StaticLayout
 from ..step import ModelSize, Step
 from . import options, ranking
@@ -99,6 +100,17 @@ def regret(s: Signals, step: Step, plan: MergePlan) -> Tensor:
     return ranking.regret(s, step, plan=plan)
 
 
+def margins(s: Signals, step: Step, plan: MergePlan) -> RowMargins:
+    """How clear each row's part of a plan is, in logarithms of the attention received.
+
+    Args:
+        s: with score [B, N, 1].
+        step: how many stay and are fused.
+        plan: row numbers.
+    """
+    return ranking.margins(s, step, plan=plan)
+
+
 FUSE = Option("fuse", "the tokens left out become one", default=True, flag=True)
 REDUCER = Reducer(
     "evit",
@@ -110,4 +122,5 @@ REDUCER = Reducer(
     reference=reference,
     static=static,
     regret=regret,
+    margins=margins,
 )

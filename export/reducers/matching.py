@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..margins import RowMargins, lead, nothing_decided
 from ..plan import MergePlan, Signals
 from ..step import Step
 
@@ -90,3 +91,37 @@ def regret(s: Signals, step: Step, plan: MergePlan) -> Tensor:
         if not s.has_class and n_left > 1:
             worst = torch.maximum(worst, (kept[:, 1:] - kept[:, :-1]).amax(1))
     return torch.where(in_place & in_a, worst.clamp(min=0), torch.inf)
+
+
+def margins(s: Signals, step: Step, plan: MergePlan) -> RowMargins:
+    """How clear each row's part of a plan of pairs is; 0 where the plan departs from the scores.
+
+    Args:
+        s: with metric [batch, N, D].
+        step: how many rows stay.
+        plan: row numbers.
+    """
+    import torch
+
+    free = nothing_decided(s, step).fate
+    if step.n_in == 1:
+        return RowMargins(free, free)
+    a, b, scores = similarities(s, step.n_in)
+    n_left = step.n_kept - s.n_prefix - len(b)
+    left, src = plan.keep[:, s.n_prefix : s.n_prefix + n_left, 0], plan.src[..., 0]
+    host = (plan.dst[..., 0] - s.n_prefix - n_left).clamp(min=0)
+    place = torch.zeros(step.n_in, dtype=torch.int64, device=a.device)
+    place[a] = torch.arange(len(a), device=a.device)
+    best = scores.amax(-1)
+    kept, merged = best.gather(1, place[left]), best.gather(1, place[src])
+    rows = scores.gather(1, place[src][..., None].expand(-1, -1, len(b)))
+    hosts = free.scatter(1, src, lead(rows, host))
+    if not n_left:
+        return RowMargins(free, hosts)
+    fate = free.scatter(1, src, merged - kept.amax(1, keepdim=True))
+    own = merged.amin(1, keepdim=True) - kept
+    if not s.has_class and n_left > 1:
+        gaps = kept[:, :-1] - kept[:, 1:]
+        far = torch.full_like(gaps[:, :1], torch.inf)
+        own = torch.minimum(own, torch.minimum(torch.cat([far, gaps], 1), torch.cat([gaps, far], 1)))
+    return RowMargins(fate.scatter(1, left, own).clamp(min=0), hosts)

@@ -6,6 +6,7 @@ Every reader takes a value as typed at the command line or as a Python value, an
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from ..errors import UsageError
 from .base import Option
@@ -16,15 +17,15 @@ NUMBER = re.compile(
 SIGNAL_OF = {"class": "class_attention", "mean": "mean_attention"}
 
 
-def parse_r(r: str | int | tuple | list, depth: int) -> list[int]:
+def parse_r(r: str | int | tuple | list, n_blocks: int) -> list[int]:
     """Tokens to merge per block, before the cut to half.
 
     Args:
         r: "13", "13:-1", "8,8,4" or 13, (13, -1.0), [8, 8, 4]. A pair (r, inflection) runs linearly from r(1 - inflection) to
             r(1 + inflection), each value truncated; a list is padded with zeros.
-        depth: number of blocks.
+        n_blocks: number of blocks that reduce.
     Returns:
-        One number a block.
+        One number for each of them.
     Raises:
         UsageError: r is no number, negative, has an inflection outside [-1, 1] or more values than there are blocks.
     Source:
@@ -33,9 +34,9 @@ def parse_r(r: str | int | tuple | list, depth: int) -> list[int]:
     typed = short(r)
     r = _split_r(r) if isinstance(r, str) else r
     if isinstance(r, list) and r and all(map(is_whole, r)):
-        if len(r) > depth:
-            raise UsageError(f"r {typed} has {len(r)} values, the model has {depth} blocks: give at most one a block")
-        values = r + [0] * (depth - len(r))
+        if len(r) > n_blocks:
+            raise UsageError(f"r {typed} has {len(r)} values for {n_blocks} blocks that reduce: give at most one a block")
+        values = r + [0] * (n_blocks - len(r))
     else:
         r, inflection = r if isinstance(r, tuple) and len(r) == 2 else (r, 0.0)
         if not is_whole(r) or not isinstance(inflection, (int, float)):
@@ -47,8 +48,8 @@ def parse_r(r: str | int | tuple | list, depth: int) -> list[int]:
         if r > 10**6:
             raise UsageError(f"r {typed}: more tokens than any model has")
         low = int(r * (1.0 - inflection))
-        slope = (2 * r - low - low) / (depth - 1) if depth > 1 else 0.0
-        values = [r] if r < 0 else [int(low + slope * i) for i in range(depth)]
+        slope = (2 * r - low - low) / (n_blocks - 1) if n_blocks > 1 else 0.0
+        values = [r] if r < 0 else [int(low + slope * i) for i in range(n_blocks)]
     if min(values) < 0:
         raise UsageError(f"r {typed} is negative: wanted 0 (nothing merged) or more tokens per block")
     return values
@@ -112,17 +113,19 @@ def parse_at(blocks: str | list | tuple, depth: int) -> list[int]:
     """The blocks that reduce, from 0.
 
     Args:
-        blocks: "3,6,9" or [3, 6, 9]: distinct, ascending, each in [0, depth).
+        blocks: "3,6,9" or [3, 6, 9]: distinct, ascending, each in [0, depth); "all", or "even" for every other from 0.
         depth: number of blocks.
     Raises:
         UsageError: anything else.
     """
+    if blocks in ("all", "even"):
+        return list(range(0, depth, 1 if blocks == "all" else 2))
     if isinstance(blocks, str):
         values = [int(p) if re.fullmatch("[0-9]{1,9}", p.strip()) else None for p in blocks.split(",")]
     else:
         values = list(blocks) if isinstance(blocks, (list, tuple)) else []
     if not values or not all(map(is_whole, values)):
-        raise UsageError(f"at {short(blocks)}: wanted block numbers from 0, e.g. 3,6,9")
+        raise UsageError(f"at {short(blocks)}: wanted block numbers from 0, e.g. 3,6,9, or all, or even")
     outside = [v for v in values if not 0 <= v < depth]
     if outside:
         default = ", which is the default," if tuple(values) == STAGES else ""
@@ -132,6 +135,22 @@ def parse_at(blocks: str | list | tuple, depth: int) -> list[int]:
     if any(a >= b for a, b in zip(values, values[1:])):
         raise UsageError(f"at {short(blocks)}: wanted each block once, in ascending order")
     return values
+
+
+def parse_whole(name: str, value: str | int, *, least: int) -> int:
+    """A whole number.
+
+    Args:
+        name: of the option, for the error.
+        value: "8" or 8.
+        least: the smallest that is taken.
+    Raises:
+        UsageError: it is no whole number, or too small.
+    """
+    number = int(value) if isinstance(value, str) and re.fullmatch("-?[0-9]{1,6}", value.strip()) else value
+    if not is_whole(number) or not least <= number <= 10**6:
+        raise UsageError(f"{name} {short(value)}: wanted a whole number from {least} on")
+    return number
 
 
 def keeps_all(stage: int, block: int) -> str:
@@ -167,7 +186,6 @@ R = Option(
     "tokens merged per block: 13, 13:-1 (r:inflection) or 8,8,4,... (one a block)",
     metavar="R",
     swept=True,
-    parse=lambda value, size: parse_r(value, size.depth),
 )
 KEEP_RATE = Option("keep_rate", "share of tokens kept, or a list, one a stage", default=0.7, metavar="RATE", swept=True)
 KEEP_SHARE = Option(
@@ -179,11 +197,19 @@ KEEP_SHARE = Option(
 )
 AT = Option(
     "at",
-    "blocks with a reduction, from 0",
+    "blocks with a reduction, from 0: a list, all, or even (every other)",
     default=STAGES,
     metavar="BLOCKS",
     parse=lambda value, size: parse_at(value, size.depth),
     default_help="3,6,9",
+)
+EVERY = replace(AT, default="all", default_help=None)
+ALIGN = Option(
+    "align",
+    "round the tokens after each step, prefix included, to multiples of this",
+    default=1,
+    metavar="N",
+    parse=lambda value, size: parse_whole("align", value, least=1),
 )
 PROP_ATTN = Option(
     "prop_attn",

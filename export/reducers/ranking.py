@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..constants import row
+from ..margins import RowMargins, lead, nothing_decided
 from ..plan import MergePlan, Signals
 from ..step import Step
 
@@ -130,3 +131,36 @@ def regret(s: Signals, step: Step, *, plan: MergePlan, cosine: Tensor | None = N
         worst = torch.maximum(worst, (cosine.amax(2) - chosen).amax(1))
     in_place = (parts[0][:, : s.n_prefix] == torch.arange(s.n_prefix, device=score.device)).all(1)
     return torch.where(in_place, worst.clamp(min=0), torch.inf)
+
+
+def margins(
+    s: Signals, step: Step, *, plan: MergePlan, cosine: Tensor | None = None, log: bool = True
+) -> RowMargins:
+    """How clear each row's part of a ranked plan is; 0 where the plan departs from the scores.
+
+    Args:
+        s: with score [B, N, 1].
+        step: how many rows stay and are folded.
+        plan: row numbers.
+        cosine: [B, R, K] of `cosines`, when hosts are decided too.
+        log: margins are those of the scores' logarithms.
+    """
+    import torch
+
+    hosts = nothing_decided(s, step).host
+    if step.n_in == 1:
+        return RowMargins(hosts, hosts)
+    score = s.score[..., 0].clamp(min=1e-30).log() if log else s.score[..., 0]
+    keep, kept = plan.keep[..., 0], score.gather(1, plan.keep[..., 0])
+    low = kept.amin(1, keepdim=True)
+    rest = score.scatter(1, keep, -torch.inf)
+    fate = (low - score).scatter(1, keep, kept - rest.amax(1, keepdim=True))
+    if plan.src is not None:
+        src, folded = plan.src[..., 0], score.gather(1, plan.src[..., 0])
+        dropped = rest.scatter(1, src, -torch.inf).amax(1, keepdim=True)
+        fate = torch.minimum(fate, folded.amin(1, keepdim=True) - score)  # of rows that are dropped
+        fate = fate.scatter(1, keep, kept - rest.amax(1, keepdim=True))
+        fate = fate.scatter(1, src, torch.minimum(low - folded, folded - dropped))
+        if cosine is not None:
+            hosts = hosts.scatter(1, src, lead(cosine, plan.dst[..., 0].clamp(max=step.n_kept - 1)))
+    return RowMargins(fate.clamp(min=0), hosts)

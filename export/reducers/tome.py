@@ -11,50 +11,22 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..constants import bounded, column
-from ..errors import UsageError
 from ..plan import MergePlan, Signals, StaticLayout
 from ..step import ModelSize, Step
 from . import matching, options
 from .base import Counts, Reducer
-
-
-def merge_counts(values: list[int], size: ModelSize, *, signal: str = "keys") -> tuple[list[Step], list[str]]:
-    """ToMe's counts: in every block min(r, (N - prefix) // 2) tokens merge.
-
-    Args:
-        values: r per block.
-        size: of the model.
-        signal: what the steps look at.
-    Returns:
-        Steps, and a note on the blocks whose r was cut.
-    Raises:
-        UsageError: an r is larger than the number of tokens of the model.
-    """
-    n, steps, cut = size.n_tokens, [], []
-    for block, r in enumerate(values):
-        if r > size.n_tokens:
-            raise UsageError(
-                f"r: block {block} is asked to merge {r} tokens, the model has {n}; at most half of the tokens "
-                f"can merge in one block ({(size.n_tokens - size.n_prefix) // 2} in block 0)"
-            )
-    for block, r in enumerate(values):
-        merged = min(r, max(n - size.n_prefix, 0) // 2)
-        if merged < r:
-            cut.append(f"{block} ({r} to {merged})")
-        if merged:
-            steps.append(Step(block, "post_attn", n, n - merged, n - merged, signal=signal))
-            n -= merged
-    return steps, [f"r was cut to half of the tokens in block {', '.join(cut)}"] if cut else []
+from .merging import merge_counts
 
 
 def steps(asked: dict, size: ModelSize) -> Counts:
     """ToMe's counts from its options.
 
     Args:
-        asked: r (one number a block), prop_attn, pool.
+        asked: r, at, align, prop_attn, pool.
         size: of the model.
     """
-    return Counts(asked, *merge_counts(asked["r"], size), prop_attn=asked["prop_attn"], pool=asked["pool"])
+    make = lambda block, n, out: Step(block, "post_attn", n, out, out, signal="keys")
+    return Counts(*merge_counts(asked, size, make=make), prop_attn=asked["prop_attn"], pool=asked["pool"])
 
 
 def reference(s: Signals, step: Step, given: MergePlan | None = None) -> MergePlan:
@@ -140,10 +112,11 @@ REDUCER = Reducer(
     "ToMe",
     "the most similar pairs of tokens merge in every block (Bolya et al. 2023)",
     steps,
-    options=(options.R, options.PROP_ATTN, options.POOL),
+    options=(options.R, options.EVERY, options.ALIGN, options.PROP_ATTN, options.POOL),
     signals=("keys",),
     reference=reference,
     static=static,
     regret=matching.regret,
+    margins=matching.margins,
     labels=matching.labels,
 )

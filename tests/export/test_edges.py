@@ -8,7 +8,7 @@ from tokexport import Schedule, UsageError, export_onnx, load_model, reduce_mode
 from tokexport.export.models import as_plain
 from tokexport.export.checkpoints.score_heads import random_heads
 from tokexport.export.reducers import TABLE as METHODS
-from tokexport.export.models.score_head import score_heads
+from tokexport.export.models.learned_layers import learned_layers
 from tokexport.export.graph.static_vit import StaticViT
 from tokexport.tools.show.terminal import tokens_words
 
@@ -103,7 +103,7 @@ def test_any_image_and_patch_size(size, method, relative):
     )
     model = loaded.module
     s = loaded.schedule(method, **case.any_size)
-    heads = score_heads(loaded, s)
+    heads = learned_layers(loaded, s)
     image = torch.randn(2, 3, *as_plain(model).preprocess.size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         got = StaticViT(model, s, None, True, heads)(image)

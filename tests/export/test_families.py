@@ -119,11 +119,11 @@ def test_a_model_of_no_family_is_refused_by_name():
 
 @pytest.mark.parametrize("method, asked", [("none", {}), ("tome", {"r": 3}), ("evit", {"at": [1]}), ("dtps", {"at": [1, 2]})])
 def test_a_toy_family_is_reduced_and_exported(toy, method, asked, relative, run_onnx, tmp_path):
-    from tokexport.export.models.score_head import score_heads
+    from tokexport.export.models.learned_layers import learned_layers
 
     schedule = toy.schedule(method, **asked)
     assert schedule.n_tokens == 21 and schedule.depth == 3
-    heads = score_heads(toy, schedule)
+    heads = learned_layers(toy, schedule)
     image = torch.randn(2, 3, 16, 20, generator=torch.Generator().manual_seed(1))
     wanted = reduce_model(toy.module, schedule, heads).run(image)
     if method == "none":

@@ -16,7 +16,8 @@ from tokexport.export import apply, reducers
 from tokexport.export.plan import MergePlan, Signals
 from tokexport.export.reducers import diffrate, etps, tome
 from tokexport.export.schedule import Step
-from tokexport.export.models.score_head import StaticScoreHead, make_heads, score_heads
+from tokexport.export.models.learned_layers import learned_layers
+from tokexport.export.models.score_head import StaticScoreHead, make_heads
 
 FOLDER = Path(__file__).parents[1] / "golden"
 CASES = {p.stem: json.loads(p.read_text()) for p in sorted(FOLDER.glob("*.json")) if p.stem != "units"}
@@ -144,7 +145,7 @@ def reference(golden, tiny, schedule_of):
             case, arrays = golden.case(name)
             model = tiny(case["model"]).module
             schedule = schedule_of(model, **_options(case))
-            heads = score_heads(tiny(case["model"]), schedule)
+            heads = learned_layers(tiny(case["model"]), schedule)
             out = reduce_model(model, schedule, heads).run(golden.image)
             made[name] = case, arrays, np.flatnonzero(case["fp64_check"]["robust"]), out, schedule
         return made[name]

@@ -10,7 +10,7 @@ from tokexport import Schedule, UsageError, export_onnx, reduce_model
 from tokexport.export.graph import checks
 from tokexport.export.errors import GraphError
 from tokexport.export import reducers
-from tokexport.export.models.score_head import score_heads
+from tokexport.export.models.learned_layers import learned_layers
 
 from .. import cases
 
@@ -201,7 +201,7 @@ def check_engine(exported, run_onnx, tiny, schedule_of, golden, relative):
             pytest.importorskip("openvino", reason="openvino is not installed")
         loaded, image = tiny(kind), golden.image[1:]  # the first image of tiny_vit_nocls is a near-tie
         schedule = schedule_of(loaded.module, **options)
-        wanted = reduce_model(loaded.module, schedule, score_heads(loaded, schedule)).run(image)
+        wanted = reduce_model(loaded.module, schedule, learned_layers(loaded, schedule)).run(image)
         got = run_onnx(exported(kind, batch=batch, **options), image, runtime)
         assert relative(got["logits"], wanted.output) <= 1e-4 and (got["sources"] == wanted.sources.numpy()).all()
         assert relative(got["logits"][::-1], wanted.output) > 1e-4, "images are told apart"

@@ -7,7 +7,7 @@ import torch
 
 from tokexport import load_model, reduce_model
 from tokexport.export import example, plan
-from tokexport.export.models.score_head import score_heads
+from tokexport.export.models.learned_layers import learned_layers
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def reduced(tiny, options):
     loaded = tiny("tiny_vit")
     asked = dict(options)
     schedule = loaded.schedule(asked.pop("method"), **asked)
-    return reduce_model(loaded.module, schedule, score_heads(loaded, schedule))
+    return reduce_model(loaded.module, schedule, learned_layers(loaded, schedule))
 
 
 def test_no_tensor_is_made_on_the_default_device(reduced, golden):
@@ -54,7 +54,7 @@ def test_the_models_type_is_kept(options, golden):
     loaded = load_model(name, {**cases.KWARGS, **kwargs}, seed=1)
     asked = dict(options)
     schedule = loaded.schedule(asked.pop("method"), **asked)
-    heads = score_heads(loaded, schedule)
+    heads = learned_layers(loaded, schedule)
     loaded.module.double()
     out = reduce_model(loaded.module, schedule, None if heads is None else heads.double()).run(golden.image.double())
     assert out.output.dtype == out.tokens.dtype == out.size.dtype == torch.float64

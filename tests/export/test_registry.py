@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from tokexport import UsageError, export_onnx, reduce_model
-from tokexport.export.checkpoints import score_heads
 from tokexport.export import reducers
 from tokexport.export.graph.static_vit import StaticViT
 from tokexport.export.models import as_plain
 from tokexport.export.models.load import LoadedModel
-from tokexport.export.models.score_head import make_heads
+from tokexport.export.models.learned_layers import learned_layers
 from tokexport.kernels import ops
 
 from .. import cases
@@ -101,11 +100,12 @@ def schedule(model, method):
     options = cases.METHODS[method].short(plain.n_tokens)
     if not plain.has_class_token and "mean_attention" in reducers.get(method).signals:
         options["score"] = "mean"
-    return LoadedModel(model, "", {}, {}, []).schedule(method, **options)
+    return loaded(model).schedule(method, **options)
 
 
-def heads_for(plan):
-    return make_heads(score_heads.random_heads(WIDTH, 2, seed=1), WIDTH) if plan.n_layers else None
+def loaded(model, name=""):
+    """A model as loaded, with random weights: trained layers are random too."""
+    return LoadedModel(model, name, {}, {"source": "random", "seed": 1, "sha256": ""}, [], as_plain(model).preprocess)
 
 
 def image(model, n=2):
@@ -173,7 +173,7 @@ def differences(name, relative):
     model, wrong = small(name), {}
     for method in reducers.TABLE:
         plan = schedule(model, method)
-        heads = heads_for(plan)
+        heads = learned_layers(loaded(model), plan)
         wanted = reduce_model(model, plan, heads).run(image(model))
         if method == "none":
             with torch.no_grad():
@@ -212,12 +212,9 @@ def test_one_model_of_each_structure_runs_as_onnx(part, relative, run_onnx, tmp_
     for i, name in list(enumerate(_one_of_each()))[part::PARTS]:
         model = small(name)
         plan = schedule(model, methods[i % len(methods)])
-        heads = score_heads.random_heads(WIDTH, 2, seed=1) if plan.n_layers else {}
-        loaded = LoadedModel(
-            model, name, {}, {"source": "random", "seed": 0, "sha256": ""}, [], as_plain(model).preprocess, heads
-        )
-        wanted = reduce_model(model, plan, heads_for(plan)).run(image(model, 3))
-        export_onnx(loaded, plan, tmp_path / "vit.onnx", sources=True, force=True)
+        shrunk = loaded(model, name)
+        wanted = reduce_model(model, plan, learned_layers(shrunk, plan)).run(image(model, 3))
+        export_onnx(shrunk, plan, tmp_path / "vit.onnx", sources=True, force=True)
         got = run_onnx(tmp_path / "vit.onnx", image(model, 3))
         assert relative(got["logits"], wanted.output) <= 1e-4, name
         assert (got["sources"] == wanted.sources.numpy()).all(), name

@@ -89,7 +89,7 @@ def test_a_block_with_r_0_has_no_step():
 def test_without_a_method_nothing_is_reduced():
     schedule = Schedule.parse(method="none", **DEIT)
     assert schedule.steps == () and schedule.n_final == 197
-    with pytest.raises(UsageError, match="^r goes with method tome, not with none"):
+    with pytest.raises(UsageError, match="^r goes with method tome, tofu, dtem, not with none"):
         Schedule.parse("none", r=0, **DEIT)
 
 

@@ -9,7 +9,7 @@ import tokexport
 from tokexport import Schedule, UsageError, load_model, reduce_model
 from tokexport.export import macs, reducers
 from tokexport.export.graph.static_vit import StaticViT
-from tokexport.export.models.score_head import score_heads
+from tokexport.export.models.learned_layers import learned_layers
 from tokexport.export.plan import SIGNALS, MergePlan
 from tokexport.export.reducers import dynamicvit, evit, tome
 from tokexport.export.reducers.base import Counts, Reducer
@@ -44,30 +44,31 @@ def ignorant():
     return reference, static, regret
 
 
-LIKE = {"metric": tome, "score": evit}
+LAYERS = {"score_head": (0, 1), "metric_layer": (0, 1)}  # which trained layer each of the two steps reads
 
 
 def toy(signal, site):
     """A reducer with two steps, before or behind the attention of blocks 1 and 2, that looks at one signal."""
+    learned = signal is not None and SIGNALS[signal].learned
+    pairs = signal is not None and SIGNALS[signal].kind == "metric"
 
     def steps(asked, size):
         n, out = size.n_tokens, []
         for i, block in enumerate((1, 2)):
-            layer = i if signal is not None and SIGNALS[signal].learned else None
-            out.append(Step(block, site, n, n - 3, n - 3, 3 if signal == "keys" else 0, signal, layer))
+            layer = LAYERS[signal][i] if learned else None
+            out.append(Step(block, site, n, n - 3, n - 3, 3 if pairs else 0, signal, layer))
             n -= 3
-        return Counts(
-            asked, out, prop_attn=signal in ("keys", "class_attention"), n_layers=2 if signal == "score_head" else 0
-        )
+        n_layers = 1 + max(LAYERS[signal]) if learned else 0
+        return Counts(asked, out, prop_attn=signal in ("keys", "class_attention"), n_layers=n_layers)
 
     if signal is None:
         reference, static, regret = ignorant()
     else:
-        module = {"keys": tome, "score_head": dynamicvit}.get(signal, evit)
+        module = tome if pairs else dynamicvit if learned else evit
         reference, static, regret = (getattr(module.REDUCER, part) for part in ("reference", "static", "regret"))
-    labels = tome.REDUCER.labels if signal == "keys" else None
+    labels = tome.REDUCER.labels if pairs else None
     signals = () if signal is None else (signal,)
-    return Reducer("toy", "Toy", "a toy", steps, (), signals, reference, static, regret, labels)
+    return Reducer("toy", "Toy", "a toy", steps, (), signals, reference, static, regret, labels=labels)
 
 
 PAIRS = [(signal, site) for signal in (*SIGNALS, None) for site in SITES]
@@ -88,7 +89,7 @@ def test_every_signal_at_every_site_is_reproduced(kind, signal, site, use, relat
     loaded = load_model(name, {**KWARGS, **kwargs}, seed=2)
     schedule = loaded.schedule("toy")
     assert [s.site for s in schedule.steps] == [site] * 2
-    heads = score_heads(loaded, schedule)
+    heads = learned_layers(loaded, schedule)
     image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     wanted = reduce_model(loaded.module, schedule, heads).run(image)
     for batch in (1, 2, None):
@@ -133,9 +134,11 @@ def test_what_is_looked_at_before_a_block_is_what_the_block_would_compute(use, r
 def test_the_cost_of_a_signal_is_counted():
     dims = {"width": 8, "attn_width": 8, "mlp": [(8, 32), (32, 8)], "classes": 5, "heads": 1, "patches": 16}
     dims |= {"patch_values": 48, "pool": "token"}
-    step = lambda signal, site: Step(1, site, 17, 10, 10, 0, signal, 0 if signal == "score_head" else None)
+    step = lambda signal, site: Step(1, site, 17, 10, 10, 0, signal, 0 if signal in LAYERS else None)
+    dims |= {"metric_width": 4}
     cost = {(s, site): macs.signal(dims, step(s, site), n_prefix=1) for s in (*SIGNALS, None) for site in SITES}
-    assert {s for (s, site), n in cost.items() if site == "post_attn" and n} == {"score_head"}
+    assert {s for (s, site), n in cost.items() if site == "post_attn" and n} == {"score_head", "metric_layer"}
+    assert cost["metric_layer", "pre_block"] == cost["metric_layer", "post_attn"] == 17 * 8 * 4
     assert cost["keys", "pre_block"] == 17 * 8 * 8
     assert cost["class_attention", "pre_block"] == 17 * 8 * 8 + 8 * 8 + 17 * 8
     assert cost["mean_attention", "pre_block"] == 2 * 17 * 8 * 8 + 17 * 17 * 8
