@@ -26,7 +26,12 @@ PACKAGES = (
     "onnxruntime-gpu",
     "openvino",
     "tensorrt",
+    "tensorrt-cu12",
+    "tensorrt-cu13",
+    "tensorrt-rtx-cu12",
     "tensorrt-rtx-cu13",
+    "nvidia-cuda-runtime",
+    "nvidia-cuda-runtime-cu12",
     "triton",
     "matplotlib",
 )

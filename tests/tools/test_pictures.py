@@ -94,7 +94,7 @@ def test_hits_are_counted_among_the_likeliest():
     assert evaluate._hits("f", logits, np.array([6, 4])) == evaluate.Hits(2, 1, 2)
     assert evaluate._hits("f", logits, np.array([1, 5])) == evaluate.Hits(2, 0, 0)
     with pytest.raises(EngineError, match="not finite"):
-        evaluate._hits("f", logits / np.float32(0), np.array([1, 5]))
+        evaluate._hits("f", np.full_like(logits, np.nan), np.array([1, 5]))
 
 
 @pytest.mark.parametrize("runtime", ["ort", "openvino"])
