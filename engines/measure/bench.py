@@ -200,14 +200,14 @@ def agreement(path: str | Path, dense: str | Path, *, runtime: str, images: np.n
     Returns:
         The mean cosine, and the share of images with the same likeliest class (None without classes).
     """
-    from ..parity.compare import cosines, top
+    from ..parity.outputs import cosines, top
 
     outputs = []
     for file in (path, dense):
         name = inspect_file(file).provenance.outputs[0]
         with open_runner(file, runtime) as runner:
             outputs.append(in_batches(runner, images)[name].astype(np.float64))
-    return float(cosines(*outputs).mean()), top(*outputs, 1) if name == "logits" else None
+    return float(cosines(*outputs).mean()), float(np.mean(top(*outputs, 1))) if name == "logits" else None
 
 
 def _with_agreement(rows: list[LatencyRow], candidates: list[Candidate], runtime: str, images) -> list[LatencyRow]:

@@ -47,12 +47,22 @@ class Runner:
         words: what people call the runtime.
         inputs: name -> shape, None for an axis of any length.
         outputs: the same, of what a run gives.
+        input_types: name -> "uint8" and the like, of inputs that are not float32.
     """
 
     timed = "one run, from an array to arrays, by the host's clock"  # what `timer` measures, in words
 
-    def __init__(self, runtime: str, words: str, *, inputs: dict[str, tuple], outputs: dict[str, tuple]):
+    def __init__(
+        self,
+        runtime: str,
+        words: str,
+        *,
+        inputs: dict[str, tuple],
+        outputs: dict[str, tuple],
+        input_types: dict[str, str] | None = None,
+    ):
         self.runtime, self.words, self.inputs, self.outputs = runtime, words, inputs, outputs
+        self.input_types = {**dict.fromkeys(inputs, "float32"), **(input_types or {})}
         self.closed = False
 
     def _run(self, feeds: dict) -> dict:
@@ -77,7 +87,7 @@ class Runner:
         """One run with checked inputs.
 
         Args:
-            feeds: input name -> float32 array. Of an engine also CUDA tensors, which are read where they are; what it gives are then
+            feeds: input name -> array of the file's type, float32 but for a few files. Of an engine also CUDA tensors, which are read where they are; what it gives are then
                 tensors on the same GPU, and nothing waits for them.
         Returns:
             Output name -> array: float32, or int64 for indices.
@@ -86,7 +96,7 @@ class Runner:
             EngineError: the runtime failed.
         """
         for name, shape in self.inputs.items():
-            _check_input(name, shape, feeds)
+            _check_input(name, shape, self.input_types[name], feeds)
         return self.run_unchecked(feeds)
 
     def run_unchecked(self, feeds: dict[str, "np.ndarray"]) -> dict[str, "np.ndarray"]:
@@ -129,7 +139,7 @@ def stopwatch(call: Callable[[], object]) -> Callable[[], float]:
     return seconds
 
 
-def _check_input(name: str, shape: tuple, feeds: dict) -> None:
+def _check_input(name: str, shape: tuple, type_name: str, feeds: dict) -> None:
     """Raises: UsageError when an input is missing, of another shape or type, or (of arrays) not finite."""
     import numpy as np
 
@@ -137,10 +147,10 @@ def _check_input(name: str, shape: tuple, feeds: dict) -> None:
         raise UsageError(f"input {name!r} is missing: got {', '.join(feeds) or 'nothing'}")
     value = feeds[name]
     fits = len(value.shape) == len(shape) and all(n in (None, m) for m, n in zip(value.shape, shape))
-    if not fits or str(value.dtype).removeprefix("torch.") != "float32":
+    if not fits or str(value.dtype).removeprefix("torch.") != type_name:
         wanted = " x ".join("any" if n is None else str(n) for n in shape)
         raise UsageError(
-            f"input {name!r} is {value.dtype} {' x '.join(map(str, value.shape))}, wanted float32 {wanted}"
+            f"input {name!r} is {value.dtype} {' x '.join(map(str, value.shape))}, wanted {type_name} {wanted}"
         )
     if isinstance(value, np.ndarray) and not np.isfinite(value).all():
         raise UsageError(

@@ -87,6 +87,7 @@ class EngineRunner(Runner):
             self._load(builder)
             names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
             output = self._trt.TensorIOMode.OUTPUT
+            byte_inputs = [n for n in names if self._engine.get_tensor_dtype(n) == getattr(self._trt, "uint8", None)]
             shapes = {n: tuple(None if d < 0 else d for d in self._engine.get_tensor_shape(n)) for n in names}
             results = [n for n in names if self._engine.get_tensor_mode(n) == output]
         except BaseException:
@@ -97,6 +98,7 @@ class EngineRunner(Runner):
             builder.words,
             inputs={n: shape for n, shape in shapes.items() if n not in results},
             outputs={n: shapes[n] for n in results},
+            input_types=dict.fromkeys(set(byte_inputs) - set(results), "uint8"),
         )
 
     def _load(self, builder) -> None:

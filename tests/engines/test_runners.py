@@ -128,6 +128,22 @@ def test_a_failing_runtime_is_no_wrong_use(runtime, tome):
             runner.run_unchecked({"no such input": IMAGE})
 
 
+@pytest.mark.parametrize("runtime", ["ort", "openvino"])
+def test_a_file_of_bytes_takes_bytes(runtime, tmp_path):
+    import onnx
+    from onnx import TensorProto, helper
+
+    value = lambda name, kind: helper.make_tensor_value_info(name, kind, ["batch", 4])
+    node = helper.make_node("Cast", ["image"], ["out"], to=TensorProto.FLOAT)
+    graph = helper.make_graph([node], "g", [value("image", TensorProto.UINT8)], [value("out", TensorProto.FLOAT)])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    onnx.save(model, tmp_path / "bytes.onnx")
+    with open_runner(tmp_path / "bytes.onnx", runtime) as runner:
+        assert runner.run({"image": np.full((2, 4), 255, np.uint8)})["out"].max() == 255
+        with pytest.raises(UsageError, match="is float32 2 x 4, wanted uint8 any x 4"):
+            runner.run({"image": np.zeros((2, 4), np.float32)})
+
+
 def test_a_file_that_a_runtime_refuses_is_the_runtimes_failure(tome, tmp_path):
     import onnx
 
