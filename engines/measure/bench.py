@@ -1,11 +1,13 @@
-"""The benchmark: files of one model, each beside a dense one exported the same way and its free bound, all in one run."""
+"""The benchmark: files of one model, each beside a dense one exported the same way and its free bound, all in one
+run.
+"""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 
@@ -101,7 +103,9 @@ def check_request(
 def _jobs(
     candidates: list[Candidate], runtimes, batches, *, threads: int, seconds: float, cuda_graph: bool
 ) -> list[Job]:
-    """For each runtime and batch size what is timed together: candidates that take the batch, their dense files and bounds."""
+    """For each runtime and batch size what is timed together: candidates that take the batch, their dense files and
+    bounds.
+    """
     jobs = []
     for runtime in runtimes:
         for batch in batches:

@@ -1,4 +1,5 @@
-"""One way to run a file, whatever runs it: a runner, which is opened, run and closed, and any number of images through any batch.
+"""One way to run a file, whatever runs it: a runner, which is opened, run and closed, and any number of images
+through any batch.
 
 A runtime's module (see `table`) has `open_file(path, runtime, options)`, which gives a `Runner` of its own:
 
@@ -10,9 +11,10 @@ A runtime's module (see `table`) has `open_file(path, runtime, options)`, which 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING
 
 from ...export.errors import EngineError, FailureError, UsageError
 
@@ -71,7 +73,7 @@ class Runner:
     def _release(self) -> None:
         """Drop what the runtime holds."""
 
-    def __enter__(self) -> "Runner":
+    def __enter__(self) -> Runner:
         return self
 
     def __exit__(self, *_) -> None:
@@ -83,12 +85,13 @@ class Runner:
             self.closed = True
             self._release()
 
-    def run(self, feeds: dict[str, "np.ndarray"]) -> dict[str, "np.ndarray"]:
+    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One run with checked inputs.
 
         Args:
-            feeds: input name -> array of the file's type, float32 but for a few files. Of an engine also CUDA tensors, which are read where they are; what it gives are then
-                tensors on the same GPU, and nothing waits for them.
+            feeds: input name -> array of the file's type, float32 but for a few files. Of an engine also CUDA
+                tensors, which are read where they are; what it gives are then tensors on the same GPU, and nothing
+                waits for them.
         Returns:
             Output name -> array: float32, or int64 for indices.
         Raises:
@@ -99,8 +102,10 @@ class Runner:
             _check_input(name, shape, self.input_types[name], feeds)
         return self.run_unchecked(feeds)
 
-    def run_unchecked(self, feeds: dict[str, "np.ndarray"]) -> dict[str, "np.ndarray"]:
-        """`run` without a look at the inputs, for loops that run the same ones again. Raises: as `run`, but for inputs."""
+    def run_unchecked(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """`run` without a look at the inputs, for loops that run the same ones again. Raises: as `run`, but for
+        inputs.
+        """
         self._check_open()
         try:
             return self._run(feeds)
@@ -109,8 +114,9 @@ class Runner:
         except Exception as e:  # runtimes have exception types of their own
             raise EngineError(f"{self.words} failed while running the file: {' '.join(str(e).split())[:400]}") from None
 
-    def timer(self, feeds: dict[str, "np.ndarray"]) -> Callable[[], float]:
-        """A function that runs these inputs once and gives the seconds that the runtime itself took (`timed` says what is in them).
+    def timer(self, feeds: dict[str, np.ndarray]) -> Callable[[], float]:
+        """A function that runs these inputs once and gives the seconds that the runtime itself took (`timed` says
+        what is in them).
 
         Whatever can be is done before: inputs are checked and lie where the runtime reads them.
         """
@@ -158,7 +164,7 @@ def _check_input(name: str, shape: tuple, type_name: str, feeds: dict) -> None:
         )
 
 
-def in_batches(runner: Runner, images: "np.ndarray", tokens: tuple[str, ...] = ()) -> dict[str, "np.ndarray"]:
+def in_batches(runner: Runner, images: np.ndarray, tokens: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
     """Outputs for any number of images, whatever batch the file takes.
 
     Runs are of the file's fixed batch, the last one filled up with copies and cut again, or of at most AT_ONCE images.
@@ -190,7 +196,9 @@ def in_batches(runner: Runner, images: "np.ndarray", tokens: tuple[str, ...] = (
 
 
 def failure(path: Path, runtime, error: Exception) -> Exception:
-    """The error that says a file could not be opened: what is said in words already stays, anything else is the runtime's failure."""
+    """The error that says a file could not be opened: what is said in words already stays, anything else is the
+    runtime's failure.
+    """
     if isinstance(error, (UsageError, FailureError)):
         return error
     lines = str(error).strip().splitlines() or [type(error).__name__]

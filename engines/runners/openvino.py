@@ -14,7 +14,7 @@ from .table import Runtime
 SETTINGS = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
 
 
-def open_file(path: Path, runtime: Runtime, options: RunnerOptions) -> "OpenVinoRunner":
+def open_file(path: Path, runtime: Runtime, options: RunnerOptions) -> OpenVinoRunner:
     """An ONNX file, compiled for the CPU."""
     ov = _package()
     core = ov.Core()

@@ -27,7 +27,7 @@ def check(runtime: Runtime) -> None:
         )
 
 
-def open_file(path: Path, runtime: Runtime, options: RunnerOptions) -> "OrtRunner":
+def open_file(path: Path, runtime: Runtime, options: RunnerOptions) -> OrtRunner:
     """An ONNX file in a session. Raises: UsageError for bf16 on the CPU, or when the GPU cannot be used."""
     import onnxruntime as ort
 

@@ -1,4 +1,6 @@
-"""The benchmark: rows, errors as rows, the gate, break-even, sweeps, profiles, pictures, and timing that ends when it is sure."""
+"""The benchmark: rows, errors as rows, the gate, break-even, sweeps, profiles, pictures, and timing that ends when it
+is sure.
+"""
 
 import json
 
@@ -7,8 +9,6 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
-
-from tokexport import UsageError, open_runner
 from tokexport.engines.measure import bound, jobs, timing
 from tokexport.engines.measure import stage_profile as profile
 from tokexport.engines.measure.candidates import image_of
@@ -16,6 +16,8 @@ from tokexport.engines.measure.latency import LatencyRow, break_even
 from tokexport.export.errors import EngineError
 from tokexport.export.inspection import inspect
 from tokexport.tools.cli import group
+
+from tokexport import UsageError, open_runner
 
 
 @pytest.fixture(scope="module")

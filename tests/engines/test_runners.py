@@ -1,4 +1,6 @@
-"""Runners: a runtime is one file and one row, closing is final, what failed is told from what was asked wrongly, nothing else is needed."""
+"""Runners: a runtime is one file and one row, closing is final, what failed is told from what was asked wrongly,
+nothing else is needed.
+"""
 
 import gc
 import json
@@ -11,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-
-from tokexport import UsageError, evaluate, open_runner, verify
 from tokexport.engines.runners import tensorrt as engine_runner
 from tokexport.engines.runners.table import TABLE, Runtime, runtime_for
 from tokexport.export.errors import EngineError, MissingPackageError
 from tokexport.tools.cli import group
+
+from tokexport import UsageError, evaluate, open_runner, verify
 
 IMAGE = np.zeros((2, 3, 64, 64), np.float32)
 TOY = """
@@ -334,7 +336,6 @@ def test_an_engine_needs_no_onnxruntime(without_onnxruntime, tome, tmp_path):
 def test_a_real_engine_needs_no_onnxruntime(without_onnxruntime, tome, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: engine builds need it")
     from PIL import Image
-
     from tokexport.engines.tensorrt.build import build_engine
 
     plan = build_engine(
