@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING
 
 from ..export.errors import EngineError
 from .files import inspect_file
@@ -45,7 +46,8 @@ class ImageClasses:
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """An image's features against the other images'. length: of the feature vector, of `values` numbers. nearest: the image most
+    """An image's features against the other images'. length: of the feature vector, of `values` numbers. nearest: the
+    image most
     alike, cosine: to it; both None for a single image."""
 
     image: str
@@ -94,7 +96,7 @@ def predict(
     return _neighbours(paths, values)
 
 
-def outputs_of(path: str | Path, photos: list[Path], *, runtime: str, progress: Callable[[str], None]) -> "np.ndarray":
+def outputs_of(path: str | Path, photos: list[Path], *, runtime: str, progress: Callable[[str], None]) -> np.ndarray:
     """A file's first output [images, values] of photos, a batch at a time.
 
     Args:

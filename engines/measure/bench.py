@@ -1,11 +1,13 @@
-"""The benchmark: files of one model, each beside a dense one exported the same way and its free bound, all in one run."""
+"""The benchmark: files of one model, each beside a dense one exported the same way and its free bound, all in one
+run.
+"""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 
@@ -101,7 +103,9 @@ def check_request(
 def _jobs(
     candidates: list[Candidate], runtimes, batches, *, threads: int, seconds: float, cuda_graph: bool
 ) -> list[Job]:
-    """For each runtime and batch size what is timed together: candidates that take the batch, their dense files and bounds."""
+    """For each runtime and batch size what is timed together: candidates that take the batch, their dense files and
+    bounds.
+    """
     jobs = []
     for runtime in runtimes:
         for batch in batches:
@@ -200,14 +204,14 @@ def agreement(path: str | Path, dense: str | Path, *, runtime: str, images: np.n
     Returns:
         The mean cosine, and the share of images with the same likeliest class (None without classes).
     """
-    from ..parity.compare import cosines, top
+    from ..parity.outputs import cosines, top
 
     outputs = []
     for file in (path, dense):
         name = inspect_file(file).provenance.outputs[0]
         with open_runner(file, runtime) as runner:
             outputs.append(in_batches(runner, images)[name].astype(np.float64))
-    return float(cosines(*outputs).mean()), top(*outputs, 1) if name == "logits" else None
+    return float(cosines(*outputs).mean()), float(np.mean(top(*outputs, 1))) if name == "logits" else None
 
 
 def _with_agreement(rows: list[LatencyRow], candidates: list[Candidate], runtime: str, images) -> list[LatencyRow]:

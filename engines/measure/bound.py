@@ -1,8 +1,10 @@
-"""The free bound of a reduced file: the same graph with the same token counts, its rows merely cut off. No matching can beat it.
+"""The free bound of a reduced file: the same graph with the same token counts, its rows merely cut off. No matching
+can beat it.
 
-It is made from the file itself: whatever the stages `match` and `merge` of a step compute goes, the first rows that the step leaves are
-kept, and where attention adds the logarithm of token sizes it adds a constant row of the same shape. So the bound has the file's own
-precision, batch and layout, and needs neither the model nor its weights' source. What it computes is of no use; how long it takes is.
+It is made from the file itself: whatever the stages `match` and `merge` of a step compute goes, the first rows that
+the step leaves are kept, and where attention adds the logarithm of token sizes it adds a constant row of the same
+shape. So the bound has the file's own precision, batch and layout, and needs neither the model nor its weights'
+source. What it computes is of no use; how long it takes is.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ def write_bound(inspection: Inspection, path: Path) -> Path:
         inspection: of the reduced ONNX file.
         path: where the bound goes; what is there is replaced.
     Returns:
-        The path. The file has the first output only and no provenance: runtimes run it, tokexport's other commands refuse it.
+        The path. The file has the first output only and no provenance: runtimes run it, tokexport's other commands
+        refuse it.
     Raises:
         UsageError: nothing is reduced in the file.
         GraphError: the graph has no stages that could be cut.
@@ -80,7 +83,9 @@ class _Cut:
         return len(value.shape) == 2 or len(value.shape) == 3 and value.shape[1] == self.step.n_out
 
     def nodes(self, name: str, value: _Value) -> list:
-        """Nodes that cut the first n_out rows of each image off, in the layout and the type of the value they replace."""
+        """Nodes that cut the first n_out rows of each image off, in the layout and the type of the value they
+        replace.
+        """
         from onnx import helper
 
         single = self.value.shape == (self.step.n_in, self.width)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 from ...export import reducers
 from ...export.errors import UsageError
@@ -127,7 +128,8 @@ def check_comparable(files: list[Inspection], dense: Inspection | None, *, sweep
         sweep: when the first file is exported anew.
         bound: whether free bounds are asked for.
     Raises:
-        UsageError: the files are not of one model, the dense one is of another, is reduced or among them, or engines and ONNX files are
+        UsageError: the files are not of one model, the dense one is of another, is reduced or among them, or engines
+        and ONNX files are
             mixed.
     """
     every = [*files, *([dense] if dense else [])]
@@ -153,7 +155,7 @@ def check_comparable(files: list[Inspection], dense: Inspection | None, *, sweep
         raise UsageError(f"sweep changes one file's {sweep.option}: give one file, not {len(files)}")
 
 
-def _swept(exporter: "_Exporter", files: list[Inspection], sweep: Sweep) -> tuple[list[Inspection], dict[str, str]]:
+def _swept(exporter: _Exporter, files: list[Inspection], sweep: Sweep) -> tuple[list[Inspection], dict[str, str]]:
     """A file for each value, and which value each has."""
     takers = reducers.takers(sweep.option)
     method, options, settings = takers[0] if takers else "none", {}, ExportSettings()
@@ -176,7 +178,9 @@ class _Exporter:
         self.folder, self.origin, self.progress, self.loaded = folder, origin, progress, None
 
     def write(self, method: str, options: dict, settings: ExportSettings) -> Path:
-        """A file in the folder; one that was made before is taken. Raises: UsageError for int8, whose scales are not ours to choose."""
+        """A file in the folder; one that was made before is taken. Raises: UsageError for int8, whose scales are not
+        ours to choose.
+        """
         from ...export.graph.export import export_onnx
 
         if settings.precision == "int8":

@@ -1,4 +1,6 @@
-"""What machine and which versions figures were made with, and what a bug report needs. Needs no package but Python's own."""
+"""What machine and which versions figures were made with, and what a bug report needs. Needs no package but Python's
+own.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,17 @@ PACKAGES = (
     "onnxruntime-gpu",
     "openvino",
     "tensorrt",
+    "tensorrt-cu12",
+    "tensorrt-cu13",
+    "tensorrt-rtx-cu12",
     "tensorrt-rtx-cu13",
+    "nvidia-cuda-runtime",
+    "nvidia-cuda-runtime-cu12",
     "triton",
     "matplotlib",
 )
-# Instruction sets that decide how fast the products of a ViT are, as Linux (/proc/cpuinfo) and macOS (sysctl) write them.
+# Instruction sets that decide how fast the products of a ViT are, as Linux (/proc/cpuinfo) and macOS (sysctl) write
+# them.
 INSTRUCTION_SETS = (
     "sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16",
     "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "fphp", "asimdhp", "sve", "sve2", "i8mm", "bf16",
@@ -39,7 +47,9 @@ INSTRUCTION_SETS = (
 
 @dataclass(frozen=True)
 class Processor:
-    """A processor. cores: logical ones that this process may use. instructions: those of INSTRUCTION_SETS that it has."""
+    """A processor. cores: logical ones that this process may use. instructions: those of INSTRUCTION_SETS that it
+    has.
+    """
 
     name: str
     cores: int
@@ -57,7 +67,9 @@ class Gpu:
 
 @dataclass(frozen=True)
 class GpuDriver:
-    """NVIDIA's driver. cuda: the newest CUDA it runs, "13.0". problem: why nothing can be said, "" when something can."""
+    """NVIDIA's driver. cuda: the newest CUDA it runs, "13.0". problem: why nothing can be said, "" when something
+    can.
+    """
 
     version: str = ""
     cuda: str = ""
@@ -191,7 +203,9 @@ class _Memory(ctypes.Structure):
 
 
 def gpu_driver() -> GpuDriver:
-    """NVIDIA's driver and GPUs, asked of its management library: no CUDA package is needed, and nothing runs on a GPU."""
+    """NVIDIA's driver and GPUs, asked of its management library: no CUDA package is needed, and nothing runs on a
+    GPU.
+    """
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:

@@ -1,10 +1,13 @@
-"""Accuracy of files on labelled images, beside the reference's and the dense model's, as counts that add up over shards."""
+"""Accuracy of files on labelled images, beside the reference's and the dense model's, as counts that add up over
+shards.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple
+from typing import NamedTuple
 
 from ...export.errors import EngineError, UsageError
 from ...export.inspection import Inspection
@@ -21,13 +24,15 @@ class LabelledImage(NamedTuple):
 
 @dataclass(frozen=True)
 class Hits:
-    """How many images were judged rightly. top1: the likeliest class is the label. top5: it is among the five likeliest."""
+    """How many images were judged rightly. top1: the likeliest class is the label. top5: it is among the five
+    likeliest.
+    """
 
     images: int = 0
     top1: int = 0
     top5: int = 0
 
-    def __add__(self, other: "Hits") -> "Hits":
+    def __add__(self, other: Hits) -> Hits:
         return Hits(self.images + other.images, self.top1 + other.top1, self.top5 + other.top5)
 
 
@@ -61,7 +66,7 @@ class Accuracy:
         return {"name": self.name, "tokens": self.tokens, **counts, "top1": self.top1, "top5": self.top5}
 
     @classmethod
-    def from_json(cls, fields: dict) -> "Accuracy":
+    def from_json(cls, fields: dict) -> Accuracy:
         """The record that `to_json` wrote."""
         return cls(fields["name"], fields["tokens"], Hits(fields["images"], fields["top1_hits"], fields["top5_hits"]))
 

@@ -2,8 +2,8 @@
 
     python -m tokexport.engines.measure.jobs JOB.json TIMES.json
 
-The same file in two processes differs by one to three percent against another (where its memory came to lie, how the machine's cores
-were taken): what is to be told to a percent is measured in several.
+The same file in two processes differs by one to three percent against another (where its memory came to lie, how the
+machine's cores were taken): what is to be told to a percent is measured in several.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 

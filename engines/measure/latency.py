@@ -11,9 +11,9 @@ PERCENTILES = (50, 90, 95, 99)
 class LatencyRow:
     """One file in one runtime at one batch size.
 
-    Times are of the runtime alone (`timed` says what that is) in milliseconds. Of one process, `ms` is the median of its rounds and low
-    and high are their 20 and 80 percentiles; of several, the mean, least and largest of their medians. The same holds for ratios, which
-    are taken round by round.
+    Times are of the runtime alone (`timed` says what that is) in milliseconds. Of one process, `ms` is the median of
+    its rounds and low and high are their 20 and 80 percentiles; of several, the mean, least and largest of their
+    medians. The same holds for ratios, which are taken round by round.
 
     Args:
         runtime, batch, file, method: what was timed.
@@ -76,7 +76,9 @@ class Profile:
 
 @dataclass(frozen=True)
 class LatencyReport:
-    """What `bench` measured, and on what. rows: dense files before those compared with them. swept: the option that was swept."""
+    """What `bench` measured, and on what. rows: dense files before those compared with them. swept: the option that
+    was swept.
+    """
 
     machine: dict
     threads: int
@@ -96,7 +98,9 @@ class LatencyReport:
 
 
 def break_even(rows: list[LatencyRow]) -> dict[tuple[str, str], int | None]:
-    """(runtime, file) -> the smallest measured batch from which on the file is faster than its dense one; None when there is none."""
+    """(runtime, file) -> the smallest measured batch from which on the file is faster than its dense one; None when
+    there is none.
+    """
     batches = {}
     for row in rows:
         key = row.runtime, row.file

@@ -23,9 +23,10 @@ def profiled() -> list[str]:
 
 
 def stage_times(
-    path: str | Path, runtime: str, images: "np.ndarray", *, rounds: int = 10, threads: int = 1
+    path: str | Path, runtime: str, images: np.ndarray, *, rounds: int = 10, threads: int = 1
 ) -> dict[str, float]:
-    """Milliseconds a run spends in each stage ("embed", "block0.attn", ..., "head"), and in nodes the runtime made itself ("rest").
+    """Milliseconds a run spends in each stage ("embed", "block0.attn", ..., "head"), and in nodes the runtime made
+    itself ("rest").
 
     Profiling itself takes time: compare shares, not sums.
 

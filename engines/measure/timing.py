@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -66,8 +67,8 @@ def _round(timers: dict[str, Timer], times: dict[str, list[float]] | None) -> No
 
 
 def half_interval(a: list[float], b: list[float]) -> float:
-    """Half of the 95 % confidence interval of the median of a / b, over the median: from its order statistics, whatever the
-    distribution.
+    """Half of the 95 % confidence interval of the median of a / b, over the median: from its order statistics,
+    whatever the distribution.
 
     Args:
         a: seconds, one a round.

@@ -32,12 +32,13 @@ def open_runner(
 
     Args:
         path: the file.
-        runtime: what runs an ONNX file, a name of `TABLE`: "ort" (ONNX Runtime on the CPU), "openvino", "torch" (the eager reference the
-            file was made from), "ort-cuda", "ort-tensorrt". An engine is run by TensorRT, whatever this says.
+        runtime: what runs an ONNX file, a name of `TABLE`: "ort" (ONNX Runtime on the CPU), "openvino", "torch" (the
+            eager reference the file was made from), "ort-cuda", "ort-tensorrt". An engine is run by TensorRT,
+            whatever this says.
         threads: of the processor; 0 for the runtime's own choice.
         outputs: inner values to give beside the file's outputs (see `Provenance.decisions`).
-        batch: the one batch size that a file with a free batch will be run with; OpenVINO is faster when it knows (ToMe DeiT-S,
-            batch 8: 4 %).
+        batch: the one batch size that a file with a free batch will be run with; OpenVINO is faster when it knows
+            (ToMe DeiT-S, batch 8: 4 %).
         cuda_graph: of engines: capture the work once for each shape and replay it.
     Returns:
         A `Runner`; close it, or use it in a `with` block.

@@ -1,4 +1,5 @@
-"""One way to run a file, whatever runs it: a runner, which is opened, run and closed, and any number of images through any batch.
+"""One way to run a file, whatever runs it: a runner, which is opened, run and closed, and any number of images
+through any batch.
 
 A runtime's module (see `table`) has `open_file(path, runtime, options)`, which gives a `Runner` of its own:
 
@@ -10,9 +11,10 @@ A runtime's module (see `table`) has `open_file(path, runtime, options)`, which 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING
 
 from ...export.errors import EngineError, FailureError, UsageError
 
@@ -47,12 +49,22 @@ class Runner:
         words: what people call the runtime.
         inputs: name -> shape, None for an axis of any length.
         outputs: the same, of what a run gives.
+        input_types: name -> "uint8" and the like, of inputs that are not float32.
     """
 
     timed = "one run, from an array to arrays, by the host's clock"  # what `timer` measures, in words
 
-    def __init__(self, runtime: str, words: str, *, inputs: dict[str, tuple], outputs: dict[str, tuple]):
+    def __init__(
+        self,
+        runtime: str,
+        words: str,
+        *,
+        inputs: dict[str, tuple],
+        outputs: dict[str, tuple],
+        input_types: dict[str, str] | None = None,
+    ):
         self.runtime, self.words, self.inputs, self.outputs = runtime, words, inputs, outputs
+        self.input_types = {**dict.fromkeys(inputs, "float32"), **(input_types or {})}
         self.closed = False
 
     def _run(self, feeds: dict) -> dict:
@@ -61,7 +73,7 @@ class Runner:
     def _release(self) -> None:
         """Drop what the runtime holds."""
 
-    def __enter__(self) -> "Runner":
+    def __enter__(self) -> Runner:
         return self
 
     def __exit__(self, *_) -> None:
@@ -73,12 +85,13 @@ class Runner:
             self.closed = True
             self._release()
 
-    def run(self, feeds: dict[str, "np.ndarray"]) -> dict[str, "np.ndarray"]:
+    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """One run with checked inputs.
 
         Args:
-            feeds: input name -> float32 array. Of an engine also CUDA tensors, which are read where they are; what it gives are then
-                tensors on the same GPU, and nothing waits for them.
+            feeds: input name -> array of the file's type, float32 but for a few files. Of an engine also CUDA
+                tensors, which are read where they are; what it gives are then tensors on the same GPU, and nothing
+                waits for them.
         Returns:
             Output name -> array: float32, or int64 for indices.
         Raises:
@@ -86,11 +99,13 @@ class Runner:
             EngineError: the runtime failed.
         """
         for name, shape in self.inputs.items():
-            _check_input(name, shape, feeds)
+            _check_input(name, shape, self.input_types[name], feeds)
         return self.run_unchecked(feeds)
 
-    def run_unchecked(self, feeds: dict[str, "np.ndarray"]) -> dict[str, "np.ndarray"]:
-        """`run` without a look at the inputs, for loops that run the same ones again. Raises: as `run`, but for inputs."""
+    def run_unchecked(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """`run` without a look at the inputs, for loops that run the same ones again. Raises: as `run`, but for
+        inputs.
+        """
         self._check_open()
         try:
             return self._run(feeds)
@@ -99,8 +114,9 @@ class Runner:
         except Exception as e:  # runtimes have exception types of their own
             raise EngineError(f"{self.words} failed while running the file: {' '.join(str(e).split())[:400]}") from None
 
-    def timer(self, feeds: dict[str, "np.ndarray"]) -> Callable[[], float]:
-        """A function that runs these inputs once and gives the seconds that the runtime itself took (`timed` says what is in them).
+    def timer(self, feeds: dict[str, np.ndarray]) -> Callable[[], float]:
+        """A function that runs these inputs once and gives the seconds that the runtime itself took (`timed` says
+        what is in them).
 
         Whatever can be is done before: inputs are checked and lie where the runtime reads them.
         """
@@ -129,7 +145,7 @@ def stopwatch(call: Callable[[], object]) -> Callable[[], float]:
     return seconds
 
 
-def _check_input(name: str, shape: tuple, feeds: dict) -> None:
+def _check_input(name: str, shape: tuple, type_name: str, feeds: dict) -> None:
     """Raises: UsageError when an input is missing, of another shape or type, or (of arrays) not finite."""
     import numpy as np
 
@@ -137,10 +153,10 @@ def _check_input(name: str, shape: tuple, feeds: dict) -> None:
         raise UsageError(f"input {name!r} is missing: got {', '.join(feeds) or 'nothing'}")
     value = feeds[name]
     fits = len(value.shape) == len(shape) and all(n in (None, m) for m, n in zip(value.shape, shape))
-    if not fits or str(value.dtype).removeprefix("torch.") != "float32":
+    if not fits or str(value.dtype).removeprefix("torch.") != type_name:
         wanted = " x ".join("any" if n is None else str(n) for n in shape)
         raise UsageError(
-            f"input {name!r} is {value.dtype} {' x '.join(map(str, value.shape))}, wanted float32 {wanted}"
+            f"input {name!r} is {value.dtype} {' x '.join(map(str, value.shape))}, wanted {type_name} {wanted}"
         )
     if isinstance(value, np.ndarray) and not np.isfinite(value).all():
         raise UsageError(
@@ -148,7 +164,7 @@ def _check_input(name: str, shape: tuple, feeds: dict) -> None:
         )
 
 
-def in_batches(runner: Runner, images: "np.ndarray", tokens: tuple[str, ...] = ()) -> dict[str, "np.ndarray"]:
+def in_batches(runner: Runner, images: np.ndarray, tokens: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
     """Outputs for any number of images, whatever batch the file takes.
 
     Runs are of the file's fixed batch, the last one filled up with copies and cut again, or of at most AT_ONCE images.
@@ -180,7 +196,9 @@ def in_batches(runner: Runner, images: "np.ndarray", tokens: tuple[str, ...] = (
 
 
 def failure(path: Path, runtime, error: Exception) -> Exception:
-    """The error that says a file could not be opened: what is said in words already stays, anything else is the runtime's failure."""
+    """The error that says a file could not be opened: what is said in words already stays, anything else is the
+    runtime's failure.
+    """
     if isinstance(error, (UsageError, FailureError)):
         return error
     lines = str(error).strip().splitlines() or [type(error).__name__]

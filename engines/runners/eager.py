@@ -12,7 +12,7 @@ from .base import Runner, RunnerOptions
 from .table import Runtime
 
 
-def open_file(path: Path, runtime: Runtime, options: RunnerOptions) -> "EagerRunner":
+def open_file(path: Path, runtime: Runtime, options: RunnerOptions) -> EagerRunner:
     """The reference of an ONNX file. Raises: UsageError for inner values, or weights that cannot be found."""
     from ...export.inspection import inspect
     from ...export.models.learned_layers import learned_layers
@@ -29,7 +29,9 @@ def open_file(path: Path, runtime: Runtime, options: RunnerOptions) -> "EagerRun
 
 
 class EagerRunner(Runner):
-    """The reference in eager mode on the CPU. PyTorch's threads are the process's own: they are changed for the length of a run only."""
+    """The reference in eager mode on the CPU. PyTorch's threads are the process's own: they are changed for the
+    length of a run only.
+    """
 
     def __init__(self, runtime: Runtime, reference, *, inspection, threads: int):
         self._reference, self._threads = reference, threads

@@ -14,7 +14,7 @@ from .table import Runtime
 SETTINGS = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1"}
 
 
-def open_file(path: Path, runtime: Runtime, options: RunnerOptions) -> "OpenVinoRunner":
+def open_file(path: Path, runtime: Runtime, options: RunnerOptions) -> OpenVinoRunner:
     """An ONNX file, compiled for the CPU."""
     ov = _package()
     core = ov.Core()
@@ -45,6 +45,7 @@ class OpenVinoRunner(Runner):
             runtime.words,
             inputs={port.any_name: _shape(port) for port in compiled.inputs},
             outputs={name: _shape(port) for name, port in self._ports.items()},
+            input_types={p.any_name: "uint8" for p in compiled.inputs if p.element_type == _package().Type.u8},
         )
 
     def _run(self, feeds: dict) -> dict:

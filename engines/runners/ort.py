@@ -27,7 +27,7 @@ def check(runtime: Runtime) -> None:
         )
 
 
-def open_file(path: Path, runtime: Runtime, options: RunnerOptions) -> "OrtRunner":
+def open_file(path: Path, runtime: Runtime, options: RunnerOptions) -> OrtRunner:
     """An ONNX file in a session. Raises: UsageError for bf16 on the CPU, or when the GPU cannot be used."""
     import onnxruntime as ort
 
@@ -64,6 +64,7 @@ class OrtRunner(Runner):
             runtime.words,
             inputs={v.name: _shape(v.shape) for v in session.get_inputs()},
             outputs={v.name: _shape(v.shape) for v in session.get_outputs()},
+            input_types={v.name: "uint8" for v in session.get_inputs() if v.type == "tensor(uint8)"},
         )
         if self._on_gpu:
             self.timed = "one run with input and outputs on the GPU, until the GPU is done, by the host's clock"

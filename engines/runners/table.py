@@ -1,4 +1,6 @@
-"""The table of runtimes: one row each. To add one, write its module (see `base`) and its row here. Imports nothing heavy."""
+"""The table of runtimes: one row each. To add one, write its module (see `base`) and its row here. Imports nothing
+heavy.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,13 @@ class Runtime:
         words: what people call it: "ONNX Runtime".
         package: the package it is, by its import name; None when the module itself knows which of several a file needs.
         extra: the extra of tokexport that installs it.
-        module: where it lives, relative to this package or absolute. The module has `open_file(path, runtime, options)` -> `Runner`,
-            and may have `check(runtime)`, which raises a UsageError when the runtime cannot be used here although it is installed.
+        module: where it lives, relative to this package or absolute. The module has `open_file(path, runtime,
+            options)` -> `Runner`, and may have `check(runtime)`, which raises a UsageError when the runtime cannot be
+            used here although it is installed.
         device: "cpu" or "gpu": where it computes.
         reads: "onnx" or "engine": which files it runs.
-        profiler: name of the module's function (path, images, *, rounds, threads) -> {node name: milliseconds a run}; None without one.
+        profiler: name of the module's function (path, images, *, rounds, threads) -> {node name: milliseconds a run};
+            None without one.
         provider: of ONNX Runtime: its execution provider.
     """
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,13 +25,14 @@ def check(runtime: Runtime) -> None:
     _check_torch("engines")
 
 
-def open_file(path: Path, runtime: Runtime, options: RunnerOptions) -> "EngineRunner":
+def open_file(path: Path, runtime: Runtime, options: RunnerOptions) -> EngineRunner:
     """An engine built by `build_engine`, ready to run on the GPU that is current in PyTorch.
 
     Args:
         path: the engine; its sidecar lies beside it.
         runtime: the table's row.
-        options: `outputs` an engine has only when it was built with them (decisions); `threads` and `batch` are not for engines.
+        options: `outputs` an engine has only when it was built with them (decisions); `threads` and `batch` are not
+            for engines.
     Raises:
         UsageError: there is no GPU or another one, the runtime is of another version, or an output is not there.
         MissingPackageError: the TensorRT that built it, or PyTorch, is not installed.
@@ -48,7 +50,7 @@ def open_file(path: Path, runtime: Runtime, options: RunnerOptions) -> "EngineRu
     builder = builders.load(name)
     if builder.version != sidecar.builder.version:
         raise UsageError(
-            f"{path} was built by {words} {sidecar.runtime['version']}, here is {builder.version}: build it again"
+            f"{path} was built by {words} {sidecar.builder.version}, here is {builder.version}: build it again"
         )
     return EngineRunner(path, sidecar, builder, cuda_graph=options.cuda_graph)
 
@@ -87,6 +89,7 @@ class EngineRunner(Runner):
             self._load(builder)
             names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
             output = self._trt.TensorIOMode.OUTPUT
+            byte_inputs = [n for n in names if self._engine.get_tensor_dtype(n) == getattr(self._trt, "uint8", None)]
             shapes = {n: tuple(None if d < 0 else d for d in self._engine.get_tensor_shape(n)) for n in names}
             results = [n for n in names if self._engine.get_tensor_mode(n) == output]
         except BaseException:
@@ -97,6 +100,7 @@ class EngineRunner(Runner):
             builder.words,
             inputs={n: shape for n, shape in shapes.items() if n not in results},
             outputs={n: shapes[n] for n in results},
+            input_types=dict.fromkeys(set(byte_inputs) - set(results), "uint8"),
         )
 
     def _load(self, builder) -> None:
@@ -245,7 +249,9 @@ class EngineRunner(Runner):
         return {name: value.clone() for name, value in capture.outputs.items()}
 
     def _release(self) -> None:
-        """Graphs, context, engine, runtime, in this order, once the GPU is done with them: their memory is free when this returns."""
+        """Graphs, context, engine, runtime, in this order, once the GPU is done with them: their memory is free when
+        this returns.
+        """
         if self._stream is not None:
             self._stream.synchronize()
         self._captures.clear()

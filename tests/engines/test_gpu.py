@@ -6,17 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-
-from tokexport import UsageError, open_runner, verify
 from tokexport.engines import files
+from tokexport.engines.measure.jobs import noise
 from tokexport.engines.runners import TABLE, RunnerOptions
 from tokexport.engines.runners import tensorrt as engine_runner
 from tokexport.engines.tensorrt import runtime as trt
 from tokexport.engines.tensorrt.build import build_engine
 from tokexport.engines.tensorrt.sidecar import Builder, read_sidecar, write_sidecar
 from tokexport.export.inspection import inspect
-from tokexport.engines.measure.jobs import noise
 from tokexport.tools.demo import samples
+
+from tokexport import UsageError, open_runner, verify
 
 
 def open_engine(path, outputs=()):
@@ -69,7 +69,6 @@ def test_the_stages_of_an_engine_cannot_be_bisected(elsewhere):
 @NO_GPU
 def test_without_a_gpu_an_engine_is_refused_in_words(elsewhere):
     from click.testing import CliRunner
-
     from tokexport.tools.cli import group
 
     for args in (["run", str(elsewhere), str(samples.sample_photos()[0])], ["verify", str(elsewhere)]):
@@ -81,7 +80,6 @@ def test_without_a_gpu_an_engine_is_refused_in_words(elsewhere):
 
 def test_engines_are_benched_with_each_other_only(elsewhere, tome):
     from click.testing import CliRunner
-
     from tokexport.tools.cli import group
 
     for args in (
@@ -95,7 +93,6 @@ def test_engines_are_benched_with_each_other_only(elsewhere, tome):
 @NO_GPU
 def test_an_engine_that_cannot_run_is_a_row_with_its_error(elsewhere, exported, tmp_path):
     from click.testing import CliRunner
-
     from tokexport.tools.cli import group
 
     dense = build_engine(

@@ -1,4 +1,6 @@
-"""Runners: a runtime is one file and one row, closing is final, what failed is told from what was asked wrongly, nothing else is needed."""
+"""Runners: a runtime is one file and one row, closing is final, what failed is told from what was asked wrongly,
+nothing else is needed.
+"""
 
 import gc
 import json
@@ -11,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-
-from tokexport import UsageError, evaluate, open_runner, verify
 from tokexport.engines.runners import tensorrt as engine_runner
 from tokexport.engines.runners.table import TABLE, Runtime, runtime_for
 from tokexport.export.errors import EngineError, MissingPackageError
 from tokexport.tools.cli import group
+
+from tokexport import UsageError, evaluate, open_runner, verify
 
 IMAGE = np.zeros((2, 3, 64, 64), np.float32)
 TOY = """
@@ -126,6 +128,22 @@ def test_a_failing_runtime_is_no_wrong_use(runtime, tome):
             runner.run({"image": np.zeros((1, 7), np.float32)})
         with pytest.raises(EngineError, match="failed while running the file"):
             runner.run_unchecked({"no such input": IMAGE})
+
+
+@pytest.mark.parametrize("runtime", ["ort", "openvino"])
+def test_a_file_of_bytes_takes_bytes(runtime, tmp_path):
+    import onnx
+    from onnx import TensorProto, helper
+
+    value = lambda name, kind: helper.make_tensor_value_info(name, kind, ["batch", 4])
+    node = helper.make_node("Cast", ["image"], ["out"], to=TensorProto.FLOAT)
+    graph = helper.make_graph([node], "g", [value("image", TensorProto.UINT8)], [value("out", TensorProto.FLOAT)])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    onnx.save(model, tmp_path / "bytes.onnx")
+    with open_runner(tmp_path / "bytes.onnx", runtime) as runner:
+        assert runner.run({"image": np.full((2, 4), 255, np.uint8)})["out"].max() == 255
+        with pytest.raises(UsageError, match="is float32 2 x 4, wanted uint8 any x 4"):
+            runner.run({"image": np.zeros((2, 4), np.float32)})
 
 
 def test_a_file_that_a_runtime_refuses_is_the_runtimes_failure(tome, tmp_path):
@@ -318,7 +336,6 @@ def test_an_engine_needs_no_onnxruntime(without_onnxruntime, tome, tmp_path):
 def test_a_real_engine_needs_no_onnxruntime(without_onnxruntime, tome, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: engine builds need it")
     from PIL import Image
-
     from tokexport.engines.tensorrt.build import build_engine
 
     plan = build_engine(

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 from click.testing import CliRunner
-
 from tokexport.engines.measure import environment
 from tokexport.engines.runners import TABLE
 from tokexport.tools.cli import group

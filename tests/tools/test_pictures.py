@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-
-from tokexport import UsageError, export_onnx, load_model
+from tokexport.engines.measure import evaluate
 from tokexport.export.errors import EngineError
 from tokexport.export.inspection import inspect
+from tokexport.tools.cli import group
 from tokexport.tools.demo import digits, samples
 from tokexport.tools.show import draw
-from tokexport.engines.measure import evaluate
-from tokexport.tools.cli import group
+
+from tokexport import UsageError, export_onnx, load_model
 
 
 def run(*args):
@@ -94,7 +94,7 @@ def test_hits_are_counted_among_the_likeliest():
     assert evaluate._hits("f", logits, np.array([6, 4])) == evaluate.Hits(2, 1, 2)
     assert evaluate._hits("f", logits, np.array([1, 5])) == evaluate.Hits(2, 0, 0)
     with pytest.raises(EngineError, match="not finite"):
-        evaluate._hits("f", logits / np.float32(0), np.array([1, 5]))
+        evaluate._hits("f", np.full_like(logits, np.nan), np.array([1, 5]))
 
 
 @pytest.mark.parametrize("runtime", ["ort", "openvino"])
@@ -188,7 +188,6 @@ def test_names_with_markup_are_printed_as_they_are(model, data, tmp_path):
 def test_training_learns(tmp_path):
     """One short run of the training script's parts: the loss falls, heads have the published shapes."""
     import torch
-
     from tokexport.export.checkpoints import score_heads
     from tokexport.tools.demo import train_digits
 

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-
-from tokexport import UsageError, export_onnx, load_model, open_runner
 from tokexport.engines.images import load_images
 from tokexport.export.inspection import inspect
 from tokexport.tools.cli import group
+
+from tokexport import UsageError, export_onnx, load_model, open_runner
 
 KWARGS = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2}
 
@@ -92,8 +92,9 @@ def test_what_is_refused(files, photos, tmp_path):
 
 def test_any_number_of_images_goes_through_any_batch(exported, run_onnx):
     """More than fit into one run, of a free batch and of a fixed one: as many outputs, in order."""
-    from tokexport import open_runner
     from tokexport.engines.runners import AT_ONCE, in_batches
+
+    from tokexport import open_runner
 
     image = np.random.default_rng(0).standard_normal((AT_ONCE + 5, 3, 64, 64)).astype(np.float32)
     wanted = run_onnx(exported("tiny_vit", method="tome", r=8, batch=1), image)["logits"]

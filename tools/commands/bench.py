@@ -62,11 +62,12 @@ from ..options import runtime_option
 @click.option("--force", is_flag=True, help="Replace the picture.")
 @click.option("--json", "as_json", is_flag=True, help="The figures as JSON on stdout.")
 def command(files, dense, sweep, images, runtimes, batches, plot, force, gate, as_json, **options):
-    """Time FILES against the dense model, all in one run, interleaved: medians, speedup, and how near it is to what is possible.
+    """Time FILES against the dense model, all in one run, interleaved: medians, speedup, and how near it is to what
+    is possible.
 
-    The time is of the runtime alone; whole calls stand beside it. Of one process, medians and 20 to 80 percentiles; with --processes
-    the mean, least and largest of their medians. Without FILES: DeiT-S with ToMe r=13, random weights. Engines (.plan) are compared
-    with an engine, given with --dense.
+    The time is of the runtime alone; whole calls stand beside it. Of one process, medians and 20 to 80 percentiles;
+    with --processes the mean, least and largest of their medians. Without FILES: DeiT-S with ToMe r=13, random
+    weights. Engines (.plan) are compared with an engine, given with --dense.
     """
     from ...engines.measure.bench import bench
     from ..show.terminal import console, print_json, stages

@@ -8,7 +8,9 @@ import click
 @click.command("env")
 @click.option("--json", "as_json", is_flag=True, help="The same as JSON on stdout.")
 def command(as_json):
-    """Show what a bug report needs: versions, processor, which runtimes load and why the others do not, GPUs and their driver."""
+    """Show what a bug report needs: versions, processor, which runtimes load and why the others do not, GPUs and
+    their driver.
+    """
     from ...engines.measure.environment import environment
     from ..show.terminal import console, print_json, size_words, stages
 

@@ -27,7 +27,8 @@ from ..options import runtime_option
 def command(files, data, limit, runtime, reference, checkpoint, predictor, as_json):
     """Top-1 and top-5 accuracy of FILES on labelled images, beside the PyTorch reference's and the dense model's.
 
-    A class folder is named by its index or its label; otherwise there must be one for each class, in alphabetical order.
+    A class folder is named by its index or its label; otherwise there must be one for each class, in alphabetical
+    order.
     """
     from ...engines.files import inspect_file
     from ...engines.measure.evaluate import check_same_classes, evaluate, labelled

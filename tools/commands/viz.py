@@ -59,7 +59,9 @@ def command(file, images, output, blocks, runtime, force):
 
 
 def _steps(schedule, blocks: str | None) -> list[int]:
-    """Which of the steps are shown: those of the blocks that are named, or COLUMNS of them, spread evenly, the last among them."""
+    """Which of the steps are shown: those of the blocks that are named, or COLUMNS of them, spread evenly, the last
+    among them.
+    """
     n = len(schedule.steps)
     if blocks is None:
         shown = min(COLUMNS, n)

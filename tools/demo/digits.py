@@ -1,7 +1,7 @@
 """A small ViT of this project's own and real labelled images, for what must work without a download.
 
-The images are scikit-learn's handwritten digits (Alpaydin and Kaynak 1998), 8 x 8 pixels drawn at 32 x 32. The model has seen the
-first 1347; the last 450, by other writers, are held out. `train_digits` made the weights.
+The images are scikit-learn's handwritten digits (Alpaydin and Kaynak 1998), 8 x 8 pixels drawn at 32 x 32. The model
+has seen the first 1347; the last 450, by other writers, are held out. `train_digits` made the weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ N_TRAIN = 1347
 
 
 def arrays():
-    """All images [1797, 8, 8] (0 to 16, float32) and labels [1797]. Raises: UsageError when scikit-learn is not installed."""
+    """All images [1797, 8, 8] (0 to 16, float32) and labels [1797]. Raises: UsageError when scikit-learn is not
+    installed.
+    """
     import numpy as np
 
     path = inside("sklearn", "datasets/data/digits.csv.gz", "scikit-learn")

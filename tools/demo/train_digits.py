@@ -1,8 +1,10 @@
-"""Train the digits model and its score heads: python -m tokexport.tools.demo.train_digits -o FOLDER (half an hour on one core).
+"""Train the digits model and its score heads: python -m tokexport.tools.demo.train_digits -o FOLDER (half an hour on
+one core).
 
-The model is trained on labels with small rotations, shifts and scalings. The heads are trained as DynamicViT trains them (Rao et al.
-2021): tokens are kept by a Gumbel softmax over the heads' log-probabilities and masked out of the attention; the loss is the label's,
-the distance to the dense model's own answer and the distance of the share kept from the rate's. The trunk stays as it is.
+The model is trained on labels with small rotations, shifts and scalings. The heads are trained as DynamicViT trains
+them (Rao et al. 2021): tokens are kept by a Gumbel softmax over the heads' log-probabilities and masked out of the
+attention; the loss is the label's, the distance to the dense model's own answer and the distance of the share kept
+from the rate's. The trunk stays as it is.
 """
 
 from __future__ import annotations
@@ -19,15 +21,17 @@ from torch.nn import functional as F
 from ...engines.images import crop, normalise
 from ...export.models import as_plain
 from ...export.models.load import load_model
-from ...export.provenance import Preprocess
 from ...export.models.score_head import ScoreHead
+from ...export.provenance import Preprocess
 from . import digits
 
 AT, RATE = (3, 6, 9), 0.7
 
 
 def tensors(preprocess: Preprocess, folder: Path):
-    """All digits as the model will see them [1797, 3, 32, 32] and their labels, through the very files and transforms of `eval`."""
+    """All digits as the model will see them [1797, 3, 32, 32] and their labels, through the very files and transforms
+    of `eval`.
+    """
     images, labels = digits.arrays()
     path, out = folder / "digit.png", []
     for image in images:

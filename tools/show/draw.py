@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import numpy as np
 
@@ -29,7 +29,8 @@ def token_rows(
     runtime: str = "ort",
     progress: Callable[[str], None] = lambda stage: None,
 ) -> list:
-    """For each photo a PIL image: the photo, and beside it which patches a file has merged or dropped after some of its steps.
+    """For each photo a PIL image: the photo, and beside it which patches a file has merged or dropped after some of
+    its steps.
 
     Args:
         file: a reduced ONNX file, or an engine with its decisions.
@@ -82,7 +83,8 @@ def save(picture, path: Path) -> None:
 
 
 def draw_sources(image, grid: tuple[int, int], sources: np.ndarray):
-    """The photo with every group of merged patches in its mean colour, outlined; patches that are gone are dimmed and tinted.
+    """The photo with every group of merged patches in its mean colour, outlined; patches that are gone are dimmed and
+    tinted.
 
     Args:
         image: PIL image as the model saw it.

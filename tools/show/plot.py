@@ -19,8 +19,8 @@ def require() -> None:
 
 
 def save(rows: list, path: Path, *, sweep: str | None) -> None:
-    """A PNG, written aside and renamed: bars of speedup beside the free bound and the MACs ratio; of a sweep, speedup and agreement
-    over its values.
+    """A PNG, written aside and renamed: bars of speedup beside the free bound and the MACs ratio; of a sweep, speedup
+    and agreement over its values.
 
     Args:
         rows: `LatencyRow`s.
