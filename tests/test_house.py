@@ -66,7 +66,7 @@ LONG_CALLS: set[str] = {
     "tools/demo/real.py:_export",
 }
 UNDOCUMENTED: set[str] = {
-    "engines/bundle/folder.py",
+    "engines/bundle/names.py",
     "engines/measure/bound.py",
     "engines/measure/candidates.py",
     "engines/measure/jobs.py",
