@@ -7,6 +7,7 @@ import shlex
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import Mock
 
 import click
 import pytest
@@ -95,18 +96,14 @@ def test_the_drawing_of_six_tokens_is_the_codes():
 
 
 def test_exit_codes_are_those_of_the_command_line(monkeypatch):
-    names = {
-        name: int(code.split(",")[0])
-        for code, (_, cell) in cells(README, "| code ").items()
-        if code != "code"
-        for name in re.findall(r"`(\w+Error)`", cell)
-    }
-    kinds = {n for n, e in vars(errors).items() if isinstance(e, type) and issubclass(e, Exception)} - {"FailureError"}
-    assert names.keys() == kinds
-    for name, code in names.items():
-        kind = getattr(errors, name)
-        error = kind("torch", "export,cpu", "this") if kind is errors.MissingPackageError else kind("a reason")
-        monkeypatch.setattr(cli.group, "main", lambda error=error, **_: (_ for _ in ()).throw(error))
+    table = {code: row for code, row in cells(README, "| code ").items() if code != "code"}
+    assert sorted(map(int, table)) == sorted(cli.EXIT_CODES)
+    codes = {name: int(code) for code, (_, names) in table.items() for name in re.findall(r"`(\w+Error)`", names)}
+    kinds = {name: e for name, e in vars(errors).items() if isinstance(e, type) and issubclass(e, Exception)}
+    assert codes.keys() == kinds.keys() - {"FailureError"}
+    for name, code in codes.items():
+        error = kinds[name]("torch", "export,cpu", "this") if name == "MissingPackageError" else kinds[name]("a reason")
+        monkeypatch.setattr(cli.group, "main", Mock(side_effect=error))
         assert run(monkeypatch)[::2] == (code, f"Error: {error}\n"), name
 
 

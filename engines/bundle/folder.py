@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import stat
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,35 +12,8 @@ from typing import Iterator
 
 from ...export.errors import StorageError, UsageError
 from .manifest import NAME, FileEntry, Manifest
-
-
-def refuse_path(name: str, manifest: Path) -> None:
-    """Raises: UsageError unless a name is that of a file right inside the folder. manifest: for the message."""
-    plain = name and name not in (".", "..") and not set(name) & set('/\\:\0') and name.isprintable() and len(name) <= 200
-    if not plain:
-        raise UsageError(f"{manifest} names a file {name[:80]!r}: wanted a plain name, without folders: do not trust this bundle")
-
-
-def plain_file(folder: Path, name: str) -> Path:
-    """A file right inside a folder.
-
-    Args:
-        folder: of the bundle.
-        name: a plain name.
-    Raises:
-        UsageError: it is not there, or a link, a folder or a device.
-    """
-    if not os.path.isdir(folder):
-        raise UsageError(f"{folder}: no such folder: wanted a bundle, which `tokexport bundle` makes")
-    path = folder / name
-    try:
-        mode = os.lstat(path).st_mode
-    except OSError:
-        raise UsageError(f"{folder} has no {name}: " + ("wanted a bundle, which `tokexport bundle` makes" if name == NAME else
-                         "the bundle is not complete, copy it again")) from None
-    if not stat.S_ISREG(mode):
-        raise UsageError(f"{path} is {'a link' if stat.S_ISLNK(mode) else 'no regular file'}: bundles hold plain files only")
-    return path
+from .names import plain_file
+from .names import refuse_path as refuse_path
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:

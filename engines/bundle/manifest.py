@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from ...export.errors import UsageError
 from ...export.records import from_document, to_document
+from .names import NAME, plain_file, refuse_path
 
-NAME = "tokexport.json"
 LARGEST = 64 << 20  # bytes of a manifest; one with ten thousand labels has half a megabyte
 
 
@@ -246,8 +246,6 @@ def read_manifest(folder: str | Path) -> Manifest:
         UsageError: there is none, it is a link, damaged or of a newer format, needs what is not understood here, or names a file that
             is not a plain name.
     """
-    from .folder import plain_file, refuse_path
-
     path = plain_file(Path(folder), NAME)
     size = path.stat().st_size
     if size > LARGEST:

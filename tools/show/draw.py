@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ...export.errors import UsageError
 from ...export.files import aside
 
 GONE = np.float32([14, 20, 56])  # a tint, so that a dark patch that is gone is told from one that is there
@@ -43,8 +42,8 @@ def token_rows(
     """
     from ...engines.files import inspect_file
     from ...engines.images import crop, normalise
-    from ...engines.parity.compare import token_maps
-    from ...engines.parity.verify import open_side
+    from ...engines.parity.decisions import token_maps
+    from ...engines.parity.sides import open_side
 
     provenance, rows = inspect_file(file).provenance, []
     schedule, grid = provenance.schedule, grid_of(provenance)
@@ -52,10 +51,7 @@ def token_rows(
         for photo in photos:
             progress(f"drawing {photo.name}")
             image = crop(photo, provenance.preprocess)
-            side = run(normalise(image, provenance.preprocess)[None])
-            if isinstance(side, str):
-                raise UsageError(f"{file}: {side}; see tokexport verify {file}")
-            maps = token_maps(side, schedule)
+            maps = token_maps(run(normalise(image, provenance.preprocess)[None]).plans, schedule)
             patches = [maps[i][0, schedule.n_prefix :] for i in steps]
             pictures = [draw_sources(image, grid, sources) for sources in patches]
             captions = [
