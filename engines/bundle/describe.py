@@ -58,7 +58,9 @@ def describe(path: Path, provenance: Provenance, runtime: str) -> Manifest:
         decisions=decision_entries(provenance),
         ordered=provenance.schedule.method == "tome" and not has_class_token(provenance),
         tokens=provenance.schedule.n_tokens,
-        proof=ProofEntry(FileEntry("proof.safetensors", "", 0), 0, *_runtime_version(path, engine, runtime), photos=True),
+        proof=ProofEntry(
+            FileEntry("proof.safetensors", "", 0), 0, *_runtime_version(path, engine, runtime), photos=True
+        ),
         builder=_builder(path) if engine else None,
         provenance=_stored(path, engine),
     )
@@ -108,7 +110,11 @@ def _output(name: str, shape: tuple, batch: int | None, provenance: Provenance) 
     exact, precision = kind == "sources", provenance.precision
     limit = 0.0 if exact else precisions.get(precision).output_limit
     own = 0.0 if exact else OWN_LIMITS.get(precision, limit)
-    last = {"logits": provenance.dims["classes"], "features": provenance.dims["width"], "sources": provenance.schedule.n_tokens}
+    last = {
+        "logits": provenance.dims["classes"],
+        "features": provenance.dims["width"],
+        "sources": provenance.schedule.n_tokens,
+    }
     return OutputEntry(
         name,
         "int64" if exact else "float32",
@@ -163,9 +169,9 @@ def _builder(path: Path) -> Builder:
 
     engine = read_sidecar(path)
     return Builder(
-        engine.runtime["name"],
-        engine.runtime["version"],
-        tuple(engine.compute_capability),
+        engine.builder.name,
+        engine.builder.version,
+        engine.compute_capability,
         bool(getattr(engine, "plugin", None)),
     )
 
@@ -185,6 +191,7 @@ def _runtime_version(path: Path, engine: bool, runtime: str) -> tuple[str, str]:
     if engine:
         from ..tensorrt.sidecar import read_sidecar
 
-        return tuple(read_sidecar(path).runtime[k] for k in ("name", "version"))
+        builder = read_sidecar(path).builder
+        return builder.name, builder.version
     package = "openvino" if runtime == "openvino" else "onnxruntime"
     return runtime, version(package)

@@ -230,3 +230,13 @@ def test_a_sidecar_that_is_written_is_read(split, fake_builder):
     other = replace(read_sidecar(path), compute_capability=("80",), gpu=None)
     write_sidecar(path, other)
     assert read_sidecar(path) == other
+
+
+def test_a_bundle_reads_what_built_an_engine_and_where_it_runs(split, fake_builder):
+    from tokexport.engines.bundle import describe
+
+    path = build_engine(split, builder="rtx").path
+    builder = describe._builder(path)
+    assert (builder.name, builder.version, builder.compute_capability) == ("rtx", "1.7", ("89",))
+    assert describe._runtime_version(path, True, "trt") == ("rtx", "1.7")
+    assert describe._stored(path, True)["model"] == read_sidecar(path).provenance.model
