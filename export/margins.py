@@ -1,11 +1,14 @@
-"""How clear each token's part of a decision is: the least that a score would have to move for the token to be decided otherwise.
+"""How clear each token's part of a decision is: the least that a score would have to move for the token to be decided
+otherwise.
 
-A decision gives every token of a step a fate: it stays, is folded into a host, or is dropped. A token whose margin is within what
-rounding explains is a near-tie; of any other, two runtimes must decide alike. That can be checked later without the model.
+A decision gives every token of a step a fate: it stays, is folded into a host, or is dropped. A token whose margin is
+within what rounding explains is a near-tie; of any other, two runtimes must decide alike. That can be checked later
+without the model.
 
-Example: one of four tokens merges; their best similarities are 0.90, 0.80, 0.79, 0.50. The first merges. Its margin is 0.10 (to the
-best that stays), those of the others are 0.10, 0.11 and 0.40 (to what merges). Margins are in the units of the near-tie limits
-(`precisions.Precision.near_tie`): cosines of keys, logarithms of attention, log-odds of a score head.
+Example: one of four tokens merges; their best similarities are 0.90, 0.80, 0.79, 0.50. The first merges. Its margin is
+0.10 (to the best that stays), those of the others are 0.10, 0.11 and 0.40 (to what merges). Margins are in the units of
+the near-tie limits (`precisions.Precision.near_tie`): cosines of keys, logarithms of attention, log-odds of a score
+head.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ class RowMargins(NamedTuple):
     """Margins of the rows that come into a step; infinite where nothing is to be decided.
 
     Args:
-        fate: [B, n_in] of staying, being folded or dropped. Of a ToMe without a class token, whose order is its next partition, of
-            the place among the rows that stay as well.
+        fate: [B, n_in] of staying, being folded or dropped. Of a ToMe without a class token, whose order is its next
+            partition, of the place among the rows that stay as well.
         host: [B, n_in] of a folded row: to the second best host.
     """
 
@@ -44,7 +47,7 @@ def row_margins(signals: Signals, step: Step, *, plan: MergePlan) -> RowMargins:
     """
     import torch
 
-    free = torch.full((len(signals.x), step.n_in), torch.inf)
+    free = torch.full((len(signals.x), step.n_in), torch.inf, device=signals.x.device)
     if step.n_in == 1 or step.signal is None:
         return RowMargins(free, free)
     if signals.metric is not None:
@@ -61,8 +64,8 @@ def _of_matching(s: Signals, step: Step, plan: MergePlan, free: Tensor) -> RowMa
     n_left = step.n_kept - s.n_prefix - len(b)
     left, src = plan.keep[:, s.n_prefix : s.n_prefix + n_left, 0], plan.src[..., 0]
     host = (plan.dst[..., 0] - s.n_prefix - n_left).clamp(min=0)
-    place = torch.zeros(step.n_in, dtype=torch.int64)
-    place[a] = torch.arange(len(a))
+    place = torch.zeros(step.n_in, dtype=torch.int64, device=a.device)
+    place[a] = torch.arange(len(a), device=a.device)
     best = scores.amax(-1)
     kept, merged = best.gather(1, place[left]), best.gather(1, place[src])
     rows = scores.gather(1, place[src][..., None].expand(-1, -1, len(b)))
@@ -95,7 +98,7 @@ def _of_ranking(s: Signals, step: Step, plan: MergePlan, free: Tensor, log: bool
         fate = fate.scatter(1, keep, kept - rest.amax(1, keepdim=True))
         fate = fate.scatter(1, src, torch.minimum(low - folded, folded - dropped))
         if plan.dst is not None and not plan.n_extra:
-            cosine = ranking.cosines(s, plan.keep, plan.src, 0.0)
+            cosine = ranking.cosines(s, plan.keep, plan.src, eps=0.0)
             hosts = free.scatter(1, src, _lead(cosine, plan.dst[..., 0].clamp(max=step.n_kept - 1)))
     return RowMargins(fate.clamp(min=0), hosts)
 

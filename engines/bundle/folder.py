@@ -1,47 +1,18 @@
-"""The folder of a bundle: plain names inside it, nothing else is opened; written aside and renamed as a whole. Imports no torch."""
+"""The folder of a bundle: its files are those of the manifest; written aside and renamed as a whole. Imports no torch."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
-import stat
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
 
 from ...export.errors import StorageError, UsageError
-from .manifest import NAME, FileEntry, Manifest
-
-
-def refuse_path(name: str, manifest: Path) -> None:
-    """Raises: UsageError unless a name is that of a file right inside the folder. manifest: for the message."""
-    plain = name and name not in (".", "..") and not set(name) & set('/\\:\0') and name.isprintable() and len(name) <= 200
-    if not plain:
-        raise UsageError(f"{manifest} names a file {name[:80]!r}: wanted a plain name, without folders: do not trust this bundle")
-
-
-def plain_file(folder: Path, name: str) -> Path:
-    """A file right inside a folder.
-
-    Args:
-        folder: of the bundle.
-        name: a plain name.
-    Raises:
-        UsageError: it is not there, or a link, a folder or a device.
-    """
-    if not os.path.isdir(folder):
-        raise UsageError(f"{folder}: no such folder: wanted a bundle, which `tokexport bundle` makes")
-    path = folder / name
-    try:
-        mode = os.lstat(path).st_mode
-    except OSError:
-        raise UsageError(f"{folder} has no {name}: " + ("wanted a bundle, which `tokexport bundle` makes" if name == NAME else
-                         "the bundle is not complete, copy it again")) from None
-    if not stat.S_ISREG(mode):
-        raise UsageError(f"{path} is {'a link' if stat.S_ISLNK(mode) else 'no regular file'}: bundles hold plain files only")
-    return path
+from .manifest import FileEntry, Manifest
+from .names import NAME, plain_file
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
@@ -57,9 +28,13 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         path = plain_file(folder, entry.name)
         size = path.stat().st_size
         if size != entry.size:
-            raise UsageError(f"{path} has {size} bytes, wanted {entry.size}: it was truncated or replaced, copy the bundle again")
+            raise UsageError(
+                f"{path} has {size} bytes, wanted {entry.size}: it was truncated or replaced, copy the bundle again"
+            )
         if sha256_of(path) != entry.sha256:
-            raise UsageError(f"{path} is not the file that {NAME} speaks of (SHA-256 differs): it was changed or replaced")
+            raise UsageError(
+                f"{path} is not the file that {NAME} speaks of (SHA-256 differs): it was changed or replaced"
+            )
 
 
 def sha256_of(path: Path) -> str:
@@ -88,7 +63,11 @@ def check_place(folder: str | Path, *, force: bool) -> Path:
     if os.path.lexists(folder):
         a_bundle = folder.is_dir() and not folder.is_symlink() and (folder / NAME).is_file()
         if not (force and a_bundle):
-            what = "exists: give force to replace it, or another name" if a_bundle else "exists and is no bundle: wanted another name"
+            what = (
+                "exists: give force to replace it, or another name"
+                if a_bundle
+                else "exists and is no bundle: wanted another name"
+            )
             raise UsageError(f"output {folder} {what}")
     if not os.path.isdir(folder.parent) or not os.access(folder.parent, os.W_OK):
         raise UsageError(f"output {folder}: there is no folder {folder.parent}, or nothing can be written in it")
@@ -118,6 +97,8 @@ def written_aside(folder: Path) -> Iterator[Path]:
                 os.replace(old, folder)
             raise
     except OSError as e:
-        raise StorageError(f"output {folder}: could not be written ({e.strerror or e}); nothing was left behind") from None
+        raise StorageError(
+            f"output {folder}: could not be written ({e.strerror or e}); nothing was left behind"
+        ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -1,6 +1,7 @@
 """The C++ runtime computes what the Python one does, prepares photos alike, takes many threads, and leaks nothing.
 
-One build serves all tests, with the address and undefined-behaviour sanitizers in it: every run of it is a test of memory too.
+One build serves all tests, with the address and undefined-behaviour sanitizers in it: every run of it is a test of
+memory too.
 """
 
 import importlib.util
@@ -14,13 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 from safetensors.numpy import load_file, save_file
-
-from tokexport import Schedule, export_onnx, load_model, open_runner
 from tokexport.engines.bundle.folder import sha256_of
 from tokexport.engines.bundle.write import write_bundle
 from tokexport.engines.images import crop, normalise
 from tokexport.export.provenance import Preprocess
 from tokexport.tools.demo import digits
+
+from tokexport import Schedule, export_onnx, load_model, open_runner
 
 SOURCE = Path(__file__).parents[2] / "engines" / "cpp"
 pytestmark = pytest.mark.programs
@@ -39,7 +40,11 @@ def first(*folders):
 HEADERS = {
     "onnxruntime": first(os.environ.get("ONNXRUNTIME_INCLUDE_DIR"), "/usr/include/onnxruntime"),
     "tensorrt": first(os.environ.get("TENSORRT_INCLUDE_DIR"), package_folder("kernel_lens", "include/tensorrt")),
-    "cuda": first(os.environ.get("CUDA_INCLUDE_DIR"), package_folder("triton", "backends/nvidia/include"), "/usr/local/cuda/include"),
+    "cuda": first(
+        os.environ.get("CUDA_INCLUDE_DIR"),
+        package_folder("triton", "backends/nvidia/include"),
+        "/usr/local/cuda/include",
+    ),
 }
 NO_HEADERS = "no headers of ONNX Runtime: set ONNXRUNTIME_INCLUDE_DIR (engines/cpp/onnxruntime_headers.sh finds them)"
 ONNXRUNTIME = pytest.param("onnxruntime", marks=pytest.mark.skipif(not HEADERS["onnxruntime"], reason=NO_HEADERS))
@@ -59,7 +64,11 @@ def built(folder, *options):
 
 def needed_programs():
     missing = [p for p in ("cmake", "g++") if shutil.which(p) is None]
-    missing += [h for h in ("jpeglib.h", "png.h") if not any(Path(d, h).is_file() for d in ("/usr/include", "/usr/local/include"))]
+    missing += [
+        h
+        for h in ("jpeglib.h", "png.h")
+        if not any(Path(d, h).is_file() for d in ("/usr/include", "/usr/local/include"))
+    ]
     return missing
 
 
@@ -70,7 +79,12 @@ def build(tmp_path_factory):
         pytest.skip(f"not installed: {', '.join(needed_programs())} (apt install cmake g++ libjpeg-dev libpng-dev)")
     from openvino.utils import get_cmake_path
 
-    options = [f"-DOpenVINO_DIR={get_cmake_path()}", "-DTOKEXPORT_SANITIZE=ON", "-DTOKEXPORT_TESTS=ON", "-DCMAKE_CXX_FLAGS=-O1"]
+    options = [
+        f"-DOpenVINO_DIR={get_cmake_path()}",
+        "-DTOKEXPORT_SANITIZE=ON",
+        "-DTOKEXPORT_TESTS=ON",
+        "-DCMAKE_CXX_FLAGS=-O1",
+    ]
     options += [f"-DONNXRUNTIME_INCLUDE_DIR={HEADERS['onnxruntime']}"] if HEADERS["onnxruntime"] else []
     if HEADERS["tensorrt"] and HEADERS["cuda"]:
         options += [f"-DTENSORRT_INCLUDE_DIR={HEADERS['tensorrt']}", f"-DCUDA_INCLUDE_DIR={HEADERS['cuda']}"]
@@ -98,7 +112,10 @@ def program(build, environment):
 
     def run(*args, code=0, env=None):
         done = subprocess.run(
-            [build / "tokexport-run", *map(str, args)], capture_output=True, env={**environment, **(env or {})}, stdin=subprocess.DEVNULL
+            [build / "tokexport-run", *map(str, args)],
+            capture_output=True,
+            env={**environment, **(env or {})},
+            stdin=subprocess.DEVNULL,
         )
         assert done.returncode == code, (args, done.returncode, done.stdout[-500:], done.stderr.decode()[-3000:])
         assert b"Sanitizer" not in done.stderr and b"runtime error" not in done.stderr
@@ -131,7 +148,11 @@ def bundles(photos, tmp_path_factory):
     return bundle
 
 
-CASES = [("openvino", "tome"), ("openvino", "one"), *((ONNXRUNTIME.values[0], name) for name in ("tome", "evit", "one"))]
+CASES = [
+    ("openvino", "tome"),
+    ("openvino", "one"),
+    *((ONNXRUNTIME.values[0], name) for name in ("tome", "evit", "one")),
+]
 CASES = [pytest.param(*case, marks=ONNXRUNTIME.marks if case[0] != "openvino" else ()) for case in CASES]
 
 
@@ -164,7 +185,11 @@ def image_kinds(folder):
     def photo(w, h, mode="RGB"):
         bands = {"RGB": 3, "RGBA": 4, "L": 1, "LA": 2, "CMYK": 4}[mode]
         small = random.integers(0, 256, (max(h // 6, 2), max(w // 6, 2), bands), dtype=np.uint8)
-        image = Image.fromarray(small[..., 0] if bands == 1 else small, mode if mode != "CMYK" else None) if mode != "CMYK" else Image.frombytes("CMYK", small.shape[1::-1], small.tobytes())
+        image = (
+            Image.fromarray(small[..., 0] if bands == 1 else small, mode if mode != "CMYK" else None)
+            if mode != "CMYK"
+            else Image.frombytes("CMYK", small.shape[1::-1], small.tobytes())
+        )
         return image.resize((w, h), Image.Resampling.BICUBIC)
 
     def save(name, image, **options):
@@ -192,7 +217,11 @@ def image_kinds(folder):
     save("palette.png", photo(70, 40).quantize(40))
     save("two_colours.png", photo(70, 40, "L").convert("1"))
     save("palette_clear.png", photo(60, 40).quantize(16), transparency=3)
-    save("clear_colour.png", Image.fromarray(np.repeat(random.integers(0, 3, (40, 40, 1), dtype=np.uint8), 3, 2)), transparency=(1, 1, 1))
+    save(
+        "clear_colour.png",
+        Image.fromarray(np.repeat(random.integers(0, 3, (40, 40, 1), dtype=np.uint8), 3, 2)),
+        transparency=(1, 1, 1),
+    )
     save("few_greys.png", Image.fromarray(random.integers(0, 16, (40, 44), dtype=np.uint8) * 17), bits=4)
     save("deep_grey.png", Image.fromarray(random.integers(0, 65536, (40, 50), dtype=np.uint16)))
     info = PngImagePlugin.PngInfo()
@@ -208,9 +237,14 @@ def _deep_colour(path, values):
     import zlib
 
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
     head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
 
 
 @pytest.fixture(scope="session")
@@ -219,15 +253,25 @@ def kinds(tmp_path_factory):
     return image_kinds(tmp_path_factory.mktemp("kinds"))
 
 
-@pytest.mark.parametrize("crop_mode, fraction, interpolation", [
-    ("center", 1.0, "bicubic"), ("center", 0.875, "bilinear"), ("squash", 0.9, "lanczos"), ("border", 1.0, "bicubic"),
-    ("border", 0.8, "hamming"), ("center", 0.95, "box"), ("center", 0.9, "nearest"),
-])
+@pytest.mark.parametrize(
+    "crop_mode, fraction, interpolation",
+    [
+        ("center", 1.0, "bicubic"),
+        ("center", 0.875, "bilinear"),
+        ("squash", 0.9, "lanczos"),
+        ("border", 1.0, "bicubic"),
+        ("border", 0.8, "hamming"),
+        ("center", 0.95, "box"),
+        ("center", 0.9, "nearest"),
+    ],
+)
 def test_photos_are_prepared_as_in_python(program, bundles, kinds, tmp_path, crop_mode, fraction, interpolation):
     assert len(kinds) >= 40
     folder = shutil.copytree(bundles("tome"), tmp_path / "b")
     values = json.loads((folder / "tokexport.json").read_text())
-    values["preprocessing"].update(crop_mode=crop_mode, crop=fraction, interpolation=interpolation, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25])
+    values["preprocessing"].update(
+        crop_mode=crop_mode, crop=fraction, interpolation=interpolation, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25]
+    )
     (folder / "tokexport.json").write_text(json.dumps(values))
     prepared = np.frombuffer(program("input", folder, *kinds), np.float32).reshape(len(kinds), 3, 32, 32)
     preprocess = Preprocess(**_preprocess(folder))
@@ -237,9 +281,14 @@ def test_photos_are_prepared_as_in_python(program, bundles, kinds, tmp_path, cro
         assert pixels.max() <= 1.001, (path.name, pixels.max())
 
 
-@pytest.mark.parametrize("spoil, word", [
-    (lambda b: b[: len(b) // 2], "cannot be read as an image"), (lambda b: b"", "wanted JPEG or PNG"), (lambda b: b"GIF89a" + b, "wanted JPEG or PNG"),
-])
+@pytest.mark.parametrize(
+    "spoil, word",
+    [
+        (lambda b: b[: len(b) // 2], "cannot be read as an image"),
+        (lambda b: b"", "wanted JPEG or PNG"),
+        (lambda b: b"GIF89a" + b, "wanted JPEG or PNG"),
+    ],
+)
 def test_a_damaged_photo_is_one_error(program, bundles, kinds, tmp_path, spoil, word):
     for source in (kinds[0].parent / "jpeg_6.jpg", kinds[0].parent / "png_6.png"):
         path = tmp_path / f"x{source.suffix}"
@@ -252,7 +301,9 @@ def test_a_damaged_photo_is_one_error(program, bundles, kinds, tmp_path, spoil, 
 def test_the_proof_passes(program, bundles, runtime, name):
     report = json.loads(program("verify", bundles(name), "--runtime", runtime, "--json"))
     assert report["passed"] and [i["verdict"] for i in report["images"]] == ["equal"] * 4
-    assert all(o["n_judged"] == 4 and o["error"] <= 1e-5 for o in report["outputs"]) and all(i["pixels"] == 0 for i in report["images"])
+    assert all(o["n_judged"] == 4 and o["error"] <= 1e-5 for o in report["outputs"]) and all(
+        i["pixels"] == 0 for i in report["images"]
+    )
 
 
 def changed(folder, edit):
@@ -261,7 +312,9 @@ def changed(folder, edit):
     edit(tensors)
     save_file(tensors, folder / "proof.safetensors")
     values = json.loads((folder / "tokexport.json").read_text())
-    values["proof"]["file"].update(sha256=sha256_of(folder / "proof.safetensors"), size=(folder / "proof.safetensors").stat().st_size)
+    values["proof"]["file"].update(
+        sha256=sha256_of(folder / "proof.safetensors"), size=(folder / "proof.safetensors").stat().st_size
+    )
     (folder / "tokexport.json").write_text(json.dumps(values))
 
 
@@ -319,7 +372,19 @@ def test_a_broken_manifest_is_one_error(program, bundles, photos, tmp_path, faul
     assert word in text and text.count("\n") == 1
 
 
-@pytest.mark.parametrize("text", ['{"format": [1, NaN]}', '{"a": 1, "a": 2}', "[" * 100000, '{"format": [1, 0]', '"\\ud800"', "01", "", '{"a": 1} x'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"format": [1, NaN]}',
+        '{"a": 1, "a": 2}',
+        "[" * 100000,
+        '{"format": [1, 0]',
+        '"\\ud800"',
+        "01",
+        "",
+        '{"a": 1} x',
+    ],
+)
 def test_what_is_no_json_is_one_error(program, bundles, photos, tmp_path, text):
     folder = shutil.copytree(bundles("tome"), tmp_path / "b")
     (folder / "tokexport.json").write_text(text)
@@ -381,7 +446,12 @@ def test_a_library_that_is_not_there_is_named(program, bundles, runtime):
 @pytest.mark.slow
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_eight_threads_give_what_one_gives(build, environment, bundles, runtime):
-    done = subprocess.run([build / "tokexport-threads", bundles("tome"), "8", "1000", runtime], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [build / "tokexport-threads", bundles("tome"), "8", "1000", runtime],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "8000 runs, 0 differ" in done.stdout and "Sanitizer" not in done.stderr
 
@@ -396,7 +466,10 @@ def engine_bundle(bundles, tmp_path):
     return folder
 
 
-@pytest.mark.skipif(not (HEADERS["tensorrt"] and HEADERS["cuda"]), reason="no headers of TensorRT or CUDA: pip install kernel-lens triton")
+@pytest.mark.skipif(
+    not (HEADERS["tensorrt"] and HEADERS["cuda"]),
+    reason="no headers of TensorRT or CUDA: pip install kernel-lens triton",
+)
 def test_tensorrt_is_built_in_and_refuses_another_library(program, engine_bundle):
     assert "tensorrt" in program("--help").decode()
     assert "TOKEXPORT_TENSORRT" in program("verify", engine_bundle, code=2, env={"TOKEXPORT_TENSORRT": "/nowhere.so"})
@@ -419,11 +492,21 @@ def test_native_code_of_an_engine_is_asked_for(program, engine_bundle):
 def test_the_example_builds_against_what_is_installed(build, environment, bundles, photos, tmp_path):
     subprocess.run(["cmake", "--install", build, "--prefix", tmp_path / "usr"], check=True, capture_output=True)
     example = tmp_path / "example"
-    configure = ["cmake", "-S", SOURCE / "example", "-B", example, f"-DCMAKE_PREFIX_PATH={tmp_path / 'usr'}", "-DCMAKE_BUILD_TYPE=Debug"]
+    configure = [
+        "cmake",
+        "-S",
+        SOURCE / "example",
+        "-B",
+        example,
+        f"-DCMAKE_PREFIX_PATH={tmp_path / 'usr'}",
+        "-DCMAKE_BUILD_TYPE=Debug",
+    ]
     for command in (configure, ["cmake", "--build", example]):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    done = subprocess.run([example / "classify", bundles("tome"), *photos[:2]], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [example / "classify", bundles("tome"), *photos[:2]], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == 3 and "class " in done.stdout
     assert len((SOURCE / "example" / "main.cpp").read_text().splitlines()) <= 30
