@@ -32,6 +32,7 @@ class ReferenceResult:
         plans: the merge plan of every step, in order.
         regrets: with replayed decisions, per step [B]: how far they are from the reference's own (see the reducer).
         departs: with observed tokens, per stage [B]: how far they are from what the reference makes of those before them.
+        margins: when they were asked for, per step: how clear each row's part of the decision is.
     """
 
     output: Tensor

@@ -1,10 +1,11 @@
 """A file's decisions as fates of rows, and whether two runtimes decided alike. NumPy alone.
 
-Rows are numbered anew by every step, so the fates are followed by the tokens' identities: a token keeps the number that it had in
-block 0, a fused one gets the next free number. The order of the rows that stay is then no difference, unless it is part of the
-decision (`ordered`: a ToMe without a class token partitions the next block by it).
+Rows are numbered anew by every step, so the fates are followed by the tokens' identities: a token keeps the number that
+it had in block 0, a fused one gets the next free number. The order of the rows that stay is then no difference, unless
+it is part of the decision (`ordered`: a ToMe without a class token partitions the next block by it).
 
-Example: tokens 0 1 2 3, two steps. One runtime keeps rows 0 3 1 and folds 2 into 3, the other keeps 0 1 3 and folds 2 into 3: alike.
+Example: tokens 0 1 2 3, two steps. One runtime keeps rows 0 3 1 and folds 2 into 3, the other keeps 0 1 3 and folds 2
+into 3: alike.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Fates(NamedTuple):
 
     Args:
         keep: [B, n_kept] rows that stay, in their new order.
-        host: [B, n_in] the row itself where it stays, its host where it is folded, n_in where it is fused into the extra row, DROPPED.
+        host: [B, n_in] the row itself where it stays, its host where it is folded, n_in where it is fused into the
+            extra row, DROPPED.
     """
 
     keep: np.ndarray
@@ -56,7 +58,12 @@ class Difference(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """One image. difference: None when it is decided alike. reordered: the rows that stay are the same in another order."""
+    """One image.
+
+    Args:
+        difference: None when it is decided alike.
+        reordered: the rows that stay are the same, in another order.
+    """
 
     difference: Difference | None
     reordered: bool
@@ -76,7 +83,9 @@ def read_fates(values: dict[str, np.ndarray], step: DecisionEntry) -> Fates:
     rows = np.sort(order, 1)
     used = step.n_kept + step.n_folded
     if order.shape[1] != used or (rows < 0).any() or (rows >= step.n_in).any() or (np.diff(rows, axis=1) <= 0).any():
-        raise DecisionError(f"block {step.block}: the decisions of the file are none (a row stays twice, or is not there)")
+        raise DecisionError(
+            f"block {step.block}: the decisions of the file are none (a row stays twice, or is not there)"
+        )
     keep, src = order[:, : step.n_kept], order[:, step.n_kept :]
     host = np.full((len(order), step.n_in), DROPPED)
     np.put_along_axis(host, keep, keep, 1)
@@ -92,11 +101,15 @@ def _hosts(parts: dict, keep: np.ndarray, src: np.ndarray, step: DecisionEntry) 
     label = parts["dst"] if "dst" in parts else np.take_along_axis(parts["target"], src, 1)
     hit = label[:, :, None] == np.asarray(step.row_labels)
     if not hit.any(2).all():
-        raise DecisionError(f"block {step.block}: the decisions of the file are none (a row is folded into one that does not stay)")
+        raise DecisionError(
+            f"block {step.block}: the decisions of the file are none (a row is folded into one that does not stay)"
+        )
     return np.take_along_axis(keep, hit.argmax(2), 1)
 
 
-def compare(stored: list[Fates], margins: list[np.ndarray], *, file: list[Fates], steps, image: int, tokens: int, ordered: bool) -> Comparison:
+def compare(
+    stored: list[Fates], margins: list[np.ndarray], *, file: list[Fates], steps, image: int, tokens: int, ordered: bool
+) -> Comparison:
     """Whether an image is decided as it was.
 
     Args:
@@ -113,7 +126,9 @@ def compare(stored: list[Fates], margins: list[np.ndarray], *, file: list[Fates]
     ids, ids_now, reordered = np.arange(tokens), np.arange(tokens), False
     for k, step in enumerate(steps):
         if len(ids) != step.n_in:  # a step that decides nothing is not in the file
-            raise DecisionError(f"block {step.block}: {step.n_in} tokens where {len(ids)} are left: the manifest was changed")
+            raise DecisionError(
+                f"block {step.block}: {step.n_in} tokens where {len(ids)} are left: the manifest was changed"
+            )
         then, now = (Fates(f.keep[image], f.host[image]) for f in (stored[k], file[k]))
         fused = tokens + k
         fates, fates_now = _by_token(then, ids, fused), _by_token(now, ids_now, fused)

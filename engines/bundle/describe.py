@@ -8,8 +8,10 @@ from pathlib import Path
 
 from ...export import precisions
 from ...export.errors import UsageError
+from ...export.files import weight_files
 from ...export.provenance import KEY, Provenance
 from ..files import is_engine
+from ..outputs import activation_of
 from .folder import entry_of
 from .manifest import Builder, DecisionEntry, FileEntry, Manifest, OutputEntry, Preprocessing, ProofEntry, TensorEntry
 
@@ -19,8 +21,8 @@ MEANINGS = {
     "sources": "for each input token the row of the token it ended up in, -1 where it was dropped",
 }
 BY_ROW = ("sources",)
-# What a file in a precision may differ from what it gave itself when it was bundled. Of int8, scales and weights are the same on any
-# runtime, and only its rounding differs: see docs/bundle.md for what was seen.
+# What a file in a precision may differ from what it gave itself when it was bundled. Of int8, scales and weights are
+# the same on any runtime, and only its rounding differs: see docs/bundle.md for what was seen.
 OWN_LIMITS = {"int8": 1e-1}
 
 
@@ -41,7 +43,7 @@ def describe(path: Path, provenance: Provenance, runtime: str) -> Manifest:
     with open_runner(path, runtime, outputs=names) as runner:
         inputs, shapes = dict(runner.inputs), dict(runner.outputs)
     (image, shape), batch = next(iter(inputs.items())), next(iter(inputs.values()))[0]
-    pixels = getattr(provenance, "input", "float32")
+    pixels = provenance.input
     preprocessing = _preprocessing(provenance, pixels)
     return Manifest(
         version=version("tokexport"),
@@ -69,7 +71,7 @@ def describe(path: Path, provenance: Provenance, runtime: str) -> Manifest:
 def decision_entries(provenance: Provenance) -> tuple[DecisionEntry, ...]:
     """Every reduction whose decision the file gives. provenance: of it."""
     from ...export import reducers
-    from ...export.reference import signal_of
+    from ..parity.decisions import near_tie_limit
 
     schedule, entries = provenance.schedule, []
     for step in schedule.steps:
@@ -77,22 +79,20 @@ def decision_entries(provenance: Provenance) -> tuple[DecisionEntry, ...]:
         parts = {d.removeprefix(prefix): d for d in provenance.decisions if d.startswith(prefix)}
         if not parts:
             continue
-        reducer = reducers.get(schedule.method)
-        labels = reducer.labels(step, schedule.n_prefix) if hasattr(reducer, "labels") else range(step.n_kept)
-        signal = signal_of(schedule, step)
+        labels = reducers.get(schedule.method).row_labels(step, schedule.n_prefix)
         entries.append(
             DecisionEntry(
-                step.block,
-                step.site,
-                step.n_in,
-                step.n_kept,
-                step.n_out,
-                step.n_folded,
-                signal,
-                precisions.get(provenance.precision).near_tie[signal],
-                parts,
-                "int64",
-                () if step.n_out > step.n_kept or not step.n_folded else tuple(int(n) for n in labels),
+                block=step.block,
+                site=step.site,
+                n_in=step.n_in,
+                n_kept=step.n_kept,
+                n_out=step.n_out,
+                n_folded=step.n_folded,
+                signal=step.signal,
+                near_tie=near_tie_limit(provenance.precision, step),
+                parts=parts,
+                type="int64",
+                row_labels=() if step.n_out > step.n_kept or not step.n_folded else labels,
             )
         )
     return tuple(entries)
@@ -116,30 +116,30 @@ def _output(name: str, shape: tuple, batch: int | None, provenance: Provenance) 
         "sources": provenance.schedule.n_tokens,
     }
     return OutputEntry(
-        name,
-        "int64" if exact else "float32",
-        (batch, *shape[1:-1], shape[-1] or last[kind]),
-        MEANINGS[kind],
-        kind,
-        exact,
-        kind in BY_ROW,
-        limit,
-        own,
+        name=name,
+        type="int64" if exact else "float32",
+        shape=(batch, *shape[1:-1], shape[-1] or last[kind]),
+        meaning=MEANINGS[kind],
+        kind=kind,
+        exact=exact,
+        by_row=kind in BY_ROW,
+        limit=limit,
+        own_limit=own,
     )
 
 
 def _preprocessing(provenance: Provenance, pixels: str) -> Preprocessing:
     p = provenance.preprocess
     return Preprocessing(
-        tuple(p.size),
-        tuple(p.mean),
-        tuple(p.std),
-        p.interpolation,
-        float(p.crop),
-        p.crop_mode,
-        provenance.dims["channels"],
-        "nhwc" if pixels == "uint8-nhwc" else "nchw",
-        pixels == "float32",
+        size=p.size,
+        mean=p.mean,
+        std=p.std,
+        interpolation=p.interpolation,
+        crop=float(p.crop),
+        crop_mode=p.crop_mode,
+        channels=provenance.dims["channels"],
+        layout="nhwc" if pixels == "uint8-nhwc" else "nchw",
+        normalised=pixels == "float32",
     )
 
 
@@ -149,8 +149,8 @@ def _input_words(p: Preprocessing) -> str:
 
 
 def _activation(provenance: Provenance) -> str:
-    stored = getattr(provenance, "activation", None)
-    return stored or ("softmax" if provenance.dims["classes"] else "none")
+    n_classes = provenance.dims["classes"]
+    return activation_of(provenance.activation, n_classes) if n_classes else "none"
 
 
 def _beside(path: Path, engine: bool) -> tuple[FileEntry, ...]:
@@ -160,8 +160,7 @@ def _beside(path: Path, engine: bool) -> tuple[FileEntry, ...]:
         return (entry_of(sidecar(path)),)
     from ...export.inspection import read_onnx
 
-    names = {e.value for i in read_onnx(path).graph.initializer for e in i.external_data if e.key == "location"}
-    return tuple(entry_of(path.parent / name) for name in sorted(names))
+    return tuple(entry_of(weights) for weights in sorted(weight_files(read_onnx(path), path)))
 
 
 def _builder(path: Path) -> Builder:

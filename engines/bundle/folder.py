@@ -1,4 +1,4 @@
-"""The folder of a bundle: plain names inside it, nothing else is opened; written aside and renamed as a whole. Imports no torch."""
+"""The folder of a bundle: its files are those of the manifest; written aside and renamed as a whole. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
 
 from ...export.errors import StorageError, UsageError
-from .manifest import NAME, FileEntry, Manifest
-from .names import plain_file
-from .names import refuse_path as refuse_path
+from .manifest import FileEntry, Manifest
+from .names import NAME, plain_file
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
@@ -29,9 +28,13 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         path = plain_file(folder, entry.name)
         size = path.stat().st_size
         if size != entry.size:
-            raise UsageError(f"{path} has {size} bytes, wanted {entry.size}: it was truncated or replaced, copy the bundle again")
+            raise UsageError(
+                f"{path} has {size} bytes, wanted {entry.size}: it was truncated or replaced, copy the bundle again"
+            )
         if sha256_of(path) != entry.sha256:
-            raise UsageError(f"{path} is not the file that {NAME} speaks of (SHA-256 differs): it was changed or replaced")
+            raise UsageError(
+                f"{path} is not the file that {NAME} speaks of (SHA-256 differs): it was changed or replaced"
+            )
 
 
 def sha256_of(path: Path) -> str:
@@ -60,7 +63,11 @@ def check_place(folder: str | Path, *, force: bool) -> Path:
     if os.path.lexists(folder):
         a_bundle = folder.is_dir() and not folder.is_symlink() and (folder / NAME).is_file()
         if not (force and a_bundle):
-            what = "exists: give force to replace it, or another name" if a_bundle else "exists and is no bundle: wanted another name"
+            what = (
+                "exists: give force to replace it, or another name"
+                if a_bundle
+                else "exists and is no bundle: wanted another name"
+            )
             raise UsageError(f"output {folder} {what}")
     if not os.path.isdir(folder.parent) or not os.access(folder.parent, os.W_OK):
         raise UsageError(f"output {folder}: there is no folder {folder.parent}, or nothing can be written in it")
@@ -90,6 +97,8 @@ def written_aside(folder: Path) -> Iterator[Path]:
                 os.replace(old, folder)
             raise
     except OSError as e:
-        raise StorageError(f"output {folder}: could not be written ({e.strerror or e}); nothing was left behind") from None
+        raise StorageError(
+            f"output {folder}: could not be written ({e.strerror or e}); nothing was left behind"
+        ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -1,7 +1,7 @@
 """The manifest of a bundle, `tokexport.json`: what C++, a server or a person needs to run the file, in plain fields.
 
-Everything in it that can be worked out is worked out when it is written, so that a reader needs neither PyTorch nor the code that
-made the file. docs/bundle.md tells every field. Imports no torch.
+Everything in it that can be worked out is worked out when it is written, so that a reader needs neither PyTorch nor the
+code that made the file. docs/bundle.md tells every field. Imports no torch.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class OutputEntry:
         name, type, shape, meaning: as of an input.
         kind: "logits", "features", "sources", ...: what its values are.
         exact: values are indices, which must be equal.
-        by_row: values stand in the order of the tokens that are left: not compared where two runtimes order them otherwise.
+        by_row: values stand in the order of the tokens that are left: not compared where two runtimes order them
+            otherwise.
         limit: largest difference to the reference over the image's scale (see `Proof`); 0 for exact ones.
         own_limit: the same to what the file gave when it was bundled.
     """
@@ -107,7 +108,8 @@ class DecisionEntry:
     Attributes:
         block: from 0.
         site: "pre_block" or "post_attn".
-        n_in, n_kept, n_out, n_folded: tokens that come in, stay, go out (one more than stay where the rest is fused), are folded.
+        n_in, n_kept, n_out, n_folded: tokens that come in, stay, go out (one more than stay where the rest is fused),
+            are folded.
         signal: what it looks at.
         near_tie: the largest margin (of the proof) that rounding explains.
         parts: part -> name of the value in the file: "order", or "keep" and "src"; "dst" or "target".
@@ -174,7 +176,8 @@ class Manifest:
         classes: 0 for a model without. labels: their names, or none.
         activation: what makes probabilities of logits; "none" too where there are no classes.
         precision: of `precisions.TABLE`.
-        decisions: every reduction whose decision the file gives; none of a file that gives none, which is judged by its outputs.
+        decisions: every reduction whose decision the file gives; none of a file that gives none, which is judged by its
+            outputs.
         ordered: the order of the tokens that stay is part of the decision.
         tokens: that enter block 0.
         proof: see `proof.verify_bundle`.
@@ -203,7 +206,9 @@ class Manifest:
     def __post_init__(self):
         p = self.preprocessing
         if len(self.inputs) != 1 or not self.outputs:
-            raise UsageError(f"{len(self.inputs)} inputs and {len(self.outputs)} outputs: wanted one input, an output or more")
+            raise UsageError(
+                f"{len(self.inputs)} inputs and {len(self.outputs)} outputs: wanted one input, an output or more"
+            )
         if self.labels and len(self.labels) != self.classes:
             raise UsageError(f"labels: {len(self.labels)} of {self.classes} classes: wanted one for each, or none")
         logits = [o for o in self.outputs if o.kind == "logits"]
@@ -215,7 +220,9 @@ class Manifest:
             raise UsageError(f"preprocessing: size {p.size} and crop {p.crop} must be above 0")
         axes = (p.channels, *p.size) if p.layout == "nchw" else (*p.size, p.channels)
         if tuple(self.inputs[0].shape[1:]) != axes:
-            raise UsageError(f"preprocessing gives {axes}, the input {self.inputs[0].name} takes {self.inputs[0].shape[1:]}")
+            raise UsageError(
+                f"preprocessing gives {axes}, the input {self.inputs[0].name} takes {self.inputs[0].shape[1:]}"
+            )
         if (self.kind == "engine") != (self.builder is not None):
             raise UsageError("builder: wanted one of an engine, and none of an ONNX file")
 
@@ -243,8 +250,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     Returns:
         The manifest, validated. Its files are plain names, but have not been looked at (see `folder.check_files`).
     Raises:
-        UsageError: there is none, it is a link, damaged or of a newer format, needs what is not understood here, or names a file that
-            is not a plain name.
+        UsageError: there is none, it is a link, damaged or of a newer format, needs what is not understood here, or
+            names a file that is not a plain name.
     """
     path = plain_file(Path(folder), NAME)
     size = path.stat().st_size
@@ -272,4 +279,6 @@ def _values(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes(), parse_constant=no_number, object_pairs_hook=no_twin)
     except (ValueError, RecursionError) as e:
-        raise UsageError(f"{path} is not JSON ({' '.join(str(e).split())[:100]}): the bundle is damaged, make it again") from None
+        raise UsageError(
+            f"{path} is not JSON ({' '.join(str(e).split())[:100]}): the bundle is damaged, make it again"
+        ) from None

@@ -1,4 +1,4 @@
-"""Plain names of files right inside a bundle's folder: nothing else is opened. Imports no torch."""
+"""Names in a bundle: plain ones, of regular files right inside the folder; nothing else is ever opened."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from pathlib import Path
 
 from ...export.errors import UsageError
 
-NAME = "tokexport.json"
+NAME = "tokexport.json"  # of the manifest
 
 
 def refuse_path(name: str, manifest: Path) -> None:
     """Raises: UsageError unless a name is that of a file right inside the folder. manifest: for the message."""
-    plain = name and name not in (".", "..") and not set(name) & set('/\\:\0') and name.isprintable() and len(name) <= 200
+    plain = (
+        name and name not in (".", "..") and not set(name) & set("/\\:\0") and name.isprintable() and len(name) <= 200
+    )
     if not plain:
-        raise UsageError(f"{manifest} names a file {name[:80]!r}: wanted a plain name, without folders: do not trust this bundle")
+        raise UsageError(
+            f"{manifest} names a file {name[:80]!r}: wanted a plain name, without folders: do not trust this bundle"
+        )
 
 
 def plain_file(folder: Path, name: str) -> Path:
@@ -33,8 +37,11 @@ def plain_file(folder: Path, name: str) -> Path:
     try:
         mode = os.lstat(path).st_mode
     except OSError:
-        raise UsageError(f"{folder} has no {name}: " + ("wanted a bundle, which `tokexport bundle` makes" if name == NAME else
-                         "the bundle is not complete, copy it again")) from None
+        is_none = "wanted a bundle, which `tokexport bundle` makes"
+        advice = is_none if name == NAME else "the bundle is not complete, copy it again"
+        raise UsageError(f"{folder} has no {name}: {advice}") from None
     if not stat.S_ISREG(mode):
-        raise UsageError(f"{path} is {'a link' if stat.S_ISLNK(mode) else 'no regular file'}: bundles hold plain files only")
+        raise UsageError(
+            f"{path} is {'a link' if stat.S_ISLNK(mode) else 'no regular file'}: bundles hold plain files only"
+        )
     return path

@@ -1,8 +1,10 @@
-"""Does a bundle compute here what PyTorch computed where it was made? Needs a runtime and NumPy, neither PyTorch nor the weights.
+"""Does a bundle compute here what PyTorch computed where it was made? Needs a runtime and NumPy, neither PyTorch nor
+the weights.
 
-The proof holds some photos, the inputs that were made of them, what the reference gave under the file's decisions, what the file gave
-itself, and its decisions with the margin of every token (`export/margins`). Each image is judged by itself: first the input that is
-made of the photo here, then the decisions in the order of the blocks, then, if they are equal, the outputs.
+The proof holds some photos, the inputs that were made of them, what the reference gave under the file's decisions, what
+the file gave itself, and its decisions with the margin of every token (`export/margins`). Each image is judged by
+itself: first the input that is made of the photo here, then the decisions in the order of the blocks, then, if they are
+equal, the outputs.
 """
 
 from __future__ import annotations
@@ -26,13 +28,14 @@ def verify_bundle(folder: str | Path, runtime: str | None = None, *, allow_host_
 
     Args:
         folder: of the bundle.
-        runtime: what runs an ONNX file, e.g. "ort" or "openvino"; None for the one it was bundled with, or another that is installed.
-            An engine is run by what built it.
+        runtime: what runs an ONNX file, e.g. "ort" or "openvino"; None for the one it was bundled with, or another that
+            is installed. An engine is run by what built it.
         allow_host_code: load an engine that carries native code of a plugin, which then runs here.
     Returns:
         The report; `passed` says whether everything holds.
     Raises:
-        UsageError: no bundle, or one that is damaged, incomplete, newer, or names what is not a plain file in its folder.
+        UsageError: no bundle, or one that is damaged, incomplete, newer, or names what is not a plain file in its
+            folder.
         MissingPackageError: there is nothing to run the file.
         EngineError: the runtime failed.
     """
@@ -43,8 +46,8 @@ def verify_bundle(folder: str | Path, runtime: str | None = None, *, allow_host_
     check_files(folder, manifest)
     if manifest.builder is not None and manifest.builder.host_code and not allow_host_code:
         raise UsageError(
-            f"{folder}: the engine carries native code of a plugin, which would run here: if you trust who made it, allow it "
-            f"(allow_host_code)"
+            f"{folder}: the engine carries native code of a plugin, which would run here: if you trust who made it, "
+            f"allow it (allow_host_code)"
         )
     faults = _contradictions(folder, manifest)
     tensors = read_tensors(folder / manifest.proof.file.name, manifest)
@@ -90,19 +93,26 @@ def _contradictions(folder: Path, manifest: Manifest) -> list[str]:
     if manifest.kind == "engine":
         stored, beside = json.loads((folder / manifest.beside[0].name).read_text()).get("provenance"), set()
     else:
+        from ...export.files import weight_files
         from ...export.inspection import read_onnx
         from ...export.provenance import KEY
 
         model = read_onnx(path)
         stored = next((json.loads(e.value) for e in model.metadata_props if e.key == KEY), None)
-        beside = {e.value for i in model.graph.initializer for e in i.external_data if e.key == "location"}
+        beside = {weights.name for weights in weight_files(model, path)}
     if stored != manifest.provenance:
         return [f"the provenance in {manifest.file.name} is not the manifest's: one of them was changed"]
     foreign = beside - {e.name for e in manifest.beside}
     if foreign:
-        raise UsageError(f"{path} reads {', '.join(sorted(foreign))[:200]}, which is no file of this bundle: do not trust it")
+        raise UsageError(
+            f"{path} reads {', '.join(sorted(foreign))[:200]}, which is no file of this bundle: do not trust it"
+        )
     pre, own = manifest.preprocessing, stored.get("preprocess", {})
-    differ = [k for k in ("size", "mean", "std", "interpolation", "crop", "crop_mode") if _plain(getattr(pre, k)) != _plain(own.get(k))]
+    differ = [
+        k
+        for k in ("size", "mean", "std", "interpolation", "crop", "crop_mode")
+        if _plain(getattr(pre, k)) != _plain(own.get(k))
+    ]
     return [f"preprocessing: {', '.join(differ)} of the manifest is not what the file was made for"] if differ else []
 
 
@@ -139,7 +149,9 @@ def read_tensors(path: Path, manifest: Manifest) -> dict[str, np.ndarray]:
         raise UsageError(f"{path} cannot be read ({e}): the bundle is damaged, copy it again") from None
     for name, shape, kind in _expected(manifest):
         value = tensors.get(name)
-        fits = value is not None and value.ndim == len(shape) and all(w in (None, n) for w, n in zip(shape, value.shape))
+        fits = (
+            value is not None and value.ndim == len(shape) and all(w in (None, n) for w, n in zip(shape, value.shape))
+        )
         if not fits or value.dtype.kind != kind:
             what = "is missing" if value is None else f"is {value.dtype} {value.shape}"
             raise UsageError(f"{path}: {name} {what}, wanted {shape}: the proof is not of this manifest")
@@ -161,7 +173,9 @@ def _expected(manifest: Manifest) -> list[tuple[str, tuple, str]]:
     return rows + [(f"photo.{i}", (None, None, channels), "u") for i in range(n) if manifest.proof.photos]
 
 
-def judge(manifest: Manifest, tensors: dict, values: dict) -> tuple[tuple[ImageProof, ...], tuple[OutputProof, ...], list[str]]:
+def judge(
+    manifest: Manifest, tensors: dict, values: dict
+) -> tuple[tuple[ImageProof, ...], tuple[OutputProof, ...], list[str]]:
     """Every image and every output.
 
     Args:
@@ -196,11 +210,17 @@ def judge(manifest: Manifest, tensors: dict, values: dict) -> tuple[tuple[ImageP
     images = tuple(ImageProof(i, verdicts[i], pixels[i], compared[i].difference) for i in range(n))
     skipped = int((alike & ~in_order).sum())
     by_row = [o.name for o in manifest.outputs if o.by_row]
-    notes = [f"{', '.join(by_row)} not compared on {skipped} of {n} images: the tokens stand in another order"] if skipped and by_row else []
+    notes = (
+        [f"{', '.join(by_row)} not compared on {skipped} of {n} images: the tokens stand in another order"]
+        if skipped and by_row
+        else []
+    )
     return images, tuple(rows), notes
 
 
-def _judge_output(output: OutputEntry, value: np.ndarray, tensors: dict, judged: np.ndarray) -> tuple[OutputProof, np.ndarray]:
+def _judge_output(
+    output: OutputEntry, value: np.ndarray, tensors: dict, judged: np.ndarray
+) -> tuple[OutputProof, np.ndarray]:
     """The row of an output, and which images are beyond its limits [B]."""
     scale = tensors[f"scale.{output.name}"]
     errors = [_errors(value, tensors[f"{side}.{output.name}"], scale, output.exact) for side in ("reference", "own")]
@@ -211,7 +231,7 @@ def _judge_output(output: OutputEntry, value: np.ndarray, tensors: dict, judged:
 
 
 def _errors(value: np.ndarray, wanted: np.ndarray, scale: np.ndarray, exact: bool) -> np.ndarray:
-    """Largest difference of every image over its scale [B], or the share of wrong entries; infinite for what is not finite."""
+    """Largest difference of every image over its scale [B], or the share of wrong entries; infinite if not finite."""
     n = len(wanted)
     if value.shape != wanted.shape:
         return np.full(n, np.inf)
@@ -229,7 +249,9 @@ def _pixels(tensors: dict, i: int, preprocessing: Preprocessing) -> float:
 
     wanted = tensors["input"][i].astype(np.float64)
     photo = tensors[f"photo.{i}"]
-    value = to_input(Image.fromarray(photo if photo.shape[-1] == 3 else photo[..., 0]), preprocessing).astype(np.float64)
+    value = to_input(Image.fromarray(photo if photo.shape[-1] == 3 else photo[..., 0]), preprocessing).astype(
+        np.float64
+    )
     if value.shape != wanted.shape:
         return float("inf")
     unit = np.reshape(preprocessing.std, (-1, 1, 1)) * 255 if preprocessing.normalised else 1.0

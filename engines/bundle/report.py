@@ -40,7 +40,8 @@ class ImageProof:
 
     Attributes:
         index: from 0.
-        verdict: "equal" decisions and outputs within their limits; "flipped", a near-tie after which nothing is judged; "failed".
+        verdict: "equal" decisions and outputs within their limits; "flipped", a near-tie after which nothing is judged;
+            "failed".
         pixels: largest difference of the preprocessed photo, in 255ths; None without the photo.
         difference: the first decision that differs, or None.
     """
@@ -94,10 +95,14 @@ class BundleReport:
         errors = [o.error for o in self.outputs if o.n_judged and o.limit > 0]
         if errors:
             parts.append(f"max relative difference {max(errors):.1e}")
-        parts += [f"{count[v]} {words}" for v, words in (("flipped", "flipped near-ties"), ("failed", "failed")) if count[v]]
+        parts += [
+            f"{count[v]} {words}" for v, words in (("flipped", "flipped near-ties"), ("failed", "failed")) if count[v]
+        ]
         if not self.faults and n and count["flipped"] == n:
-            parts.append("no image could be judged: every one has a near-tie that this runtime decides otherwise; bundle the file "
-                         "again with more images, or with this runtime")
+            parts.append(
+                "no image could be judged: every one has a near-tie that this runtime decides otherwise; bundle the "
+                "file again with more images, or with this runtime"
+            )
         if not self.decisions:
             parts.append("the file gives no decisions, so it is judged by its outputs")
         return ", ".join([*parts, *self.faults])

@@ -1,11 +1,12 @@
-"""Writing a bundle: the file is verified first, images whose decisions are clear are chosen, and the folder is written as a whole."""
+"""Writing a bundle: the file is verified first, then photos whose decisions are clear are chosen for its proof."""
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,7 +16,8 @@ from ..files import inspect_file
 from . import folder as folders
 from .decisions import read_fates
 from .describe import describe
-from .manifest import NAME, Manifest, ProofEntry, to_text
+from .manifest import Manifest, to_text
+from .names import NAME, refuse_path
 from .proof import to_input
 
 N_IMAGES = 4
@@ -52,7 +54,7 @@ class Bundle:
 
 
 class _Run(NamedTuple):
-    """What one photo's proof is made of: its pixels, its input, what the file gave and what the reference did under its decisions."""
+    """What the proof of one photo is made of: the file and the reference on it, under the same decisions."""
 
     path: Path
     photo: np.ndarray
@@ -61,6 +63,10 @@ class _Run(NamedTuple):
     margins: list[RowMargins]
     scale: dict[str, float]
     clearness: float
+
+
+def _silent(stage: str, share: float) -> None:
+    """No progress is shown."""
 
 
 def write_bundle(
@@ -73,11 +79,12 @@ def write_bundle(
     checkpoint: str | Path | None = None,
     predictor: str | Path | None = None,
     force: bool = False,
-    progress: Callable[[str], None] = lambda stage: None,
+    progress: Callable[[str, float], None] = _silent,
 ) -> Bundle:
     """Write a file, its manifest and its proof into a folder.
 
-    The same arguments give the same bytes on one machine and one set of versions. Photos go into the proof, made smaller.
+    The same arguments give the same bytes on one machine and one set of versions. Photos go into the proof, made
+    smaller.
 
     Args:
         file: ONNX file or engine made by tokexport.
@@ -87,7 +94,7 @@ def write_bundle(
         runtime: what runs an ONNX file.
         checkpoint, predictor: where weights and score heads are now; they are checked by hash.
         force: replace a bundle that is there.
-        progress: is told what is being done.
+        progress: is told what is being done, and the share of it that is done, 0 to 1.
     Returns:
         The bundle.
     Raises:
@@ -100,34 +107,40 @@ def write_bundle(
 
     if not 1 <= n_images <= 64:
         raise UsageError(f"images in the proof: {n_images}, wanted 1 to 64")
-    folder = folders.check_place(folder, force=force)
-    provenance = inspect_file(file).provenance
-    folders.refuse_path(Path(file).name, Path(file))
-    if Path(file).name in (NAME, PROOF):
+    folder, source = folders.check_place(folder, force=force), Path(file)
+    refuse_path(source.name, source)
+    if source.name in (NAME, PROOF):
         raise UsageError(f"{file}: a bundle has a file of its own of that name: rename it")
+    provenance = inspect_file(source).provenance
     paths = find_images(images)[: n_images * CANDIDATES]
-    progress("verifying the file")
-    report = verify(file, paths, checkpoint=checkpoint, runtime=runtime, predictor=predictor)
+    where = {"runtime": runtime, "checkpoint": checkpoint, "predictor": predictor, "progress": progress}
+    report = verify(source, paths, **where)
     if not report.passed:
         raise RefusedError(file, report)
-    manifest, source = describe(Path(file), provenance, runtime), Path(file)
-    runs = _choose(_runs(source, manifest, paths, runtime, checkpoint, predictor, progress), min(n_images, len(paths)))
-    progress("writing")
+    manifest = describe(source, provenance, runtime)
+    runs = _choose(_runs(source, manifest, paths, **where), min(n_images, len(paths)))
+    progress("writing", 1.0)
     with folders.written_aside(folder) as new:
-        for entry in (manifest.file, *manifest.beside):
-            shutil.copyfile(source.parent / entry.name, new / entry.name)
-        _write_proof(new / PROOF, manifest, runs)
-        proof = ProofEntry(
-            folders.entry_of(new / PROOF), len(runs), manifest.proof.runtime, manifest.proof.runtime_version, photos=True
-        )
-        manifest = Manifest(**{**vars(manifest), "proof": proof})
-        (new / NAME).write_text(to_text(manifest), encoding="utf-8")
-        folders.check_files(new, manifest)
+        manifest = _fill(new, manifest, source.parent, runs)
         size = sum(f.stat().st_size for f in new.iterdir())
     return Bundle(folder, manifest, size, tuple(r.path for r in runs), sum(r.clearness <= 1 for r in runs))
 
 
-def _runs(source: Path, manifest: Manifest, paths: list[Path], runtime: str, checkpoint, predictor, progress) -> list[_Run]:
+def _fill(new: Path, manifest: Manifest, source: Path, runs: list[_Run]) -> Manifest:
+    """Write a bundle's files into a new folder. source: folder of the file. Returns: the manifest with its proof."""
+    for entry in (manifest.file, *manifest.beside):
+        shutil.copyfile(source / entry.name, new / entry.name)
+    _write_proof(new / PROOF, manifest, runs)
+    proof = replace(manifest.proof, file=folders.entry_of(new / PROOF), images=len(runs))
+    manifest = replace(manifest, proof=proof)
+    (new / NAME).write_text(to_text(manifest), encoding="utf-8")
+    folders.check_files(new, manifest)
+    return manifest
+
+
+def _runs(
+    source: Path, manifest: Manifest, paths: list[Path], *, runtime: str, checkpoint, predictor, progress
+) -> list[_Run]:
     """A run for every photo."""
     from ...export.models.learned_layers import learned_layers
     from ...export.rebuild import rebuild
@@ -141,7 +154,7 @@ def _runs(source: Path, manifest: Manifest, paths: list[Path], runtime: str, che
     runs = []
     with open_runner(source, runtime, outputs=inner) as runner:
         for i, path in enumerate(paths):
-            progress(f"image {i + 1} of {len(paths)}")
+            progress("measuring how clear the photos are", i / len(paths))
             photo = _photo(path, manifest)
             values = {"input": to_input(photo, manifest.preprocessing)[None]}
             values |= in_batches(runner, values["input"])
@@ -150,16 +163,14 @@ def _runs(source: Path, manifest: Manifest, paths: list[Path], runtime: str, che
 
 
 def _against_reference(path: Path, photo, values: dict, manifest: Manifest, provenance, reference) -> _Run:
-    import torch
+    from ..parity.outputs import floor_of, kind_of
+    from ..parity.sides import read_side, run_with_reach
 
-    from ..parity.compare import read_side
-
-    side = read_side(values, provenance)
-    plans = None if not manifest.decisions else side.plans
-    result = reference.run(torch.from_numpy(values["input"]), replay=plans, margins=True)
-    fields = {"logits": "output", "features": "output", "sources": "sources"}
-    wanted = {o.name: getattr(result, fields[o.kind]).numpy() for o in manifest.outputs}
-    scale = {o.name: float(np.abs(wanted[o.name]).max()) for o in manifest.outputs}
+    plans = read_side(values, provenance).plans if manifest.decisions else None
+    result, reach = run_with_reach(reference, values["input"], replay=plans, margins=True)
+    wanted = {o.name: getattr(result, kind_of(o.name).field).numpy() for o in manifest.outputs}
+    floor = {o.name: float(floor_of(reach)[0]) if o.kind == "logits" else 0.0 for o in manifest.outputs}
+    scale = {name: max(float(np.abs(value).max()), floor[name]) for name, value in wanted.items()}
     decided = [m for m, s in zip(result.margins, provenance.schedule.steps) if s.n_in > 1]
     clear = [min(m.fate.min(), m.host.min()) / s.near_tie for m, s in zip(decided, manifest.decisions)]
     pixels = np.asarray(photo)

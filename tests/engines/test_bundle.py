@@ -15,13 +15,13 @@ from click.testing import CliRunner
 from onnx import numpy_helper
 from PIL import Image
 from safetensors.numpy import load_file, save_file
-
-from tokexport import UsageError
 from tokexport.engines.bundle import decisions, proof
 from tokexport.engines.bundle.manifest import DecisionEntry, read_manifest
 from tokexport.engines.bundle.write import RefusedError, write_bundle
 from tokexport.export.errors import StorageError
 from tokexport.tools.cli import group
+
+from tokexport import UsageError
 
 
 @pytest.fixture(scope="session")
@@ -148,7 +148,7 @@ def other_decision(tensors):
 
 
 def faults(good, weights_beside, other):
-    """Name -> (bundle to start from, what is done to the copy, word of the outcome, whether it is refused rather than failed)."""
+    """Name -> (bundle to start from, what is done to the copy, word of the outcome, whether it is refused)."""
     put = lambda key, value: lambda folder: change(folder, lambda v: v.update({key: value}))
     pre = lambda **values: lambda folder: change(folder, lambda v: v["preprocessing"].update(values))
     name = lambda value: lambda folder: change(folder, lambda v: v["file"].update(name=value))
@@ -157,7 +157,10 @@ def faults(good, weights_beside, other):
         "a flipped weight, hashed anew": (good, lambda f: (flipped_weight(f), rehash(f)), "failed", False),
         "another file": (good, lambda f: shutil.copy(other, f / model_name(f)), "bytes", True),
         "another file, hashed anew": (
-            good, lambda f: replace_file(f, model_name(f), Path(other).read_bytes()), "provenance", False,
+            good,
+            lambda f: replace_file(f, model_name(f), Path(other).read_bytes()),
+            "provenance",
+            False,
         ),
         "another mean": (good, pre(mean=[0.4, 0.5, 0.5]), "mean of the manifest", False),
         "another size": (good, pre(size=[60, 64]), "preprocessing gives", True),
@@ -170,19 +173,32 @@ def faults(good, weights_beside, other):
         "a way out": (good, name("../x.onnx"), "plain name", True),
         "an absolute name": (good, name("/etc/passwd"), "plain name", True),
         "a truncated proof": (
-            good, lambda f: replace_file(f, "proof.safetensors", (f / "proof.safetensors").read_bytes()[:-100]), "damaged", True,
+            good,
+            lambda f: replace_file(f, "proof.safetensors", (f / "proof.safetensors").read_bytes()[:-100]),
+            "damaged",
+            True,
         ),
         "a pickle as proof": (good, lambda f: replace_file(f, "proof.safetensors", b"\x80\x04K\x01."), "damaged", True),
-        "a tensor gone": (good, lambda f: change_proof(f, lambda t: t.pop("own.logits")), "own.logits is missing", True),
+        "a tensor gone": (
+            good,
+            lambda f: change_proof(f, lambda t: t.pop("own.logits")),
+            "own.logits is missing",
+            True,
+        ),
         "labels of other classes": (good, put("labels", ["cat", "dog"]), "2 of 10 classes", True),
         "not a number in the proof": (good, lambda f: change_proof(f, poisoned), "failed", False),
         "not a number in the manifest": (
-            good, lambda f: (f / "tokexport.json").write_text('{"format": [1, NaN]}'), "not JSON", True,
+            good,
+            lambda f: (f / "tokexport.json").write_text('{"format": [1, NaN]}'),
+            "not JSON",
+            True,
         ),
         "another decision": (good, lambda f: change_proof(f, other_decision), "failed", False),
         "an output that is not there": (
-            good, lambda f: change(f, lambda v: v["outputs"].pop() and v["outputs"].append({**v["outputs"][0], "name": "x"})),
-            "reference.x is missing", True,
+            good,
+            lambda f: change(f, lambda v: v["outputs"].pop() and v["outputs"].append({**v["outputs"][0], "name": "x"})),
+            "reference.x is missing",
+            True,
         ),
         "no manifest": (good, lambda f: (f / "tokexport.json").unlink(), "has no tokexport.json", True),
     }
@@ -192,7 +208,9 @@ def faults(good, weights_beside, other):
 def outcomes(bundled, exported, tmp_path_factory):
     """Outcome of every fault, and of good bundles, all in one process without PyTorch."""
     folder, cases = tmp_path_factory.mktemp("faults"), {}
-    for i, (fault, (source, spoil, *_)) in enumerate(faults(bundled("tome"), bundled("beside"), exported("tiny_vit", method="evit", at=(1, 3, 4))).items()):
+    for i, (fault, (source, spoil, *_)) in enumerate(
+        faults(bundled("tome"), bundled("beside"), exported("tiny_vit", method="evit", at=(1, 3, 4))).items()
+    ):
         cases[fault] = (shutil.copytree(source, folder / str(i)), "ort")
         spoil(cases[fault][0])
     for name in ("tome", "evit", "nocls", "dense", "beside"):
@@ -245,7 +263,9 @@ def test_a_file_that_fails_is_not_bundled(exported, photos, tmp_path):
     with pytest.raises(RefusedError, match="does not pass verify"):
         write_bundle(tmp_path / "wrong.onnx", tmp_path / "b", images=photos)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["wrong.onnx"]
-    out = CliRunner().invoke(group, ["bundle", str(tmp_path / "wrong.onnx"), "-o", str(tmp_path / "b"), "--images", str(photos)])
+    out = CliRunner().invoke(
+        group, ["bundle", str(tmp_path / "wrong.onnx"), "-o", str(tmp_path / "b"), "--images", str(photos)]
+    )
     assert out.exit_code == 1 and "not bundled" in out.stderr and not (tmp_path / "b").exists()
 
 
@@ -274,7 +294,7 @@ def test_what_is_there_is_not_replaced(exported, bundled, photos, tmp_path, monk
 
 
 def test_an_explained_flip_ends_what_is_judged(bundled, tmp_path):
-    """A near-tie that was decided otherwise is no failure; the image's later decisions and outputs are not looked at."""
+    """A near-tie decided otherwise is no failure; the image's later decisions and outputs are not looked at."""
     folder = shutil.copytree(bundled("tome"), tmp_path / "b")
 
     def near_tie(tensors):
@@ -336,7 +356,9 @@ def test_fates_do_not_depend_on_the_order():
     assert not compare(fates_of([0, 2, 1], [3], [1])).difference.explained
 
 
-@pytest.mark.parametrize("columns", [([0, 3, 3], [2], [1]), ([0, 3, 9], [2], [1]), ([0, 3, 1], [-2], [1]), ([0, 3, 1], [2], [7])])
+@pytest.mark.parametrize(
+    "columns", [([0, 3, 3], [2], [1]), ([0, 3, 9], [2], [1]), ([0, 3, 1], [-2], [1]), ([0, 3, 1], [2], [7])]
+)
 def test_what_is_no_decision_is_refused(columns):
     with pytest.raises(decisions.DecisionError):
         fates_of(*columns)
@@ -351,5 +373,23 @@ def test_the_command_says_what_is_in_it(exported, photos, tmp_path):
     again = CliRunner().invoke(group, args)
     assert isinstance(again.exception, UsageError) and "exists" in str(again.exception)
     for images, word in ((str(tmp_path / "none"), "no such"), ("", "empty name")):
-        assert word in str(CliRunner().invoke(group, [*args[:4], "-o", str(tmp_path / "c"), "--images", images]).exception)
+        assert word in str(
+            CliRunner().invoke(group, [*args[:4], "-o", str(tmp_path / "c"), "--images", images]).exception
+        )
     assert SimpleNamespace(**record).path == str(tmp_path / "b")
+
+
+def test_verify_runs_the_proof(bundled, exported, photos, tmp_path):
+    run = lambda *args: CliRunner().invoke(group, ["verify", *map(str, args)])
+    out = run(bundled("tome"), "--json")
+    assert out.exit_code == 0 and json.loads(out.stdout)["passed"]
+    folder = shutil.copytree(bundled("tome"), tmp_path / "b")
+    change_proof(folder, other_decision)
+    out = run(folder, bundled("dense"), "--runtime", "ort")
+    assert out.exit_code == 1 and "another decision in block 1" in out.stderr and "FAILED" in out.stderr
+    for args in (
+        (bundled("tome"), exported("tiny_vit")),
+        (bundled("tome"), "--images", photos),
+        (bundled("tome"), "--bisect"),
+    ):
+        assert "brings its own proof" in str(run(*args).exception)

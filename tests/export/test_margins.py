@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-from tokexport import reduce_model
 from tokexport.export import reducers
 from tokexport.export.models.learned_layers import learned_layers
 from tokexport.export.reducers import matching
+
+from tokexport import reduce_model
 
 
 def observed(loaded, schedule, image, monkeypatch):
@@ -49,18 +49,24 @@ def moved(reducer, signals, step, row, by, monkeypatch):
 
 def test_a_margin_is_what_a_score_must_move(tiny, schedule_of, options, golden, monkeypatch):
     loaded = tiny("tiny_vit")
-    schedule = schedule_of(loaded.module, **{k: v for k, v in options.items() if k != "method"}, method=options["method"])
+    schedule = schedule_of(
+        loaded.module, **{k: v for k, v in options.items() if k != "method"}, method=options["method"]
+    )
     reducer = reducers.get(schedule.method)
     if schedule.method == "pitome":
         pytest.skip("it ranks by energies: see test_pitome.py")
     judged = 0
-    for signals, step, plan, margins in observed(loaded, schedule, golden.image[:1], monkeypatch) if schedule.steps else ():
+    for signals, step, plan, margins in (
+        observed(loaded, schedule, golden.image[:1], monkeypatch) if schedule.steps else ()
+    ):
         fate, before = margins.fate[0], fates(plan, step.n_in)
         assert fate.min() >= 0 and not fate.isnan().any() and not margins.host.isnan().any()
         for row in torch.arange(step.n_in)[(fate > 1e-4) & (fate < 100)].tolist()[::7]:
             for share, changes in ((1.02, True), (0.98, False)):
                 after = [
-                    fates(moved(reducer, signals, step, row, sign * share * float(fate[row]), monkeypatch), step.n_in)[row]
+                    fates(moved(reducer, signals, step, row, sign * share * float(fate[row]), monkeypatch), step.n_in)[
+                        row
+                    ]
                     for sign in (1, -1)
                 ]
                 assert any(a != before[row] for a in after) == changes, (step, row, share)
@@ -86,4 +92,6 @@ def test_the_place_counts_where_order_decides(tiny, schedule_of, golden, monkeyp
     a, _, scores = matching.similarities(signals, step.n_in)
     left = plan.keep[0, : step.n_kept - step.n_in // 2, 0]
     values = scores[0].amax(-1)[left // 2]
-    assert torch.allclose(margins.fate[0, left[3]], torch.minimum(values[2] - values[3], values[3] - values[4]), atol=1e-6)
+    assert torch.allclose(
+        margins.fate[0, left[3]], torch.minimum(values[2] - values[3], values[3] - values[4]), atol=1e-6
+    )

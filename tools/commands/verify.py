@@ -7,6 +7,7 @@ import sys
 import click
 
 from ...export.errors import UsageError
+from .bundle import is_bundle, prove
 
 SHOWN = 10  # images, flips and stages shown one by one
 
@@ -28,15 +29,20 @@ SHOWN = 10  # images, flips and stages shown one by one
 @click.option("--report", metavar="HTML", help="Write a page with everything, of one FILE; bisects too.")
 @click.option("--checkpoint", metavar="FILE|DIR", help="Where the weights are now; they are checked by hash.")
 @click.option("--predictor", metavar="FILE", help="Where the score heads are now (dTPS, DynamicViT).")
-@click.option("--runtime", default="ort", show_default=True, help="What runs the file: ort or openvino.")
+@click.option(
+    "--runtime",
+    help="What runs the file: ort or openvino; default: ort, or what a bundle was made with.",
+)
+@click.option("--allow-host-code", is_flag=True, help="Load a bundle's engine that carries native code of a plugin.")
 @click.option("--force", is_flag=True, help="Replace the report.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
-def command(files, images, against, bisect, report, checkpoint, predictor, runtime, force, as_json):
-    """Compare FILE with the PyTorch reference it was made from. Exit 0: passed, 1: failed.
+def command(files, images, against, bisect, report, checkpoint, predictor, runtime, allow_host_code, force, as_json):
+    """Compare FILE with the PyTorch reference it was made from, or run the proof of a bundle. Exit 0: passed, 1: failed.
 
     The reference is rebuilt from the provenance in the file and runs with the file's own merge decisions, so numbers are compared
     like with like; each decision is judged by itself: a flipped near-tie passes, anything else fails. Engines
-    (.plan) are verified too where there is a GPU. Arguments that are images or folders are what they are compared on.
+    (.plan) are verified too where there is a GPU. Arguments that are images or folders are what they are compared on. A
+    bundle (`tokexport bundle`) brings its own proof, which needs neither PyTorch nor the weights.
 
     tokexport verify vit.onnx --images photos/
     """
@@ -45,6 +51,11 @@ def command(files, images, against, bisect, report, checkpoint, predictor, runti
     from ...export.files import check_output
     from ..show.terminal import bar, console, print_json
 
+    bundles = [file for file in files if is_bundle(file)]
+    if bundles:
+        others = (len(bundles) < len(files), images, against, bisect, report, checkpoint, predictor)
+        sys.exit(0 if prove(bundles, runtime, others=others, allow_host_code=allow_host_code, as_json=as_json) else 1)
+    runtime = runtime or "ort"
     files, images = _sorted(files, images)
     if report is not None and len(files) > 1:
         raise UsageError("--report is of one FILE: verify them one by one")

@@ -85,6 +85,11 @@ Arguments parse(int argc, char** argv) {
   const bool wants_photos = a.command != "bench" && a.command != "verify";
   if (wants_photos == a.photos.empty()) throw Error(Fault::usage, a.command + (wants_photos ? ": wanted photos" : ": takes no photos"));
   a.options.decisions = a.command == "verify";
+  if (a.command == "input") a.options.runtime = "none";
+  if (a.command == "bench") {
+    a.options.batch = a.batch;
+    a.options.streams = a.concurrency;
+  }
   return a;
 }
 

@@ -47,7 +47,12 @@ class OpenVinoSession : public Session {
       for (const auto& output : model->outputs()) known = known || output.get_names().count(name);
       if (!known) model->add_output(name);
     }
-    ov::AnyMap settings = {ov::hint::performance_mode(ov::hint::PerformanceMode::LATENCY)};
+    if (options.batch && model->input().get_partial_shape()[0].is_dynamic()) {
+      ov::PartialShape shape = model->input().get_partial_shape();
+      shape[0] = options.batch;
+      model->reshape(shape);
+    }
+    ov::AnyMap settings = {ov::hint::performance_mode(ov::hint::PerformanceMode::LATENCY), ov::num_streams(options.streams)};
     if (!options.runtime_precision) settings.insert(ov::hint::inference_precision(ov::element::f32));
     if (options.threads) settings.insert(ov::inference_num_threads(options.threads));
     model_ = core_.compile_model(model, "CPU", settings);

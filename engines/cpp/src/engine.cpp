@@ -96,6 +96,10 @@ Engine Engine::open(const std::string& folder, const Options& options) {
   m.check_files(options.check_hashes);
   if (m.builder.host_code && !options.allow_host_code)
     throw Error(Fault::usage, folder + ": the engine carries native code of a plugin, which would run here: if you trust who made it, allow it (allow_host_code)");
+  if (options.runtime == "none") {
+    state->words = "nothing";
+    return Engine(std::move(state));
+  }
   std::string known;
   for (const Runtime& runtime : runtime_table()) {
     known += (known.empty() ? "" : ", ") + std::string(runtime.name);
@@ -115,6 +119,7 @@ Engine Engine::open(const std::string& folder, const Options& options) {
 
 Tensors Engine::run(const Tensor& input) const {
   const Manifest& m = state_->manifest;
+  if (!state_->session) throw Error(Fault::usage, m.folder + " was opened with runtime none, which prepares photos and runs nothing");
   std::vector<std::int64_t> wanted = m.input.shape;
   bool fits = input.shape.size() == wanted.size() && input.shape[0] > 0 && std::equal(wanted.begin() + 1, wanted.end(), input.shape.begin() + 1) &&
               input.values.index() == (m.preprocessing.normalised ? 0u : 2u);
@@ -131,7 +136,7 @@ Tensors Engine::run(const Tensor& input) const {
       return state_->session->run(first == 0 && full == n ? input : rows(input, first, full));
     });
     for (auto& [name, value] : part) {
-      if (batch() == 1 && name.find('.') != std::string::npos) value.shape.insert(value.shape.begin(), 1);  // decisions of one image have no batch axis
+      if (m.input.shape[0] == 1 && name.find('.') != std::string::npos) value.shape.insert(value.shape.begin(), 1);  // decisions of one image have no batch axis
       append(out[name], some == full ? value : rows(value, 0, some));
     }
   }
@@ -191,7 +196,10 @@ Proof Engine::verify() const {
 }
 
 int Engine::channels() const { return state_->manifest.preprocessing.channels; }
-std::int64_t Engine::batch() const { return state_->manifest.input.shape[0] == kAny ? 0 : state_->manifest.input.shape[0]; }
+std::int64_t Engine::batch() const {
+  const std::int64_t fixed = state_->manifest.input.shape[0];
+  return fixed == kAny ? state_->options.batch : fixed;
+}
 const std::string& Engine::runtime() const { return state_->words; }
 
 std::string Engine::summary() const {

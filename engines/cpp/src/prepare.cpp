@@ -150,8 +150,12 @@ Image resize(const Image& image, int height, int width, const std::string& name)
   if (name == "nearest") return nearest(image, height, width);
   auto filter = std::find_if(std::begin(kFilters), std::end(kFilters), [&](const Filter& f) { return name == f.name; });
   if (filter == std::end(kFilters)) throw Error(Fault::usage, "interpolation '" + name + "' is not known");
-  Image out = width == image.width ? image : across(image, width, *filter);
-  return height == out.height ? out : down(out, height, *filter);
+  // The pass between is rounded to 8 bits, so the order of the two shows. Pillow 13 begins with the rows where they get fewer by more
+  // than twice what the columns do (found by trying 6,000 sizes; its documentation does not tell), and with the columns otherwise.
+  const bool rows_first = height < image.height && image.height - height > 2 * (image.width - width);
+  Image between = rows_first ? down(image, height, *filter) : width == image.width ? image : across(image, width, *filter);
+  if (rows_first) return width == image.width ? between : across(between, width, *filter);
+  return height == between.height ? between : down(between, height, *filter);
 }
 
 Image fit(const Image& image, const Preprocessing& p) {

@@ -61,9 +61,12 @@ struct Class {
 };
 
 struct Options {
-  std::string runtime;           // "openvino", "onnxruntime" or "tensorrt"; empty: the first that was built in and can run the file
+  std::string runtime;           // "openvino", "onnxruntime" or "tensorrt"; empty: the first that was built in and can run the file;
+                                 // "none": photos are prepared, nothing is run
   std::string library;           // the runtime's shared library, of those that are loaded when they are used; empty: searched for
   int threads = 0;               // of the processor for one run; 0: the runtime's own choice
+  int batch = 0;                 // images in every run of a file that takes any number, if that is known: OpenVINO is then faster
+  int streams = 1;               // runs that OpenVINO does at the same time, each with its share of the threads
   bool runtime_precision = false;  // let OpenVINO compute in what it finds fastest (bf16 on some processors) instead of float32
   bool decisions = false;        // give the file's merge decisions too, as `verify` needs them
   bool check_hashes = true;      // of the file that is run and of those beside it
@@ -115,7 +118,7 @@ class Engine {
   Tensor proof_inputs() const;
 
   int channels() const;         // of photos
-  std::int64_t batch() const;   // of the file, 0 for any
+  std::int64_t batch() const;   // of a run, 0 for any
   const std::string& runtime() const;  // what runs the file, in words
   std::string summary() const;  // what the bundle is, in a line
 

@@ -1,0 +1,512 @@
+"""The C++ runtime computes what the Python one does, prepares photos alike, takes many threads, and leaks nothing.
+
+One build serves all tests, with the address and undefined-behaviour sanitizers in it: every run of it is a test of
+memory too.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+from safetensors.numpy import load_file, save_file
+from tokexport.engines.bundle.folder import sha256_of
+from tokexport.engines.bundle.write import write_bundle
+from tokexport.engines.images import crop, normalise
+from tokexport.export.provenance import Preprocess
+from tokexport.tools.demo import digits
+
+from tokexport import Schedule, export_onnx, load_model, open_runner
+
+SOURCE = Path(__file__).parents[2] / "engines" / "cpp"
+pytestmark = pytest.mark.programs
+
+
+def package_folder(package, inside):
+    spec = importlib.util.find_spec(package)
+    folders = [Path(d) / inside for d in (spec.submodule_search_locations if spec else []) or []]
+    return next((str(f) for f in folders if f.is_dir()), None)
+
+
+def first(*folders):
+    return next((f for f in folders if f and os.path.isdir(f)), None)
+
+
+HEADERS = {
+    "onnxruntime": first(os.environ.get("ONNXRUNTIME_INCLUDE_DIR"), "/usr/include/onnxruntime"),
+    "tensorrt": first(os.environ.get("TENSORRT_INCLUDE_DIR"), package_folder("kernel_lens", "include/tensorrt")),
+    "cuda": first(
+        os.environ.get("CUDA_INCLUDE_DIR"),
+        package_folder("triton", "backends/nvidia/include"),
+        "/usr/local/cuda/include",
+    ),
+}
+NO_HEADERS = "no headers of ONNX Runtime: set ONNXRUNTIME_INCLUDE_DIR (engines/cpp/onnxruntime_headers.sh finds them)"
+ONNXRUNTIME = pytest.param("onnxruntime", marks=pytest.mark.skipif(not HEADERS["onnxruntime"], reason=NO_HEADERS))
+RUNTIMES = [pytest.param("openvino"), ONNXRUNTIME]
+ANY = ("--runtime", "onnxruntime") if HEADERS["onnxruntime"] else ()  # the one that starts faster under the sanitizers
+
+
+def built(folder, *options):
+    """Configure and build; one job at a time, since compiling takes memory."""
+    done = subprocess.run(["cmake", "-S", SOURCE, "-B", folder, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    done = subprocess.run(["cmake", "--build", folder, "-j", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "warning:" not in done.stdout + done.stderr
+    return folder
+
+
+def needed_programs():
+    missing = [p for p in ("cmake", "g++") if shutil.which(p) is None]
+    missing += [
+        h
+        for h in ("jpeglib.h", "png.h")
+        if not any(Path(d, h).is_file() for d in ("/usr/include", "/usr/local/include"))
+    ]
+    return missing
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory):
+    """Folder of the sanitized build."""
+    if needed_programs():
+        pytest.skip(f"not installed: {', '.join(needed_programs())} (apt install cmake g++ libjpeg-dev libpng-dev)")
+    from openvino.utils import get_cmake_path
+
+    options = [
+        f"-DOpenVINO_DIR={get_cmake_path()}",
+        "-DTOKEXPORT_SANITIZE=ON",
+        "-DTOKEXPORT_TESTS=ON",
+        "-DCMAKE_CXX_FLAGS=-O1",
+    ]
+    options += [f"-DONNXRUNTIME_INCLUDE_DIR={HEADERS['onnxruntime']}"] if HEADERS["onnxruntime"] else []
+    if HEADERS["tensorrt"] and HEADERS["cuda"]:
+        options += [f"-DTENSORRT_INCLUDE_DIR={HEADERS['tensorrt']}", f"-DCUDA_INCLUDE_DIR={HEADERS['cuda']}"]
+    kept = os.environ.get("TOKEXPORT_CPP_BUILD")  # a folder to build in again and again while working on it
+    return built(Path(kept) if kept else tmp_path_factory.mktemp("cpp"), "-DCMAKE_BUILD_TYPE=None", *options)
+
+
+@pytest.fixture(scope="session")
+def environment():
+    """Where the libraries are, and what the sanitizers are to report."""
+    library = next(Path(package_folder("onnxruntime", "capi")).glob("libonnxruntime.so.*"))
+    supp = SOURCE / "tests" / "leaks.supp"
+    return {
+        **os.environ,
+        "TOKEXPORT_ONNXRUNTIME": str(library),
+        "LSAN_OPTIONS": f"suppressions={supp}:print_suppressions=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "TBB_ENABLE_SANITIZERS": "1",  # OpenVINO's TBB else opens a library in a way that the address sanitizer refuses
+    }
+
+
+@pytest.fixture(scope="session")
+def program(build, environment):
+    """program(*args, code=0) -> what tokexport-run writes to stdout (bytes); a leak or a bad access fails."""
+
+    def run(*args, code=0, env=None):
+        done = subprocess.run(
+            [build / "tokexport-run", *map(str, args)],
+            capture_output=True,
+            env={**environment, **(env or {})},
+            stdin=subprocess.DEVNULL,
+        )
+        assert done.returncode == code, (args, done.returncode, done.stdout[-500:], done.stderr.decode()[-3000:])
+        assert b"Sanitizer" not in done.stderr and b"runtime error" not in done.stderr
+        return done.stdout if code in (0, 1) else done.stderr.decode()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Held-out digits, for the bundles."""
+    return digits.write_held_out(tmp_path_factory.mktemp("digits"), 16)
+
+
+@pytest.fixture(scope="session")
+def bundles(photos, tmp_path_factory):
+    """bundles(name) -> folder: "tome" (any batch), "evit" (batch 3), "one" (ToMe, batch 1), made once."""
+    made, folder = {}, tmp_path_factory.mktemp("bundles")
+    loaded = load_model(digits.MODEL, digits.KWARGS, checkpoint=digits.WEIGHTS, predictor=digits.HEADS)
+    options = {"tome": ("tome", None, {"r": 16}), "one": ("tome", 1, {"r": 8}), "evit": ("evit", 3, {"at": (3, 6)})}
+
+    def bundle(name):
+        if name not in made:
+            method, batch, more = options[name]
+            schedule = Schedule.parse(more.pop("r", None), method=method, depth=12, n_tokens=65, n_prefix=1, **more)
+            export_onnx(loaded, schedule, folder / f"{name}.onnx", batch=batch, sources=name == "tome")
+            made[name] = write_bundle(folder / f"{name}.onnx", folder / name, images=photos).path
+        return made[name]
+
+    return bundle
+
+
+CASES = [
+    ("openvino", "tome"),
+    ("openvino", "one"),
+    *((ONNXRUNTIME.values[0], name) for name in ("tome", "evit", "one")),
+]
+CASES = [pytest.param(*case, marks=ONNXRUNTIME.marks if case[0] != "openvino" else ()) for case in CASES]
+
+
+@pytest.mark.parametrize("runtime, name", CASES)
+def test_outputs_are_those_of_the_python_runner(program, bundles, photos, runtime, name):
+    values = json.loads(program("output", bundles(name), *photos[:5], "--runtime", runtime))
+    path = next(bundles(name).glob("*.onnx"))
+    preprocess = Preprocess(**_preprocess(bundles(name)))
+    images = np.stack([normalise(crop(p, preprocess), preprocess) for p in photos[:5]])
+    from tokexport.engines.runners import in_batches
+
+    with open_runner(path, {"onnxruntime": "ort"}.get(runtime, runtime)) as runner:
+        wanted = in_batches(runner, images)
+    assert set(values) == set(wanted)
+    for key, value in wanted.items():
+        assert values[key]["shape"] == list(value.shape)
+        got = np.array(values[key]["values"]).reshape(value.shape)
+        assert np.abs(got - value).max() <= 1e-5 * max(1.0, np.abs(value).max()), key
+
+
+def _preprocess(bundle):
+    values = json.loads((bundle / "tokexport.json").read_text())["preprocessing"]
+    return {k: values[k] for k in ("size", "mean", "std", "interpolation", "crop", "crop_mode")}
+
+
+def image_kinds(folder):
+    """Some forty photos of all kinds, written to a folder."""
+    random = np.random.default_rng(3)
+
+    def photo(w, h, mode="RGB"):
+        bands = {"RGB": 3, "RGBA": 4, "L": 1, "LA": 2, "CMYK": 4}[mode]
+        small = random.integers(0, 256, (max(h // 6, 2), max(w // 6, 2), bands), dtype=np.uint8)
+        image = (
+            Image.fromarray(small[..., 0] if bands == 1 else small, mode if mode != "CMYK" else None)
+            if mode != "CMYK"
+            else Image.frombytes("CMYK", small.shape[1::-1], small.tobytes())
+        )
+        return image.resize((w, h), Image.Resampling.BICUBIC)
+
+    def save(name, image, **options):
+        image.save(folder / name, **options)
+
+    for i, (w, h) in enumerate([(32, 32), (33, 47), (201, 64), (64, 203), (31, 31), (7, 5), (640, 427), (1, 40)]):
+        save(f"jpeg_{i}.jpg", photo(w, h), quality=90, subsampling=i % 3)
+        save(f"png_{i}.png", photo(w, h))
+    for w, h in ((30, 37), (80, 85), (144, 85), (27, 118), (20, 21)):
+        save(f"noise_{w}.png", Image.fromarray(random.integers(0, 256, (h, w, 3), dtype=np.uint8)))
+    save("progressive.jpg", photo(90, 61), progressive=True)
+    save("grey.jpg", photo(77, 50, "L"))
+    save("cmyk.jpg", photo(80, 60, "CMYK"))
+    save("coarse.jpg", photo(99, 101), quality=5)
+    for turn in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        save(f"turned_{turn}.jpg", photo(60, 41), exif=exif)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save("turned.png", photo(50, 33), exif=exif)
+    save("alpha.png", photo(50, 61, "RGBA"))
+    save("grey_alpha.png", photo(45, 41, "LA"))
+    save("grey.png", photo(44, 60, "L"))
+    save("palette.png", photo(70, 40).quantize(40))
+    save("two_colours.png", photo(70, 40, "L").convert("1"))
+    save("palette_clear.png", photo(60, 40).quantize(16), transparency=3)
+    save(
+        "clear_colour.png",
+        Image.fromarray(np.repeat(random.integers(0, 3, (40, 40, 1), dtype=np.uint8), 3, 2)),
+        transparency=(1, 1, 1),
+    )
+    save("few_greys.png", Image.fromarray(random.integers(0, 16, (40, 44), dtype=np.uint8) * 17), bits=4)
+    save("deep_grey.png", Image.fromarray(random.integers(0, 65536, (40, 50), dtype=np.uint16)))
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Title", "a photo")
+    save("text.png", photo(48, 48), pnginfo=info)
+    _deep_colour(folder / "deep_colour.png", random.integers(0, 65536, (37, 30, 3), dtype=np.uint16))
+    return sorted(folder.iterdir())
+
+
+def _deep_colour(path, values):
+    """An RGB PNG of 16 bits, which Pillow does not write."""
+    import struct
+    import zlib
+
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.fixture(scope="session")
+def kinds(tmp_path_factory):
+    """Folder's files, among them noise, which shows every rounding."""
+    return image_kinds(tmp_path_factory.mktemp("kinds"))
+
+
+@pytest.mark.parametrize(
+    "crop_mode, fraction, interpolation",
+    [
+        ("center", 1.0, "bicubic"),
+        ("center", 0.875, "bilinear"),
+        ("squash", 0.9, "lanczos"),
+        ("border", 1.0, "bicubic"),
+        ("border", 0.8, "hamming"),
+        ("center", 0.95, "box"),
+        ("center", 0.9, "nearest"),
+    ],
+)
+def test_photos_are_prepared_as_in_python(program, bundles, kinds, tmp_path, crop_mode, fraction, interpolation):
+    assert len(kinds) >= 40
+    folder = shutil.copytree(bundles("tome"), tmp_path / "b")
+    values = json.loads((folder / "tokexport.json").read_text())
+    values["preprocessing"].update(
+        crop_mode=crop_mode, crop=fraction, interpolation=interpolation, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25]
+    )
+    (folder / "tokexport.json").write_text(json.dumps(values))
+    prepared = np.frombuffer(program("input", folder, *kinds), np.float32).reshape(len(kinds), 3, 32, 32)
+    preprocess = Preprocess(**_preprocess(folder))
+    for path, value in zip(kinds, prepared):
+        wanted = normalise(crop(path, preprocess), preprocess)
+        pixels = np.abs(value - wanted) * np.reshape(preprocess.std, (3, 1, 1)) * 255
+        assert pixels.max() <= 1.001, (path.name, pixels.max())
+
+
+@pytest.mark.parametrize(
+    "spoil, word",
+    [
+        (lambda b: b[: len(b) // 2], "cannot be read as an image"),
+        (lambda b: b"", "wanted JPEG or PNG"),
+        (lambda b: b"GIF89a" + b, "wanted JPEG or PNG"),
+    ],
+)
+def test_a_damaged_photo_is_one_error(program, bundles, kinds, tmp_path, spoil, word):
+    for source in (kinds[0].parent / "jpeg_6.jpg", kinds[0].parent / "png_6.png"):
+        path = tmp_path / f"x{source.suffix}"
+        path.write_bytes(spoil(source.read_bytes()))
+        text = program("input", bundles("tome"), path, code=2)
+        assert word in text and str(path) in text and text.count("\n") == 1
+
+
+@pytest.mark.parametrize("runtime, name", CASES)
+def test_the_proof_passes(program, bundles, runtime, name):
+    report = json.loads(program("verify", bundles(name), "--runtime", runtime, "--json"))
+    assert report["passed"] and [i["verdict"] for i in report["images"]] == ["equal"] * 4
+    assert all(o["n_judged"] == 4 and o["error"] <= 1e-5 for o in report["outputs"]) and all(
+        i["pixels"] == 0 for i in report["images"]
+    )
+
+
+def changed(folder, edit):
+    """Change a proof's tensors, and what the manifest says of the file."""
+    tensors = load_file(folder / "proof.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "proof.safetensors")
+    values = json.loads((folder / "tokexport.json").read_text())
+    values["proof"]["file"].update(
+        sha256=sha256_of(folder / "proof.safetensors"), size=(folder / "proof.safetensors").stat().st_size
+    )
+    (folder / "tokexport.json").write_text(json.dumps(values))
+
+
+def other_decision(tensors, margin):
+    """A token of the first image that stays in block 1 is said to have been folded."""
+    host = tensors["host.block1"]
+    row = next(r for r in range(3, host.shape[1]) if host[0, r] == r and np.isfinite(tensors["margin.block1"][0, 0, r]))
+    host[0, row] = host[0, host[0] != np.arange(host.shape[1])][0]
+    tensors["margin.block1"][0, 0, row] = margin
+
+
+def test_a_wrong_proof_fails_and_a_near_tie_does_not(program, bundles, tmp_path):
+    faults = {
+        "output": lambda t: t["reference.logits"].__setitem__((1, 0), 100),
+        "own output": lambda t: t["own.logits"].__setitem__((1, 0), 100),
+        "nan": lambda t: t["reference.logits"].__setitem__((1, 0), np.nan),
+        "sources": lambda t: t["reference.sources"].__setitem__((1, 5), 63),
+        "photo": lambda t: t["photo.1"].__setitem__((3, 3), 255 - t["photo.1"][3, 3]),
+        "decision": lambda t: other_decision(t, 0.5),
+    }
+    for i, (fault, edit) in enumerate(faults.items()):
+        folder = shutil.copytree(bundles("tome"), tmp_path / str(i))
+        changed(folder, edit)
+        report = json.loads(program("verify", folder, "--json", *ANY, code=1))
+        assert not report["passed"] and "failed" in [i["verdict"] for i in report["images"]], fault
+    folder = shutil.copytree(bundles("tome"), tmp_path / "near")
+    changed(folder, lambda t: (other_decision(t, 1e-5), t["reference.logits"].__setitem__((0, 0), 100)))
+    report = json.loads(program("verify", folder, "--json", *ANY))
+    assert [i["verdict"] for i in report["images"]] == ["flipped", "equal", "equal", "equal"]
+
+
+BROKEN = {
+    "[9, 0]": (lambda v: v.update(format=[9, 0]), "format 9"),
+    "need": (lambda v: v.update(needs=["telepathy"]), "telepathy"),
+    "a way out": (lambda v: v["file"].update(name="../x.onnx"), "plain name"),
+    "labels": (lambda v: v.update(labels=["a"]), "1 of 10 classes"),
+    "size": (lambda v: v["preprocessing"].update(size=[30, 30]), "does not give what the input takes"),
+    "hash": (lambda v: v["file"].update(sha256="0" * 64), "SHA-256"),
+    "bytes": (lambda v: v["file"].update(size=5), "wanted 5"),
+    "field": (lambda v: v.pop("activation"), "'activation' is missing"),
+    "kind": (lambda v: v.update(classes="ten"), "wanted a whole number"),
+    "filter": (lambda v: v["preprocessing"].update(interpolation="psychic"), "not known"),
+    "counts": (lambda v: v["decisions"][0].update(n_kept=10**9), "do not fit"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_manifest_is_one_error(program, bundles, photos, tmp_path, fault):
+    edit, word = BROKEN[fault]
+    folder = shutil.copytree(bundles("tome"), tmp_path / "b")
+    values = json.loads((folder / "tokexport.json").read_text())
+    edit(values)
+    (folder / "tokexport.json").write_text(json.dumps(values))
+    text = program("classify", folder, photos[0], code=2)
+    assert word in text and text.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"format": [1, NaN]}',
+        '{"a": 1, "a": 2}',
+        "[" * 100000,
+        '{"format": [1, 0]',
+        '"\\ud800"',
+        "01",
+        "",
+        '{"a": 1} x',
+    ],
+)
+def test_what_is_no_json_is_one_error(program, bundles, photos, tmp_path, text):
+    folder = shutil.copytree(bundles("tome"), tmp_path / "b")
+    (folder / "tokexport.json").write_text(text)
+    assert "is not JSON" in program("classify", folder, photos[0], code=2)
+
+
+def test_a_link_and_a_truncated_proof_are_refused(program, bundles, tmp_path):
+    folder = shutil.copytree(bundles("tome"), tmp_path / "link")
+    (folder / "tome.onnx").rename(tmp_path / "real.onnx")
+    (folder / "tome.onnx").symlink_to(tmp_path / "real.onnx")
+    assert "a link" in program("verify", folder, code=2)
+    for i, size in enumerate((4, 8, 300, -5)):
+        folder = shutil.copytree(bundles("tome"), tmp_path / str(i))
+        content = (folder / "proof.safetensors").read_bytes()[:size]
+        (folder / "proof.safetensors").write_bytes(content)
+        values = json.loads((folder / "tokexport.json").read_text())
+        values["proof"]["file"].update(sha256=sha256_of(folder / "proof.safetensors"), size=len(content))
+        (folder / "tokexport.json").write_text(json.dumps(values))
+        assert "proof.safetensors" in program("verify", folder, *ANY, code=2)
+
+
+def test_classes_are_those_of_the_bundle(program, bundles, photos):
+    found = json.loads(program("classify", bundles("tome"), *photos, "--json", "--top", "3", *ANY))["images"]
+    assert sum(i["top"][0]["class"] == int(p.parent.name) for i, p in zip(found, photos)) >= 14
+    assert all(len(i["top"]) == 3 and i["top"][0]["score"] >= i["top"][1]["score"] for i in found)
+    text = program("classify", bundles("tome"), photos[0], *ANY).decode()
+    assert text.startswith(str(photos[0])) and found[0]["top"][0]["label"] in text
+    assert "is a classifier" in program("features", bundles("tome"), photos[0], *ANY, code=2)
+
+
+def test_wrong_use_is_told(program, bundles, photos, environment):
+    for args, word in (
+        (("classify", bundles("tome")), "wanted photos"),
+        (("verify", bundles("tome"), photos[0]), "takes no photos"),
+        (("dance", bundles("tome"), photos[0]), "no command"),
+        (("bench", bundles("tome"), "--runs", "0"), "whole number from 1"),
+        (("bench", bundles("tome"), "--fast"), "no option"),
+        (("verify", "nowhere"), "no tokexport.json"),
+        (("verify", bundles("tome"), "--runtime", "abacus"), "wanted one of"),
+    ):
+        assert word in program(*args, code=2)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_bench_counts_what_it_ran(program, bundles, runtime):
+    args = ("--runtime", runtime, "--batch", "2", "--runs", "12", "--warmup", "2", "--concurrency", "3", "--json")
+    record = json.loads(program("bench", bundles("tome"), *args))
+    assert record["runs"] == 12 and record["batch"] == 2 and record["concurrency"] == 3
+    assert 0 < record["p50"] <= record["p90"] <= record["p95"] <= record["p99"] and record["images_per_second"] > 0
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES[1:])
+def test_a_library_that_is_not_there_is_named(program, bundles, runtime):
+    text = program("verify", bundles("tome"), "--runtime", runtime, "--library", "/nowhere/lib.so", code=2)
+    assert "/nowhere/lib.so" in text and "TOKEXPORT_ONNXRUNTIME" in text
+    assert "OrtGetApiBase" in program("verify", bundles("tome"), "--runtime", runtime, "--library", "libm.so.6", code=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_eight_threads_give_what_one_gives(build, environment, bundles, runtime):
+    done = subprocess.run(
+        [build / "tokexport-threads", bundles("tome"), "8", "1000", runtime],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "8000 runs, 0 differ" in done.stdout and "Sanitizer" not in done.stderr
+
+
+@pytest.fixture
+def engine_bundle(bundles, tmp_path):
+    """A bundle that says it is an engine of TensorRT-RTX; what is in it does not matter."""
+    folder = shutil.copytree(bundles("tome"), tmp_path / "engine")
+    values = json.loads((folder / "tokexport.json").read_text())
+    values.update(kind="engine", builder={"name": "rtx", "version": "1", "compute_capability": [], "host_code": False})
+    (folder / "tokexport.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.skipif(
+    not (HEADERS["tensorrt"] and HEADERS["cuda"]),
+    reason="no headers of TensorRT or CUDA: pip install kernel-lens triton",
+)
+def test_tensorrt_is_built_in_and_refuses_another_library(program, engine_bundle):
+    assert "tensorrt" in program("--help").decode()
+    assert "TOKEXPORT_TENSORRT" in program("verify", engine_bundle, code=2, env={"TOKEXPORT_TENSORRT": "/nowhere.so"})
+    assert "getInferLibVersion" in program("verify", engine_bundle, "--library", "libm.so.6", code=2)
+    rtx = package_folder("tensorrt_rtx_libs", "") or package_folder("tensorrt_rtx", "")
+    libraries = sorted(Path(rtx).rglob("libtensorrt_rtx.so*")) if rtx else []
+    if libraries:  # its interface answers to any version with rubbish: the library's own number decides
+        assert "is TensorRT-RTX 1, this program was built with the headers of TensorRT 10" in program(
+            "verify", engine_bundle, "--library", libraries[0], code=2
+        )
+
+
+def test_native_code_of_an_engine_is_asked_for(program, engine_bundle):
+    values = json.loads((engine_bundle / "tokexport.json").read_text())
+    values["builder"]["host_code"] = True
+    (engine_bundle / "tokexport.json").write_text(json.dumps(values))
+    assert "native code" in program("verify", engine_bundle, code=2)
+
+
+def test_the_example_builds_against_what_is_installed(build, environment, bundles, photos, tmp_path):
+    subprocess.run(["cmake", "--install", build, "--prefix", tmp_path / "usr"], check=True, capture_output=True)
+    example = tmp_path / "example"
+    configure = [
+        "cmake",
+        "-S",
+        SOURCE / "example",
+        "-B",
+        example,
+        f"-DCMAKE_PREFIX_PATH={tmp_path / 'usr'}",
+        "-DCMAKE_BUILD_TYPE=Debug",
+    ]
+    for command in (configure, ["cmake", "--build", example]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    done = subprocess.run(
+        [example / "classify", bundles("tome"), *photos[:2]], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) == 3 and "class " in done.stdout
+    assert len((SOURCE / "example" / "main.cpp").read_text().splitlines()) <= 30
