@@ -14,7 +14,8 @@ Outputs; ranks follow x, K' = K, or K + 1 with fold = "sum":
     log_size  [B, 1, 1, K'] float32, its logarithm as attention adds it, with sizes = 2.
     keep      [B, K, 1] int64: the input rows that stay, in output order; with decisions = 1, as the two below.
     src       [B, R, 1] int64: the input rows that are folded, unless fold = "drop".
-    dst       [B, R, 1] int64: the output row each of them goes to, unless fold is "drop" or "sum".
+    dst       [B, R, 1] int64: the host each of them goes to, unless fold is "drop" or "sum": under "pairs" its place in B, which
+              is output row first_host + dst, under "score" the output row itself.
 An output that is not asked for is not in the list: sizes = 0, decisions = 0 has one. What nobody reads is not computed.
 
 What is decided:
@@ -36,7 +37,7 @@ A row that receives nothing is copied bit for bit. -0 equals +0. Values that are
 (PyTorch), and elsewhere give some valid rows, never a read outside the input.
 
 Example, select = "pairs", fold = "size_mean", N = 5, K = 4, n_prefix = 1: A is rows 2 and 4, B is 1 and 3. If 4 is nearest to 1 and
-that pair is the best, keep = 0, 2, 1, 3, src = 4, dst = 2, and output row 2 is the mean of rows 1 and 4.
+that pair is the best, keep = 0, 2, 1, 3, src = 4, dst = 0 (row 1 is the first of B), and output row 2 is the mean of rows 1 and 4.
 """
 
 from __future__ import annotations
@@ -107,6 +108,11 @@ class Reduction:
         p, odd = self.n_prefix, self.n_prefix % 2
         a, b = p + odd, p + 1 - odd
         return Pairing(a, len(range(a, self.n_in, 2)), b, len(range(b, self.n_in, 2)))
+
+    @property
+    def first_host(self) -> int:
+        """Output row of the host that dst calls 0."""
+        return self.n_kept - self.pairing.n_b if self.select == "pairs" else 0
 
     @property
     def outputs(self) -> tuple[str, ...]:

@@ -75,7 +75,7 @@ def order_pairs(op: Reduction, best: Match) -> Order:
     merged, left = places[:, :r], places[:, r:]
     left = left if op.by_score else left.sort(-1).values
     keep = torch.cat([torch.arange(op.n_prefix).expand(batch, -1), a[left], b.expand(batch, -1)], 1)
-    return Order(keep, a[merged], op.n_prefix + left.shape[1] + best.host.gather(1, merged))
+    return Order(keep, a[merged], best.host.gather(1, merged))
 
 
 def order_score(op: Reduction, score: Tensor) -> Order:
@@ -110,7 +110,7 @@ def apply(op: Reduction, x: Tensor, order: Order, value: Tensor | None, size: Te
     if op.fold == "sum":
         fused = sum((folded * value[..., None]).unbind(1))
         return torch.cat([kept, fused[:, None].to(x.dtype)], 1), kept_size
-    add = lambda base, rows: base.scatter_add(1, order.dst[..., None].expand(-1, -1, rows.shape[-1]), rows)
+    add = lambda base, rows: base.scatter_add(1, (op.first_host + order.dst)[..., None].expand(-1, -1, rows.shape[-1]), rows)
     ones, host_ones = torch.ones_like(folded_size), torch.ones_like(kept_size)
     grown = kept_size
     if op.fold == "size_mean":

@@ -238,7 +238,7 @@ private:
     int64_t index(int64_t place) const { return 0xffffffffu - static_cast<uint32_t>(keys_[place]); }
 
     void order_pairs(const Reduction& op) {
-        const int64_t n_a = op.n_a(), n_merged = op.n_in - op.n_kept, left = n_a - n_merged;
+        const int64_t n_a = op.n_a(), n_merged = op.n_in - op.n_kept;
         pack_keys(best_.data(), n_a);
         first(n_a, op.by_score ? n_a : n_merged);
         merged_.assign(n_a, 0);
@@ -253,7 +253,7 @@ private:
         for (int64_t j = 0; j < op.n_b(); ++j) keep_[at++] = op.b_first() + 2 * j;
         for (int64_t p = 0; p < op.n_folded; ++p) {
             src_[p] = op.a_first() + 2 * index(p);
-            dst_[p] = op.n_prefix + left + host_[index(p)];
+            dst_[p] = host_[index(p)];
         }
     }
 
@@ -276,7 +276,7 @@ private:
         for (int64_t j = 0; j < op.n_kept; ++j) size_[j] = op.has_size() ? size_of(keep_[j]) : 1.0f;
         sums_.clear();
         for (int64_t i = 0; i < n_folded_; ++i) {
-            const int64_t j = dst_[i], row = src_[i];
+            const int64_t j = op.first_host() + dst_[i], row = src_[i];
             const float size = fold == Fold::kSizeMean || fold == Fold::kMean ? size_of(row) : 1.0f;
             const float w = fold == Fold::kSizeMean ? size : fold == Fold::kMean ? 1.0f
                           : fold == Fold::kSqueeze ? std::exp(best_[i] - 1.0f) : best_[i];

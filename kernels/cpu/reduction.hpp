@@ -37,6 +37,7 @@ struct Reduction {
     int64_t b_first() const { return n_prefix + 1 - n_prefix % 2; }
     int64_t n_a() const { return n_in > a_first() ? (n_in - a_first() + 1) / 2 : 0; }
     int64_t n_b() const { return n_in > b_first() ? (n_in - b_first() + 1) / 2 : 0; }
+    int64_t first_host() const { return pairs() ? n_kept - n_b() : 0; }  // output row of the host that dst calls 0
 
     // The attributes that are numbers, by name.
     std::vector<std::pair<const char*, int64_t*>> counts() {

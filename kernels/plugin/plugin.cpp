@@ -213,7 +213,7 @@ private:
         const auto tiles = [](int64_t count) { return (count + kMatchA - 1) / kMatchA; };
         if (op_.pairs()) {
             make_unit(signal, i32(s.heads), 0.0f);
-            driver.launch(match_, stream, tiles(n_a), s.batch, 1, unit, none, none, best, host, n, width, n_a, n_b, kept, a, b, kept - n_b);
+            driver.launch(match_, stream, tiles(n_a), s.batch, 1, unit, none, none, best, host, n, width, n_a, n_b, kept, a, b, zero);
             driver.launch(rank_, stream, s.batch, 1, 1, best, host, keep, src, dst, n_a, kept, folded, prefix, a, b, n_b, by_score);
         } else {
             driver.launch(rank_, stream, s.batch, 1, 1, signal, none, keep, src, dst, n, kept, folded, prefix, a, b, zero, by_score);
@@ -228,7 +228,7 @@ private:
         void* log_size = op_.sizes > 1 ? out[2] : none;
         const int64_t chunks = (s.channels + kApplyColumns - 1) / kApplyColumns;
         driver.launch(apply_, stream, op_.n_out(), s.batch, chunks, in[0], keep, src, dst, value, size, out[0], new_size, log_size, n,
-                      i32(s.channels), kept, folded, static_cast<int32_t>(op_.kind()), i32(op_.sizes));
+                      i32(s.channels), kept, folded, i32(op_.first_host()), static_cast<int32_t>(op_.kind()), i32(op_.sizes));
     }
 
     Reduction op_;

@@ -1,7 +1,7 @@
 """The reduced tokens: rows gathered, weighted rows added, sizes and their logarithm. One program an output row and chunk of channels.
 
-    out[j]  = x[keep[j]], bit for bit, when no dst is j; else, in float32, sources in the order of src,
-    out[j]  = (w_j x[keep[j]] + sum of w_i x[src[i]] over dst[i] = j) / (w_j + sum of w_i)
+    out[j]  = x[keep[j]], bit for bit, when no source goes there; else, in float32, sources in the order of src,
+    out[j]  = (w_j x[keep[j]] + sum of w_i x[src[i]] over first_host + dst[i] = j) / (w_j + sum of w_i)
     fold 0 ("size_mean")  w = sizes;                size[j] = size[keep[j]] + sum size[src[i]]
     fold 1 ("mean")       w = 1;                    size[j] = max(2^-100, size[keep[j]] + sum size[src[i]] value[i])
     fold 2 ("squeeze")    w_j = 1, w_i = exp(value[i] - 1)
@@ -22,7 +22,7 @@ import triton.language as tl
 @triton.jit
 def apply_kernel(
     x_ptr, keep_ptr, src_ptr, dst_ptr, value_ptr, size_ptr, out_ptr, new_size_ptr, log_size_ptr,
-    n_rows, width, n_kept, n_fold, fold, with_size,
+    n_rows, width, n_kept, n_fold, first_host, fold, with_size,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     j = tl.program_id(0)
@@ -49,14 +49,14 @@ def apply_kernel(
         if is_sum:
             mine = (i < n_fold) & extra
         else:
-            mine = tl.load(dst_ptr + i, mask=i < n_fold, other=-1) == j
+            mine = (i < n_fold) & (tl.load(dst_ptr + i, mask=i < n_fold, other=0) + first_host == j)
         count = tl.sum(mine.to(tl.int32))
         if count > 0:
             hits += count
             for t in range(start, tl.minimum(start + CHUNK, n_fold)):
                 take = is_sum
                 if is_sum == 0:
-                    take = tl.load(dst_ptr + t) == j
+                    take = tl.load(dst_ptr + t) + first_host == j
                 if take:
                     source = tl.load(src_ptr + t)
                     source_size = tl.load(size_ptr + source, mask=sized, other=1.0)

@@ -36,7 +36,7 @@ PARAMETERS = {
     "apply": {
         **{"x_ptr": "*T", "keep_ptr": "*i64", "src_ptr": "*i64", "dst_ptr": "*i64", "value_ptr": "*fp32"},
         **{"size_ptr": "*fp32", "out_ptr": "*T", "new_size_ptr": "*fp32", "log_size_ptr": "*fp32"},
-        **dict.fromkeys(("n_rows", "width", "n_kept", "n_fold", "fold", "with_size"), "i32"),
+        **dict.fromkeys(("n_rows", "width", "n_kept", "n_fold", "first_host", "fold", "with_size"), "i32"),
     },
 }
 ALIGNED = ("rows_ptr", "unit_ptr", "x_ptr", "out_ptr")  # 16 bytes; width is a multiple of variants.MULTIPLE

@@ -78,8 +78,7 @@ def decide(op: Reduction, x: Tensor, *, signal: Tensor) -> Decision:
 
     if pairs:
         host = new(batch, p.n_a, dtype=torch.int64)
-        shift = op.n_kept - p.n_b  # output row of the first B token
-        value = _match(_unit(signal, 0.0), src, keep, host, (p.n_a, p.n_b, op.n_kept, p.a_first, p.b_first, shift), pairs)
+        value = _match(_unit(signal, 0.0), src, keep, host, (p.n_a, p.n_b, op.n_kept, p.a_first, p.b_first, 0), pairs)
         order(value, host, p.n_a, p.n_b)
         return Decision(keep, src, dst, value)
     order(signal, keep, n, 0)
@@ -109,7 +108,7 @@ def apply(op: Reduction, x: Tensor, *, decision: Decision, size: Tensor | None) 
     v = variants.apply_variant()
     apply_kernel[op.n_out, batch, -(-channels // v.constants["BLOCK"])](
         x, decision.keep, decision.src, decision.dst, decision.value, size.contiguous(), out, sizes, logs,
-        n, channels, op.n_kept, op.n_folded, variants.FOLD_CODE[op.fold], op.sizes, **v.constants, num_warps=v.warps,
+        n, channels, op.n_kept, op.n_folded, op.first_host, variants.FOLD_CODE[op.fold], op.sizes, **v.constants, num_warps=v.warps,
     )  # fmt: skip
     return {"x": out, "size": sizes, "log_size": logs}
 

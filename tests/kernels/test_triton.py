@@ -106,7 +106,8 @@ def test_unchecked_values_that_are_no_numbers_still_give_rows_of_the_input(spoil
     op = Reduction(**made["op"])
     for image in torch.cat([came["keep"], came["src"]], 1)[..., 0].tolist():
         assert len(set(image)) == len(image) and set(image) <= set(range(op.n_in))
-    assert ((came["dst"] >= op.n_prefix) & (came["dst"] < op.n_kept)).all()
+    rows = op.first_host + came["dst"]
+    assert ((rows >= op.n_prefix) & (rows < op.n_kept)).all()
 
 
 def test_the_comparison_sees_one_wrong_decision_and_one_wrong_number(node):
