@@ -15,11 +15,11 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Callable
 
 from ..export.errors import BuildError, MissingPackageError, UsageError
 
@@ -27,11 +27,20 @@ KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 KINDS = {"tensorrt": "TensorRT", "ort": "ONNX Runtime", "openvino": "OpenVINO"}
 CPU_KINDS = ("ort", "openvino")
 LIBRARY = {"tensorrt": "libtokexport_plugin.so", "ort": "libtokexport_ort.so", "openvino": "libtokexport_openvino.so"}
-SOURCES = {"tensorrt": ("triton", "plugin", "cpu/reduction.hpp", "token_reduce.py"), "ort": ("cpu",), "openvino": ("cpu",)}
+SOURCES = {
+    "tensorrt": ("triton", "plugin", "cpu/reduction.hpp", "token_reduce.py"),
+    "ort": ("cpu",),
+    "openvino": ("cpu",),
+}
 X86 = "x86-64-v3"  # processors with AVX2: of 2013 and later
 PACKAGES = {"ort": ("onnxruntime-gpu", "onnxruntime"), "openvino": ("openvino",)}
 PLACES = {
-    "NvInfer.h": ("/usr/include", f"/usr/include/{platform.machine()}-linux-gnu", "/usr/local/tensorrt/include", "/opt/tensorrt/include"),
+    "NvInfer.h": (
+        "/usr/include",
+        f"/usr/include/{platform.machine()}-linux-gnu",
+        "/usr/local/tensorrt/include",
+        "/opt/tensorrt/include",
+    ),
     "cuda_runtime_api.h": ("/usr/local/cuda/include",),
     "onnxruntime_cxx_api.h": ("/usr/include/onnxruntime", "/usr/local/include/onnxruntime", "/usr/local/include"),
 }
@@ -215,7 +224,9 @@ def _processor(march: str) -> str:
 
 def _default_if_own(processor: str) -> str:
     """The default's name for code that was built on this very processor."""
-    return _processor(_march()) if processor == _processor(processor.split()[1] if " " in processor else "") else processor
+    return (
+        _processor(_march()) if processor == _processor(processor.split()[1] if " " in processor else "") else processor
+    )
 
 
 def _identity(kind: str) -> dict[str, str | None]:
@@ -234,7 +245,9 @@ def _sources(kind: str) -> str:
     digest = hashlib.sha256()
     for part in SOURCES[kind]:
         path = KERNELS / part
-        for file in sorted(f for f in (path.rglob("*") if path.is_dir() else [path]) if f.suffix in (".py", ".cpp", ".hpp", ".txt")):
+        for file in sorted(
+            f for f in (path.rglob("*") if path.is_dir() else [path]) if f.suffix in (".py", ".cpp", ".hpp", ".txt")
+        ):
             digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -243,7 +256,9 @@ def _read(manifest: Path) -> NativeLibrary | None:
     """A library of the cache; None for one that is damaged or not whole."""
     try:
         data = json.loads(manifest.read_text())
-        library = NativeLibrary(**{**data, "path": manifest.parent / LIBRARY[data["kind"]], "chips": tuple(data["chips"])})
+        library = NativeLibrary(
+            **{**data, "path": manifest.parent / LIBRARY[data["kind"]], "chips": tuple(data["chips"])}
+        )
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return library if library.path.is_file() else None
@@ -265,7 +280,9 @@ class _Place:
                 cache_folder().mkdir(parents=True, exist_ok=True)
                 self.folder = Path(tempfile.mkdtemp(prefix=".building-", dir=cache_folder()))
             except OSError as e:
-                raise UsageError(f"{cache_folder()}: {e.strerror}: set XDG_CACHE_HOME to a folder that can be written") from None
+                raise UsageError(
+                    f"{cache_folder()}: {e.strerror}: set XDG_CACHE_HOME to a folder that can be written"
+                ) from None
         return self
 
     def finish(self, library: Path) -> NativeLibrary:
@@ -274,7 +291,9 @@ class _Place:
         clean.mkdir()
         shutil.copy2(library, clean / LIBRARY[self.kind])
         made = NativeLibrary(self.kind, self.place / LIBRARY[self.kind], chips=self.chips, **self.identity)
-        (clean / "manifest.json").write_text(json.dumps({k: v for k, v in asdict(made).items() if k != "path"}, indent=1))
+        (clean / "manifest.json").write_text(
+            json.dumps({k: v for k, v in asdict(made).items() if k != "path"}, indent=1)
+        )
         if self.place.exists():
             self.place.rename(self.folder / "old")
         clean.rename(self.place)
@@ -289,7 +308,9 @@ def _tools() -> None:
     """Raises: UsageError when there is nothing to build with."""
     compilers = [os.environ.get("CXX") or "", "c++", "g++", "clang++"]
     if not any(c and shutil.which(c.split()[0]) for c in compilers):
-        raise UsageError("building needs a C++17 compiler: none of $CXX, c++, g++, clang++ is there (Debian: apt install g++)")
+        raise UsageError(
+            "building needs a C++17 compiler: none of $CXX, c++, g++, clang++ is there (Debian: apt install g++)"
+        )
     for tool, words in (("cmake", "apt install cmake, or pip install cmake"), ("make", "apt install make")):
         if shutil.which(tool) is None and not (tool == "make" and shutil.which("ninja")):
             raise UsageError(f"building needs {tool}, which is not there: {words}")
@@ -318,15 +339,19 @@ def _headers(file: str, variable: str, given: str | Path | None, package: tuple[
 
 
 def _tensorrt_release(include: Path) -> str:
-    """"10.14.1", from NvInferVersion.h."""
+    """ "10.14.1", from NvInferVersion.h."""
     file = include / "NvInferVersion.h"
     text = file.read_text(errors="replace") if file.is_file() else ""
-    parts = [re.search(rf"define (?:NV_TENSORRT|TRT)_{k}(?:_ENTERPRISE)?\s+(\d+)", text) for k in ("MAJOR", "MINOR", "PATCH")]
+    parts = [
+        re.search(rf"define (?:NV_TENSORRT|TRT)_{k}(?:_ENTERPRISE)?\s+(\d+)", text) for k in ("MAJOR", "MINOR", "PATCH")
+    ]
     if not all(parts):
         raise UsageError(f"{file} does not say which TensorRT it is of")
     release = ".".join(p[1] for p in parts)
     if int(parts[0][1]) < 10:
-        raise UsageError(f"{include} has the headers of TensorRT {release}: wanted 10 or later, which knows plugins of version 3")
+        raise UsageError(
+            f"{include} has the headers of TensorRT {release}: wanted 10 or later, which knows plugins of version 3"
+        )
     return release
 
 
@@ -339,6 +364,8 @@ def _cmake(source: Path, folder: Path, options: dict, library: str) -> Path:
     ):
         run = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         if run.returncode:
-            words = [line for line in (run.stdout + run.stderr).splitlines() if "rror" in line] or run.stderr.splitlines()
+            words = [
+                line for line in (run.stdout + run.stderr).splitlines() if "rror" in line
+            ] or run.stderr.splitlines()
             raise BuildError("\n  ".join([f"{source.name} does not build:", *(w.strip()[:300] for w in words[:5])]))
     return build / library

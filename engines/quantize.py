@@ -7,10 +7,10 @@ symmetric, as TensorRT wants them. Embedding, decisions, merging and head are le
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
 
 import numpy as np
 

@@ -56,7 +56,9 @@ def lay_out(plan: MergePlan, form: Form, *, any_batch: bool) -> MergePlan:
     layout = plan.layout
     if layout is None or layout.hosts is None:
         return plan
-    if form is Form.MATMUL and plan.combine == "size":  # a label is never above the row it names, so the smaller of the two is the label
+    if (
+        form is Form.MATMUL and plan.combine == "size"
+    ):  # a label is never above the row it names, so the smaller of the two is the label
         names = bounded(layout.labels, plan.keep, torch.minimum, any_batch=any_batch)
         layout = replace(layout, target=ops.put_rows(layout.hosts, plan.keep, names))
     return replace(plan, dst=ops.take_rows(layout.hosts, plan.src), layout=layout)

@@ -76,7 +76,9 @@ def svg() -> str:
     parts += [_line(i, row) for row, i in enumerate(keep)]
     parts += [_line(i, row, merged=True) for i, row in zip(src, dst, strict=True)]
     width, height = 6 * (BOX + GAP) + GAP, DOWN + BOX + 28
-    words = "grey: class token; blue: A, may merge; orange: B, may receive. q merges into r: keep 0 4 1 3 5, src 2, dst 3"
+    words = (
+        "grey: class token; blue: A, may merge; orange: B, may receive. q merges into r: keep 0 4 1 3 5, src 2, dst 3"
+    )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" font-family="sans-serif">\n'
         + "\n".join(parts)

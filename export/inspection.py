@@ -6,10 +6,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from .graph import checks
 from . import macs
 from .errors import UsageError
 from .files import weight_files
+from .graph import checks
 from .provenance import Provenance, of_model
 
 

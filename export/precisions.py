@@ -8,8 +8,8 @@ DINOv2 with real photos is 9, 18 and 75 times. For int8 they are three times the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Mapping
 
 from .errors import UsageError
 

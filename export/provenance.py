@@ -125,7 +125,7 @@ class Provenance:
         return json.dumps(to_document(self))
 
     @classmethod
-    def from_json(cls, text: str, name: str = "provenance") -> "Provenance":
+    def from_json(cls, text: str, name: str = "provenance") -> Provenance:
         """A provenance as it was stored.
 
         Args:

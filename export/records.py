@@ -11,8 +11,9 @@ import json
 import math
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
-from typing import Any, Literal, Mapping, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from .errors import UsageError
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from . import reducers
 from .errors import UsageError
-from .step import ModelSize, Step
 from .records import decode, encode
+from .step import ModelSize, Step
 
 POOLS = ("auto", "size", "mean")
 
@@ -111,12 +111,12 @@ class Schedule:
         return encode(self)
 
     @classmethod
-    def from_json(cls, data: dict) -> "Schedule":
+    def from_json(cls, data: dict) -> Schedule:
         """Raises UsageError when a field is missing or does not fit."""
         return decode(cls, data, name="not a schedule")
 
     @classmethod
-    def parse(cls, method: str, *, n_tokens: int, depth: int, n_prefix: int = 1, **options: Any) -> "Schedule":
+    def parse(cls, method: str, *, n_tokens: int, depth: int, n_prefix: int = 1, **options: Any) -> Schedule:
         """The schedule of a method from its options, each as typed at the command line or as a Python value.
 
         `loaded.schedule(method, **options)` fills in the numbers of the model.

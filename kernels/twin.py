@@ -110,7 +110,9 @@ def apply(op: Reduction, x: Tensor, order: Order, value: Tensor | None, size: Te
     if op.fold == "sum":
         fused = sum((folded * value[..., None]).unbind(1))
         return torch.cat([kept, fused[:, None].to(x.dtype)], 1), kept_size
-    add = lambda base, rows: base.scatter_add(1, (op.first_host + order.dst)[..., None].expand(-1, -1, rows.shape[-1]), rows)
+    add = lambda base, rows: base.scatter_add(
+        1, (op.first_host + order.dst)[..., None].expand(-1, -1, rows.shape[-1]), rows
+    )
     ones, host_ones = torch.ones_like(folded_size), torch.ones_like(kept_size)
     grown = kept_size
     if op.fold == "size_mean":

@@ -41,7 +41,13 @@ def _rates(prune: list[int], merge: list[int]) -> dict:
 
 def _stages(**further) -> dict:
     """The fields that are alike in the methods that reduce in a few blocks."""
-    return {"tiny": AT, "deit": {}, "short": lambda n: {"keep_rate": 0.6, "at": (0, 2)}, "any_size": {"at": (1, 2)}, **further}
+    return {
+        "tiny": AT,
+        "deit": {},
+        "short": lambda n: {"keep_rate": 0.6, "at": (0, 2)},
+        "any_size": {"at": (1, 2)},
+        **further,
+    }
 
 
 METHODS = {

@@ -105,8 +105,9 @@ def tiny(tiny_layers):
 @pytest.fixture(scope="session")
 def schedule_of():
     """schedule_of(module, r, ...) -> Schedule with the counts of a timm model: ToMe's r, or method=... and its options, or nothing."""
-    from tokexport import Schedule
     from tokexport.export.models import as_plain
+
+    from tokexport import Schedule
 
     def schedule(module, r=None, prop_attn=None, method=None, **options):
         method = method or ("none" if r is None else "tome")
@@ -123,8 +124,9 @@ def exported(tiny, schedule_of, tmp_path_factory):
     r and prop_attn are ToMe's, options of other methods follow their name. gather_from: tokens from which a step is in the gather
     form; None for the exporter's own choice.
     """
-    from tokexport import export_onnx
     from tokexport.export import apply
+
+    from tokexport import export_onnx
 
     made, folder = {}, tmp_path_factory.mktemp("onnx")
 
@@ -194,7 +196,6 @@ def dinov2(exported_large, tmp_path_factory):
     """dinov2(method, batch, ...) -> path of DINOv2 ViT-S/14 with its real weights and `sources`; score heads and metric layers, which nobody
     has trained, are random."""
     from safetensors.torch import save_file
-
     from tokexport.export import reducers
     from tokexport.export.checkpoints.metric_layers import random_layers
     from tokexport.export.checkpoints.score_heads import random_heads

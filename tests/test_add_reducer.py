@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-
-import tokexport
 from tokexport.export import reducers
 from tokexport.export.reducers.base import Option, Reducer
+
+import tokexport
 
 from .cases import METHODS
 

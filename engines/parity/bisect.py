@@ -7,8 +7,9 @@ as ever). The reference computes each stage from the file's own tokens before it
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 

@@ -28,7 +28,7 @@ class Side:
     plans: list
     outputs: dict[str, np.ndarray]
 
-    def of_images(self, rows) -> "Side":
+    def of_images(self, rows) -> Side:
         """The same of some images only. rows: [K] integer tensor."""
         return Side(of_images(self.plans, rows), {name: v[rows.numpy()] for name, v in self.outputs.items()})
 

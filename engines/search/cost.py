@@ -26,7 +26,7 @@ class BlockCost:
     rest: int
 
     @classmethod
-    def of_dims(cls, dims: dict) -> "BlockCost":
+    def of_dims(cls, dims: dict) -> BlockCost:
         """The costs that `macs.count` adds up, from a file's or a model's `dims`."""
         c, a = dims["width"], dims["attn_width"]
         return cls(
@@ -37,7 +37,7 @@ class BlockCost:
         )
 
     @classmethod
-    def as_published(cls, width: int, *, patch_values: int, classes: int, n_tokens: int) -> "BlockCost":
+    def as_published(cls, width: int, *, patch_values: int, classes: int, n_tokens: int) -> BlockCost:
         """The published count: an MLP ratio of 4, and a patch embedding that counts the class token too.
 
         Args:

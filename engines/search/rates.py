@@ -156,7 +156,7 @@ class _Budget:
     depth: int
 
     @classmethod
-    def of_model(cls, plain: PlainViT, target: int) -> "_Budget":
+    def of_model(cls, plain: PlainViT, target: int) -> _Budget:
         dims, (n, prefix, depth) = plain.dims, plain.size
         dense = macs.count(dims, Schedule("none", n, prefix, depth))
         budget = cls(BlockCost.of_dims(dims), dims, target, dense, n, prefix, depth)

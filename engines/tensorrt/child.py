@@ -13,8 +13,8 @@ import os
 import sys
 import threading
 from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Callable, Iterable
 
 from ...export import precisions
 from ...export.errors import BuildError, StorageError, UsageError

@@ -8,8 +8,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable
 
 from ...export.errors import BuildError, StorageError, UsageError
 from ...export.records import decode, encode

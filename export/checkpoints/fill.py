@@ -23,10 +23,29 @@ PRETRAINING = (
     "local_cls_norm",
 )
 # First words of the names of a Vision Transformer's own parts: one that the model has not would change its numbers.
-PARTS = (
-    "blocks cls_token dist_token reg_token register_tokens storage_tokens pos_embed patch_embed norm norm_pre fc_norm "
-    "head head_dist attn_pool rope rope_embed embeddings encoder layers layer layernorm"
-).split()
+PARTS = [
+    "blocks",
+    "cls_token",
+    "dist_token",
+    "reg_token",
+    "register_tokens",
+    "storage_tokens",
+    "pos_embed",
+    "patch_embed",
+    "norm",
+    "norm_pre",
+    "fc_norm",
+    "head",
+    "head_dist",
+    "attn_pool",
+    "rope",
+    "rope_embed",
+    "embeddings",
+    "encoder",
+    "layers",
+    "layer",
+    "layernorm",
+]
 MOST_KEYS = 12
 
 

@@ -54,7 +54,9 @@ def check_layers(layers: dict[str, Tensor], width: int, *, n_blocks: int) -> Non
     """
     blocks = {int(key.split(".")[0]) for key in layers}
     if blocks != set(range(n_blocks)):
-        raise UsageError(f"there are metric layers for {len(blocks)} blocks, the model has {n_blocks}: one is needed for each")
+        raise UsageError(
+            f"there are metric layers for {len(blocks)} blocks, the model has {n_blocks}: one is needed for each"
+        )
     features = layers["0.metric_layer.weight"].shape[0] if "0.metric_layer.weight" in layers else 0
     shapes = {"weight": (features, width), "bias": (features,)}
     wanted = {f"{i}.metric_layer.{part}": shape for i in range(n_blocks) for part, shape in shapes.items()}

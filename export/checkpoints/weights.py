@@ -13,8 +13,8 @@ from ..errors import UsageError
 from . import folders, prefixes
 from .archives import fill_from_npz
 from .fill import beside_note, fill
-from .read import WeightFile, read_file
 from .metric_layers import KEY, split_layers
+from .read import WeightFile, read_file
 from .score_heads import split_heads
 from .stand_ins import Inert
 from .torch_file import DamagedError, StoredTensor

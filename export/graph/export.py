@@ -13,9 +13,9 @@ from .. import macs
 from ..errors import UsageError
 from ..files import check_output, write_model
 from ..models import as_plain
+from ..models.learned_layers import learned_layers
 from ..models.load import LoadedModel
 from ..models.plain_vit import PlainViT
-from ..models.learned_layers import learned_layers
 from ..provenance import KEY, Provenance
 from ..schedule import Schedule
 from . import checks, passes, precision

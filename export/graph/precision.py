@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from . import stages
 from .. import precisions
 from ..errors import UsageError
 from ..files import read_model, write_model
 from ..provenance import of_model, store
+from . import stages
 
 
 def graph_precisions() -> tuple[str, ...]:

@@ -38,9 +38,7 @@ class StaticBlock(nn.Module):
         metric: a trained layer whose output a step behind the attention compares; it is joined with qkv in one Gemm.
     """
 
-    def __init__(
-        self, p: BlockParts, *, single: bool, n_prefix: int, rotary: bool, metric: nn.Linear | None = None
-    ):
+    def __init__(self, p: BlockParts, *, single: bool, n_prefix: int, rotary: bool, metric: nn.Linear | None = None):
         super().__init__()
         self.single, self.n_prefix, self.heads, self.scale = single, n_prefix, p.heads, None
         self.norm1, self.norm2, self.attn_norm, self.gate = p.norm1, p.norm2, p.norm, p.gate

@@ -6,7 +6,6 @@ import json
 import os
 import re
 from pathlib import Path
-
 from typing import NamedTuple
 
 from ..checkpoints.learned_rates import list_in, names_in

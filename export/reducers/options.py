@@ -35,7 +35,9 @@ def parse_r(r: str | int | tuple | list, n_blocks: int) -> list[int]:
     r = _split_r(r) if isinstance(r, str) else r
     if isinstance(r, list) and r and all(map(is_whole, r)):
         if len(r) > n_blocks:
-            raise UsageError(f"r {typed} has {len(r)} values for {n_blocks} blocks that reduce: give at most one a block")
+            raise UsageError(
+                f"r {typed} has {len(r)} values for {n_blocks} blocks that reduce: give at most one a block"
+            )
         values = r + [0] * (n_blocks - len(r))
     else:
         r, inflection = r if isinstance(r, tuple) and len(r) == 2 else (r, 0.0)

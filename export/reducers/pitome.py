@@ -55,7 +55,9 @@ def steps(asked: dict, size: ModelSize) -> Counts:
             n = out
     notes = [f"what merges was cut to half of the tokens in block {', '.join(cut)}"] if cut else []
     if asked["align"] > 1:
-        notes.append(f"tokens after each step are multiples of {asked['align']}: {', '.join(str(s.n_out) for s in made)}")
+        notes.append(
+            f"tokens after each step are multiples of {asked['align']}: {', '.join(str(s.n_out) for s in made)}"
+        )
     return Counts({**asked, "keep_rate": rates}, made, notes, pool=asked["pool"])
 
 
@@ -218,7 +220,9 @@ def regret(s: Signals, step: Step, plan: MergePlan) -> Tensor:
         given += [_inversions(order), order.amax(1, keepdim=True) - lowest.amin(1, keepdim=True)]
     worst = torch.cat([g.amax(1, keepdim=True) for g in given if g.shape[1]], 1).amax(1).clamp(min=0)
     keep, src = plan.keep[..., 0], plan.src[..., 0]
-    in_place = (keep[:, :p] == torch.arange(p, device=keep.device)).all(1) & (keep[:, p:] >= p).all(1) & (src >= p).all(1)
+    in_place = (
+        (keep[:, :p] == torch.arange(p, device=keep.device)).all(1) & (keep[:, p:] >= p).all(1) & (src >= p).all(1)
+    )
     return torch.where(in_place & (plan.dst[..., 0] >= step.n_kept - j.b.shape[1]).all(1), worst, torch.inf)
 
 
@@ -262,7 +266,9 @@ def parse_margin(value: str | float | tuple | list) -> list[float]:
     parts = value.split(":") if isinstance(value, str) else list(value) if isinstance(value, (tuple, list)) else [value]
     texts = [str(v).strip() for v in parts]
     if not 1 <= len(texts) <= 2 or not all(re.fullmatch(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)", t) for t in texts):
-        raise UsageError(f"margin {options.short(value)}: wanted a number such as 0.75, or two, 0.75:0.4 (margin:slope)")
+        raise UsageError(
+            f"margin {options.short(value)}: wanted a number such as 0.75, or two, 0.75:0.4 (margin:slope)"
+        )
     numbers = [float(t) for t in texts] * (2 if len(texts) == 1 else 1)
     if not all(-2 <= v <= 2 for v in numbers):
         raise UsageError(f"margin {options.short(value)}: wanted numbers of at most 2: it is compared with cosines")

@@ -133,9 +133,7 @@ def regret(s: Signals, step: Step, *, plan: MergePlan, cosine: Tensor | None = N
     return torch.where(in_place, worst.clamp(min=0), torch.inf)
 
 
-def margins(
-    s: Signals, step: Step, *, plan: MergePlan, cosine: Tensor | None = None, log: bool = True
-) -> RowMargins:
+def margins(s: Signals, step: Step, *, plan: MergePlan, cosine: Tensor | None = None, log: bool = True) -> RowMargins:
     """How clear each row's part of a ranked plan is; 0 where the plan departs from the scores.
 
     Args:

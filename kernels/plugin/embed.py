@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable
 
 from ..triton import variants
 from ..triton.compile import CompiledKernel
@@ -26,7 +26,12 @@ def embed(kernels: Iterable[CompiledKernel], folder: Path) -> int:
         assembler += [".balign 64", f".hidden {label}", f".global {label}", f"{label}:", f'.incbin "{file}"']
         name = "_".join(filter(None, (kernel.variant.name, kernel.type)))
         ptx = "true" if kernel.is_ptx else "false"
-        rows.append((label, f'{{"{name}", {kernel.chip}, {ptx}, {label}, "{kernel.symbol}", {kernel.variant.warps}, {kernel.shared}}},'))
+        rows.append(
+            (
+                label,
+                f'{{"{name}", {kernel.chip}, {ptx}, {label}, "{kernel.symbol}", {kernel.variant.warps}, {kernel.shared}}},',
+            )
+        )
     assembler.append('.section .note.GNU-stack, "", %progbits\n')
     (folder / "kernels.S").write_text("\n".join(assembler))
     (folder / "kernels.inc").write_text(_header(rows))
@@ -40,7 +45,11 @@ def _header(rows: list[tuple[str, str]]) -> str:
     lines = ["// Generated from the compiled kernels' metadata.", 'extern "C" {']
     lines += [f"extern const unsigned char {label}[];" for label, _ in rows]
     lines += ["}", "constexpr Kernel kKernels[] = {", *(f"    {row}" for _, row in rows), "};"]
-    lines += [steps("kWidths", variants.WIDTHS), steps("kRanked", variants.RANKED), number("kMultiple", variants.MULTIPLE)]
+    lines += [
+        steps("kWidths", variants.WIDTHS),
+        steps("kRanked", variants.RANKED),
+        number("kMultiple", variants.MULTIPLE),
+    ]
     lines += [number("kMatchA", variants.MATCH["BLOCK_A"]), number("kApplyColumns", variants.APPLY["BLOCK"])]
     lines += [number("kUnitValues", variants.UNIT_VALUES)]
     return "\n".join(lines) + "\n"

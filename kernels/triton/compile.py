@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator
 
 from . import variants
 from .variants import Variant
@@ -29,9 +29,7 @@ PARAMETERS = {
     },
     "rank": {
         **{"value_ptr": "*fp32", "host_ptr": "*i64", "keep_ptr": "*i64", "src_ptr": "*i64", "dst_ptr": "*i64"},
-        **dict.fromkeys(
-            ("n_values", "n_kept", "n_fold", "n_prefix", "a_first", "b_first", "n_b", "by_score"), "i32"
-        ),
+        **dict.fromkeys(("n_values", "n_kept", "n_fold", "n_prefix", "a_first", "b_first", "n_b", "by_score"), "i32"),
     },
     "apply": {
         **{"x_ptr": "*T", "keep_ptr": "*i64", "src_ptr": "*i64", "dst_ptr": "*i64", "value_ptr": "*fp32"},
@@ -103,7 +101,9 @@ def compile_kernel(variant: Variant, token_type: str = "", *, chip: int, ptx: bo
     kernel = _kernel(variant.kernel)
     names = kernel.arg_names
     signature = {name: parameters.get(name, "constexpr") for name in names}
-    multiples = {n: 16 for n in ALIGNED if n in parameters} | ({"width": variants.MULTIPLE} if "width" in parameters else {})
+    multiples = {n: 16 for n in ALIGNED if n in parameters} | (
+        {"width": variants.MULTIPLE} if "width" in parameters else {}
+    )
     source = triton.compiler.ASTSource(
         fn=kernel,
         signature=signature,

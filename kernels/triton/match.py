@@ -41,8 +41,16 @@ def match_kernel(
         scores = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
         for first in range(0, width, BLOCK_D):
             d = first + d_of_chunk
-            a = tl.load(unit_ptr + a_row[:, None] * width + d[None, :], mask=(i < n_a)[:, None] & (d < width)[None, :], other=0.0)
-            b = tl.load(unit_ptr + b_row[None, :] * width + d[:, None], mask=(j < n_b)[None, :] & (d < width)[:, None], other=0.0)
+            a = tl.load(
+                unit_ptr + a_row[:, None] * width + d[None, :],
+                mask=(i < n_a)[:, None] & (d < width)[None, :],
+                other=0.0,
+            )
+            b = tl.load(
+                unit_ptr + b_row[None, :] * width + d[:, None],
+                mask=(j < n_b)[None, :] & (d < width)[:, None],
+                other=0.0,
+            )
             scores = tl.dot(a, b, scores, input_precision="ieee")
         scores = tl.where((j < n_b)[None, :] & (scores == scores), scores, float("-inf"))
         top, place = tl.max(scores, axis=1, return_indices=True, return_indices_tie_break_left=True)

@@ -22,7 +22,9 @@ def unit_kernel(rows_ptr, unit_ptr, n_heads, n_rows, width, eps, ROWS: tl.conste
     at = row[:, None] * width + column[None, :]
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for head in range(n_heads):
-        total += tl.load(rows_ptr + (image * n_heads + head) * n_rows * width + at, mask=inside, other=0.0).to(tl.float32)
+        total += tl.load(rows_ptr + (image * n_heads + head) * n_rows * width + at, mask=inside, other=0.0).to(
+            tl.float32
+        )
     mean = tl.div_rn(total, tl.zeros_like(total) + n_heads)
     norm = tl.sqrt_rn(tl.sum(mean * mean, axis=1)) + eps
     norm = tl.where(norm > 0, norm, 1.0)

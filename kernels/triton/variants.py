@@ -5,8 +5,8 @@ Imports nothing heavy, so that what does not fit can be said without a GPU or Tr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Mapping
 
 from ..token_reduce import FOLDS, Reduction
 

@@ -110,9 +110,8 @@ def test_an_engine_that_cannot_run_is_a_row_with_its_error(elsewhere, exported, 
 @pytest.mark.parametrize("runtime", ["ort-cuda", "ort-tensorrt"])
 @NO_GPU
 def test_without_a_gpu_onnxruntimes_gpu_engines_are_refused_in_words(runtime, tome):
-    with pytest.raises(UsageError, match=r"tokexport\[gpu\]|no NVIDIA GPU"):
-        with open_runner(tome, runtime):
-            pass
+    with pytest.raises(UsageError, match=r"tokexport\[gpu\]|no NVIDIA GPU"), open_runner(tome, runtime):
+        pass
 
 
 def _pretend(monkeypatch, capability=(8, 6), cuda=True):

@@ -4,12 +4,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
-
-from tokexport import UsageError, build_engine, export_onnx, quantize, verify
 from tokexport.export.graph import stages
 from tokexport.export.inspection import inspect
 from tokexport.export.reducers import TABLE as METHODS
 from tokexport.tools.demo import samples
+
+from tokexport import UsageError, build_engine, export_onnx, quantize, verify
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,6 @@ def test_the_exporter_makes_one_at_once(tiny, schedule_of, quantised, tmp_path):
 
 def test_the_command_makes_one(tmp_path):
     from click.testing import CliRunner
-
     from tokexport.tools.cli import group
 
     args = [

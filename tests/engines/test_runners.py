@@ -103,9 +103,8 @@ def test_closing_gives_back_what_the_runtime_holds(runtime, held, tome):
 
 
 def test_a_runner_is_closed_when_its_block_fails(tome):
-    with pytest.raises(ZeroDivisionError):
-        with open_runner(tome) as runner:
-            1 / 0
+    with pytest.raises(ZeroDivisionError), open_runner(tome) as runner:
+        1 / 0
     assert runner.closed
 
 

@@ -6,17 +6,18 @@ import os
 from dataclasses import replace
 
 import pytest
-
-import tokexport
-from tokexport import UsageError, build_engine
 from tokexport.engines.files import EngineInspection, is_engine
-from tokexport.engines.tensorrt import build, request as requests, runtime
+from tokexport.engines.tensorrt import build, runtime
+from tokexport.engines.tensorrt import request as requests
 from tokexport.engines.tensorrt.process import Built
 from tokexport.engines.tensorrt.request import BuildOptions, make_request
 from tokexport.engines.tensorrt.sidecar import Builder, Tensor, read_sidecar, sidecar, write_sidecar
 from tokexport.export import files
 from tokexport.export.files import read_model, write_model
 from tokexport.export.inspection import inspect
+
+import tokexport
+from tokexport import UsageError, build_engine
 
 BUILT = Built("1.7", {"CONVOLUTION": {"FLOAT": 1}}, (Tensor("image", "float32", (None, 3, 64, 64)),), (), 0.1)
 

@@ -9,12 +9,14 @@ import time
 import onnx
 import pytest
 from onnx import TensorProto, helper
-
-from tokexport import BuildError, StorageError, UsageError, build_engine, export_onnx, load_model
-from tokexport.engines.tensorrt import child as build_child, process, runtime as trt
+from tokexport.engines.tensorrt import child as build_child
+from tokexport.engines.tensorrt import process
+from tokexport.engines.tensorrt import runtime as trt
 from tokexport.engines.tensorrt.sidecar import read_sidecar
 from tokexport.export.reducers import TABLE as METHODS
 from tokexport.tools.cli import main
+
+from tokexport import BuildError, StorageError, UsageError, build_engine, export_onnx, load_model
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: engine builds need it (no GPU)")
 GPUS = ("86", "89")

@@ -8,14 +8,14 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from onnx import helper, numpy_helper
-
-from tokexport import UsageError, export_onnx, load_model, verify
 from tokexport.engines.parity.bisect import borders
 from tokexport.export import precisions
 from tokexport.export.graph import precision, stages
 from tokexport.export.inspection import inspect
-from tokexport.tools.demo import digits, samples
 from tokexport.tools.cli import group
+from tokexport.tools.demo import digits, samples
+
+from tokexport import UsageError, export_onnx, load_model, verify
 
 
 def node_of(graph, stage, op, k=0):

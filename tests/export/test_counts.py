@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-
-from tokexport import Schedule, UsageError
 from tokexport.export.reducers import diffrate, dynamicvit, evit
 from tokexport.export.reducers.options import parse_at, parse_rates
 from tokexport.export.step import ModelSize
+
+from tokexport import Schedule, UsageError
 
 UNITS = json.loads((Path(__file__).parents[1] / "golden" / "units.json").read_text())
 GOLDEN_AT = [1, 3, 4]  # of the golden cases: 65 tokens, 1 prefix token, 6 blocks

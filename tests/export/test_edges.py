@@ -3,14 +3,14 @@
 import onnx
 import pytest
 import torch
+from tokexport.export.checkpoints.score_heads import random_heads
+from tokexport.export.graph.static_vit import StaticViT
+from tokexport.export.models import as_plain
+from tokexport.export.models.learned_layers import learned_layers
+from tokexport.export.reducers import TABLE as METHODS
+from tokexport.tools.show.terminal import tokens_words
 
 from tokexport import Schedule, UsageError, export_onnx, load_model, reduce_model, verify
-from tokexport.export.models import as_plain
-from tokexport.export.checkpoints.score_heads import random_heads
-from tokexport.export.reducers import TABLE as METHODS
-from tokexport.export.models.learned_layers import learned_layers
-from tokexport.export.graph.static_vit import StaticViT
-from tokexport.tools.show.terminal import tokens_words
 
 from .. import cases
 

@@ -2,12 +2,12 @@
 
 import onnx
 import pytest
-
-from tokexport import UsageError, export_onnx
 from tokexport.export.errors import GraphError
 from tokexport.export.graph import checks
 from tokexport.export.graph import export as graph_export
 from tokexport.export.models import as_plain
+
+from tokexport import UsageError, export_onnx
 
 
 def test_a_batch_that_memory_cannot_hold_is_refused_before_anything_is_made(tiny, tmp_path, monkeypatch):
@@ -15,7 +15,9 @@ def test_a_batch_that_memory_cannot_hold_is_refused_before_anything_is_made(tiny
     schedule = loaded.schedule("tome", r=8)
     monkeypatch.setattr(graph_export, "StaticViT", None)  # nothing is traced
     monkeypatch.setattr(graph_export, "memory_bytes", lambda: 4 * 10**9)
-    with pytest.raises(UsageError, match="^batch 99999: tracing would take some [0-9]+ GB .*has 4 GB: give a smaller batch"):
+    with pytest.raises(
+        UsageError, match="^batch 99999: tracing would take some [0-9]+ GB .*has 4 GB: give a smaller batch"
+    ):
         export_onnx(loaded, schedule, tmp_path / "v.onnx", batch=99999)
     assert list(tmp_path.iterdir()) == []
 
@@ -28,7 +30,9 @@ def test_the_estimate_grows_with_the_batch_and_holds_the_images(tiny):
     assert graph_export.memory_bytes() > 2**28
 
 
-@pytest.mark.parametrize("wrong, said", [({"opset": 12}, "opset 12"), ({"dtype": "fp8"}, "dtype fp8"), ({"batch": 0}, "batch 0")])
+@pytest.mark.parametrize(
+    "wrong, said", [({"opset": 12}, "opset 12"), ({"dtype": "fp8"}, "dtype fp8"), ({"batch": 0}, "batch 0")]
+)
 def test_wrong_requests_speak_of_arguments(wrong, said, tiny, tmp_path):
     loaded = tiny("tiny_vit")
     with pytest.raises(UsageError, match=f"^{said}: wanted"):
@@ -75,7 +79,9 @@ def test_an_export_that_drops_a_decision_writes_nothing(tiny, tmp_path, monkeypa
 def test_what_a_scatter_with_a_reduction_meets_is_said_by_runtime():
     node = lambda op: onnx.helper.make_node(op, ["x", "x", "x"], ["y"], name="s", reduction="add")
     reason = lambda op: checks.refusals(onnx.helper.make_graph([node(op)], "g", [], []))[0]
-    assert "TensorRT from 10 routes it to a bundled plugin (no BF16, no INT8, a fusion barrier)" in reason("ScatterElements")
+    assert "TensorRT from 10 routes it to a bundled plugin (no BF16, no INT8, a fusion barrier)" in reason(
+        "ScatterElements"
+    )
     assert "TensorRT-RTX and TensorRT up to 9 refuse it" in reason("ScatterElements")
     assert "every TensorRT refuse it" in reason("ScatterND")
 

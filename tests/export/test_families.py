@@ -5,14 +5,14 @@ import types
 
 import pytest
 import torch
-from torch import nn
-
-from tokexport import UsageError, export_onnx, load_model, reduce_model
 from tokexport.export import models
 from tokexport.export.graph.static_vit import StaticViT
 from tokexport.export.models.load import LoadedModel
 from tokexport.export.models.plain_vit import BlockParts, PlainViT, Pooling, linear
 from tokexport.export.provenance import Preprocess
+from torch import nn
+
+from tokexport import UsageError, export_onnx, load_model, reduce_model
 
 WIDTH, HEADS, GRID = 16, 2, (4, 5)
 
@@ -80,7 +80,14 @@ def adapt(model: nn.Module) -> PlainViT | None:
     if not isinstance(model, ToyViT):
         return None
     n = GRID[0] * GRID[1]
-    dims = {"width": WIDTH, "attn_width": WIDTH, "mlp": [(WIDTH, 32), (32, WIDTH)], "classes": 7, "channels": 3, "gate": 0}
+    dims = {
+        "width": WIDTH,
+        "attn_width": WIDTH,
+        "mlp": [(WIDTH, 32), (32, WIDTH)],
+        "classes": 7,
+        "channels": 3,
+        "gate": 0,
+    }
     dims |= {"heads": 1, "patches": n, "patch_values": 48, "pool": "token"}
     return PlainViT(
         module=model,
@@ -117,7 +124,9 @@ def test_a_model_of_no_family_is_refused_by_name():
         reduce_model(ToyViT(), load_model("vit_tiny_patch16_224", {"depth": 1}).schedule("none"))
 
 
-@pytest.mark.parametrize("method, asked", [("none", {}), ("tome", {"r": 3}), ("evit", {"at": [1]}), ("dtps", {"at": [1, 2]})])
+@pytest.mark.parametrize(
+    "method, asked", [("none", {}), ("tome", {"r": 3}), ("evit", {"at": [1]}), ("dtps", {"at": [1, 2]})]
+)
 def test_a_toy_family_is_reduced_and_exported(toy, method, asked, relative, run_onnx, tmp_path):
     from tokexport.export.models.learned_layers import learned_layers
 

@@ -10,10 +10,10 @@ import time
 
 import onnx
 import pytest
-
-from tokexport import StorageError, UsageError, inspect, quantize
 from tokexport.export import files
 from tokexport.export.files import aside, check_output, read_model, sha256_of, weight_files, write_model
+
+from tokexport import StorageError, UsageError, inspect, quantize
 
 
 @pytest.fixture

@@ -9,14 +9,14 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from torch import nn
-
-from tokexport import UsageError, load_model
 from tokexport.export.checkpoints import score_heads, timm_names
 from tokexport.export.checkpoints.layout import Converted
 from tokexport.export.checkpoints.weights import read_state
 from tokexport.export.models.load import hash_weights
 from tokexport.export.models.score_head import make_heads
+from torch import nn
+
+from tokexport import UsageError, load_model
 
 NAME = "vit_tiny_patch16_224"
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from tokexport import reduce_model
 from tokexport.export import apply, reducers
+from tokexport.export.models.learned_layers import learned_layers
+from tokexport.export.models.score_head import StaticScoreHead, make_heads
 from tokexport.export.plan import MergePlan, Signals
 from tokexport.export.reducers import diffrate, etps, tome
 from tokexport.export.schedule import Step
-from tokexport.export.models.learned_layers import learned_layers
-from tokexport.export.models.score_head import StaticScoreHead, make_heads
+
+from tokexport import reduce_model
 
 FOLDER = Path(__file__).parents[1] / "golden"
 CASES = {p.stem: json.loads(p.read_text()) for p in sorted(FOLDER.glob("*.json")) if p.stem != "units"}

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from tokexport import load_model, reduce_model
 from tokexport.export import reducers
 from tokexport.export.graph.static_vit import StaticViT
 from tokexport.export.models.learned_layers import learned_layers
 from tokexport.export.plan import Signals
 from tokexport.export.reducers import pitome
 from tokexport.export.step import Step
+
+from tokexport import load_model, reduce_model
 
 from .. import cases
 

@@ -5,12 +5,12 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from tokexport.export import reducers
+from tokexport.export.errors import GraphError
+from tokexport.export.graph import checks
+from tokexport.export.models.learned_layers import learned_layers
 
 from tokexport import Schedule, UsageError, export_onnx, reduce_model
-from tokexport.export.graph import checks
-from tokexport.export.errors import GraphError
-from tokexport.export import reducers
-from tokexport.export.models.learned_layers import learned_layers
 
 from .. import cases
 

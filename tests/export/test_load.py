@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokexport.export.models.load import hash_weights, parse_kwargs
 
 from tokexport import UsageError, load_model
-from tokexport.export.models.load import hash_weights, parse_kwargs
 
 NAME = "vit_tiny_patch16_224"
 KWARGS = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 6, "num_heads": 4, "num_classes": 10}

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from tokexport.export.models import as_plain
 
 from tokexport import Schedule, UsageError, export_onnx, load_model, reduce_model, verify
-from tokexport.export.models import as_plain
 
 KWARGS = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2, "num_classes": 10}
 OPTIONS = {"tome": {"r": 8}, "diffrate": {"rates": {"prune_kept": [60, 50, 40, 30], "merge_kept": [50, 40, 30, 20]}}}

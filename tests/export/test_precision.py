@@ -5,13 +5,13 @@ import onnx
 import onnx_ir
 import pytest
 from onnx import TensorProto
-
-from tokexport import UsageError, export_onnx, verify
-from tokexport.export.graph import precision, stages
 from tokexport.export.errors import EngineError
+from tokexport.export.graph import precision, stages
 from tokexport.export.inspection import inspect
 from tokexport.export.reducers import TABLE as METHODS
 from tokexport.tools.demo import samples
+
+from tokexport import UsageError, export_onnx, verify
 
 LOW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 CASTS = 6  # most casts in a block with a reduction: metric or score, size, tokens in, tokens out, ...
@@ -167,7 +167,6 @@ def test_an_export_in_a_precision_is_the_file_that_is_converted(tiny, schedule_o
 
 def test_the_command_writes_what_the_function_writes(tmp_path, typed):
     from click.testing import CliRunner
-
     from tokexport.tools.cli import group
 
     out = tmp_path / "v.onnx"
@@ -226,9 +225,10 @@ def test_a_new_precision_is_one_row(tiny, schedule_of, tmp_path, monkeypatch):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: building an engine needs it (no GPU)")
     from dataclasses import replace
 
-    from tokexport import build_engine
     from tokexport.engines.tensorrt import build, child
     from tokexport.export import precisions
+
+    from tokexport import build_engine
 
     row = replace(precisions.TABLE["fp16"], name="fp16-loose", output_limit=1e-1, help="fp16 with looser limits")
     monkeypatch.setitem(precisions.TABLE, row.name, row)

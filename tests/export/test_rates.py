@@ -6,10 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from tokexport.export.reducers import diffrate
+from tokexport.export.reducers import diffrate_rates as rates
+from tokexport.export.step import ModelSize
 
 from tokexport import Schedule, UsageError
-from tokexport.export.reducers import diffrate, diffrate_rates as rates
-from tokexport.export.step import ModelSize
 
 NAMES = [f"{model}@{cost}" for model, lists in rates.published().items() for cost in lists]
 DEPTH = {"deit_tiny": 12, "deit_small": 12, "deit_base": 12, "mae_base": 12, "mae_large": 24, "mae_huge": 32}

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-
-import tokexport
 from tokexport.export.reducers import TABLE as METHODS
 from tokexport.tools.demo import samples
+
+import tokexport
 
 
 @pytest.fixture(scope="module")

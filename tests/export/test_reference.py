@@ -4,10 +4,10 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
-
-from tokexport import load_model, reduce_model
 from tokexport.export import example, plan
 from tokexport.export.models.learned_layers import learned_layers
+
+from tokexport import load_model, reduce_model
 
 
 @pytest.fixture
@@ -74,5 +74,7 @@ def test_the_example_is_drawn():
     drawing = ElementTree.fromstring(example.svg())
     of = lambda tag: drawing.findall(f"{{http://www.w3.org/2000/svg}}{tag}")
     names = [t.text for t in of("text")]
-    assert len(of("rect")) == 11 and len(of("line")) == 6, "six tokens, five that are left, and where each of the six goes"
+    assert len(of("rect")) == 11 and len(of("line")) == 6, (
+        "six tokens, five that are left, and where each of the six goes"
+    )
     assert "r+q" in names and names.count("q") == 1 and names.count("s") == 2

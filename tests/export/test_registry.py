@@ -8,14 +8,14 @@ import functools
 
 import pytest
 import torch
-
-from tokexport import UsageError, export_onnx, reduce_model
 from tokexport.export import reducers
 from tokexport.export.graph.static_vit import StaticViT
 from tokexport.export.models import as_plain
-from tokexport.export.models.load import LoadedModel
 from tokexport.export.models.learned_layers import learned_layers
+from tokexport.export.models.load import LoadedModel
 from tokexport.kernels import ops
+
+from tokexport import UsageError, export_onnx, reduce_model
 
 from .. import cases
 

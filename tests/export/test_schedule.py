@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-
-from tokexport import Schedule, UsageError
 from tokexport.export.reducers.options import parse_r
 from tokexport.export.schedule import Step
+
+from tokexport import Schedule, UsageError
 
 PARSED = json.loads((Path(__file__).parents[1] / "golden" / "units.json").read_text())["parse_r"]
 DEIT = {"depth": 12, "n_tokens": 197, "n_prefix": 1}

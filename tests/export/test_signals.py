@@ -4,9 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-import tokexport
-from tokexport import Schedule, UsageError, load_model, reduce_model
 from tokexport.export import macs, reducers
 from tokexport.export.graph.static_vit import StaticViT
 from tokexport.export.models.learned_layers import learned_layers
@@ -14,6 +11,9 @@ from tokexport.export.plan import SIGNALS, MergePlan
 from tokexport.export.reducers import dynamicvit, evit, tome
 from tokexport.export.reducers.base import Counts, Reducer
 from tokexport.export.step import SITES, Step
+
+import tokexport
+from tokexport import Schedule, UsageError, load_model, reduce_model
 
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
 MODELS = {

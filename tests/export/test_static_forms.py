@@ -9,8 +9,6 @@ from dataclasses import replace
 import onnxruntime
 import pytest
 import torch
-
-from tokexport import export_onnx, load_model, reduce_model
 from tokexport.export import apply, reducers
 from tokexport.export.graph import static_vit
 from tokexport.export.graph.trace import quiet
@@ -18,6 +16,8 @@ from tokexport.export.plan import MergePlan, Signals, StaticLayout
 from tokexport.export.reducers import tome
 from tokexport.export.schedule import Step
 from tokexport.kernels import ops
+
+from tokexport import export_onnx, load_model, reduce_model
 
 VIT, SMALL = (
     "vit_tiny_patch16_224",

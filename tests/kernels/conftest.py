@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from tokexport.kernels import twin
 from tokexport.kernels.token_reduce import Reduction
 
@@ -56,7 +55,11 @@ def inputs(op, kind="random", channels=64, heads=3, width=32, batch=2, dtype=tor
     x = random_rows(batch, n, channels, seed=seed)
     if op.select == "pairs":
         rows = random_rows if kind == "random" else exact_rows
-        signal = rows(batch, 1 if kind != "random" else heads, n, width, seed=seed + 1).expand(-1, heads, -1, -1).contiguous()
+        signal = (
+            rows(batch, 1 if kind != "random" else heads, n, width, seed=seed + 1)
+            .expand(-1, heads, -1, -1)
+            .contiguous()
+        )
         if kind in ("zeros", "alike"):
             signal[:, :, :: 3 if kind == "zeros" else 1] = 0 if kind == "zeros" else signal[:, :, :1]
     else:
@@ -71,7 +74,14 @@ def inputs(op, kind="random", channels=64, heads=3, width=32, batch=2, dtype=tor
     signal = signal.to(dtype) if op.select == "pairs" else signal
     if one:
         x, size, signal = x[0], None if size is None else size[0], signal[:1] if op.select == "pairs" else signal[0]
-    return {"op": op.attributes, "x": x.to(dtype), "signal": signal, "size": size, "whole": whole, "exact": kind != "random"}
+    return {
+        "op": op.attributes,
+        "x": x.to(dtype),
+        "signal": signal,
+        "size": size,
+        "whole": whole,
+        "exact": kind != "random",
+    }
 
 
 def make(method, *counts, spoilt=None, check=True, chip=80, by_score=0, **options):
@@ -96,7 +106,10 @@ def gap(case):
         steps = (order[:, :-1] - order[:, 1:])[:, : op.n_in - op.n_kept]
         best = scores.topk(2, -1).values if p.n_b > 1 else scores.new_tensor([[[1.0, 0.0]]])
         return min(steps.min(), (best[..., 0] - best[..., 1]).min()) if steps.numel() else 1.0
-    rows, order = twin.unit(x.reshape(-1, op.n_in, x.shape[-1])[:, None], op.eps), twin.order_score(op, case["signal"].reshape(-1, op.n_in))
+    rows, order = (
+        twin.unit(x.reshape(-1, op.n_in, x.shape[-1])[:, None], op.eps),
+        twin.order_score(op, case["signal"].reshape(-1, op.n_in)),
+    )
     if op.fold in ("sum", "drop"):
         return 1.0
     scores = twin.take(rows, order.src) @ twin.take(rows, order.keep)[:, op.n_prefix :].mT

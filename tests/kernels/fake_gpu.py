@@ -11,7 +11,6 @@ import sys
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-
 from tokexport.kernels.token_reduce import Reduction
 from tokexport.kernels.triton import apply, compile, match, rank, unit
 
@@ -19,7 +18,13 @@ KERNELS = {"unit": unit.unit_kernel, "match": match.match_kernel, "rank": rank.r
 NV_TYPE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 7, torch.int64: 8}  # nvinfer1::DataType
 TORCH = {"*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bfloat16, "*i64": torch.int64}
 LAUNCH = ctypes.CFUNCTYPE(
-    None, ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_int), ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_void_p)
+    None,
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.POINTER(ctypes.c_int),
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.POINTER(ctypes.c_void_p),
 )
 
 
@@ -62,7 +67,11 @@ def run(case, plugin, driver):
     """One case: outputs by name and what was launched."""
     op, x = Reduction(**case["op"]), case["x"].contiguous()
     batch = [x.shape[0]] if x.ndim == 3 else []
-    shapes = {"x": [*batch, op.n_out, x.shape[-1]], "size": [*batch, op.n_out, 1], "log_size": [*(batch or [1]), 1, 1, op.n_out]}
+    shapes = {
+        "x": [*batch, op.n_out, x.shape[-1]],
+        "size": [*batch, op.n_out, 1],
+        "log_size": [*(batch or [1]), 1, 1, op.n_out],
+    }
     shapes |= {"keep": [*batch, op.n_kept, 1], "src": [*batch, op.n_folded, 1], "dst": [*batch, op.n_folded, 1]}
     types = {"x": x.dtype, "size": torch.float32, "log_size": torch.float32}
     outputs = {name: torch.empty(shapes[name], dtype=types.get(name, torch.int64)) for name in op.outputs}

@@ -10,7 +10,6 @@ import sys
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-
 from tokexport.kernels.token_reduce import Reduction
 from tokexport.kernels.triton import launch
 

@@ -6,12 +6,10 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from click.testing import CliRunner
 from onnx import TensorProto, helper
-
 from tokexport.engines import plugin
 from tokexport.export.errors import BuildError, UsageError
 from tokexport.kernels.token_reduce import Reduction
@@ -26,7 +24,10 @@ def case(*counts, **options):
 
 
 CASES = {
-    **{f"{n} tokens, {r} merged": case("pairs", n, r, width=64, channels=48) for n, r in ((5, 1), (5, 2), (50, 24), (171, 85))},
+    **{
+        f"{n} tokens, {r} merged": case("pairs", n, r, width=64, channels=48)
+        for n, r in ((5, 1), (5, 2), (50, 24), (171, 85))
+    },
     "197 tokens": case("pairs", 197, 13, heads=6, width=64, channels=384),
     "one image, by score": case("pairs", 65, 20, 0, by_score=1, one=True),
     "5 prefix": case("pairs", 65, 30, 5, width=20, channels=13),
@@ -198,7 +199,9 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
     assert "leave out --cpu" in say("build", "--cpu", "--arch", "80")
     assert "go with --cpu" in say("build", "--march", "native")
     assert "has no NvInfer.h" in say("build", "--tensorrt-include", str(tmp_path))
-    assert "has no onnxruntime_cxx_api.h" in say("build", "--cpu", "--runtime", "ort", "--onnxruntime-include", str(tmp_path))
+    assert "has no onnxruntime_cxx_api.h" in say(
+        "build", "--cpu", "--runtime", "ort", "--onnxruntime-include", str(tmp_path)
+    )
     monkeypatch.setitem(plugin.PLACES, "onnxruntime_cxx_api.h", (str(tmp_path),))
     monkeypatch.delenv("ONNXRUNTIME_INCLUDE_DIR", raising=False)
     assert "ONNXRUNTIME_INCLUDE_DIR" in say("build", "--cpu", "--runtime", "ort")
@@ -207,7 +210,9 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
 
 
 def test_old_tensorrt_headers_are_refused(tmp_path):
-    (tmp_path / "NvInferVersion.h").write_text("#define NV_TENSORRT_MAJOR 8\n#define NV_TENSORRT_MINOR 6\n#define NV_TENSORRT_PATCH 1\n")
+    (tmp_path / "NvInferVersion.h").write_text(
+        "#define NV_TENSORRT_MAJOR 8\n#define NV_TENSORRT_MINOR 6\n#define NV_TENSORRT_PATCH 1\n"
+    )
     with pytest.raises(UsageError, match="TensorRT 8.6.1: wanted 10 or later"):
         plugin._tensorrt_release(tmp_path)
 

@@ -4,7 +4,6 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-
 from tokexport.kernels import ops
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from tokexport.kernels.token_reduce import Reduction
 from tokexport.kernels.triton import variants
 
@@ -68,7 +67,9 @@ def headers():
     try:
         plugin._tools()
         trt = plugin._headers("NvInfer.h", "TENSORRT_INCLUDE_DIR", None, ("kernel_lens", "include/tensorrt"))
-        return trt, plugin._headers("cuda_runtime_api.h", "CUDA_INCLUDE_DIR", None, ("triton", "backends/nvidia/include"))
+        return trt, plugin._headers(
+            "cuda_runtime_api.h", "CUDA_INCLUDE_DIR", None, ("triton", "backends/nvidia/include")
+        )
     except UsageError as e:
         pytest.skip(str(e))
 
@@ -84,7 +85,12 @@ def fake(tmp_path_factory):
     made = [named(*row) for row in rows]
     made = [aot.CompiledKernel(**{**vars(k), "code": k.name.replace("_ptx", "_smptx").encode() + b"\0"}) for k in made]
     assert embed(made, folder / "kernels") == len(rows)
-    options = {"TENSORRT_INCLUDE_DIR": trt, "CUDA_INCLUDE_DIR": cuda, "KERNELS_DIR": folder / "kernels", "CMAKE_CXX_FLAGS": "-Werror"}
+    options = {
+        "TENSORRT_INCLUDE_DIR": trt,
+        "CUDA_INCLUDE_DIR": cuda,
+        "KERNELS_DIR": folder / "kernels",
+        "CMAKE_CXX_FLAGS": "-Werror",
+    }
     run = lambda *command: subprocess.run(list(map(str, command)), check=True, capture_output=True)
     run("cmake", "-S", KERNELS / "plugin", "-B", folder / "build", *(f"-D{k}={v}" for k, v in options.items()))
     run("cmake", "--build", folder / "build")
@@ -110,7 +116,15 @@ CASES = {
     **{f: case("scored", f, 50, 30, 13 * (f != "drop"), batch=2 if f == "sum" else 1) for f in FOLDS},
     "squeeze, fp16": case("scored", "squeeze", 50, 35, 15, dtype=torch.float16, one=True),
 }
-CHIPS = {80: "sm80", 86: "sm80", 90: "sm90", 89: "sm80", 103: "smptx80", 121: "smptx80", 75: None}  # of kernels for 80, 90 and PTX
+CHIPS = {
+    80: "sm80",
+    86: "sm80",
+    90: "sm90",
+    89: "sm80",
+    103: "smptx80",
+    121: "smptx80",
+    75: None,
+}  # of kernels for 80, 90 and PTX
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +132,9 @@ def launched(fake, node, tmp_path_factory):
     """Of every case the inputs, and what the plugin gives for them when its launches are interpreted."""
     library = str(fake / "build" / "libtokexport_plugin.so")
     cases = {**CASES, **{chip: case("pairs", 5, 1, chip=chip, batch=1) for chip in CHIPS}}
-    return node.in_process("fake_gpu.py", cases, tmp_path_factory.mktemp("launched"), library, LD_LIBRARY_PATH=str(fake))
+    return node.in_process(
+        "fake_gpu.py", cases, tmp_path_factory.mktemp("launched"), library, LD_LIBRARY_PATH=str(fake)
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -130,7 +146,9 @@ def test_the_plugin_launches_what_computes_the_twin(launched, node, name):
     hosts = [] if op.fold in ("sum", "drop") and op.select == "score" else ["unit", "match"]
     order = [*hosts, "rank"] if op.select == "pairs" else ["rank", *hosts]
     assert [code.partition("_")[0] for code, *_ in came["launched"]] == [*order, "apply"]
-    assert {threads for _, _, threads, _ in came["launched"]} == {128} and {shared for *_, shared in came["launched"]} == {256}
+    assert {threads for _, _, threads, _ in came["launched"]} == {128} and {
+        shared for *_, shared in came["launched"]
+    } == {256}
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -150,7 +168,9 @@ def needed(library):
 
 
 def test_the_plugin_is_linked_to_nothing_of_tensorrt_or_cuda(fake):
-    assert not [n for n in needed(fake / "build" / "libtokexport_plugin.so") if "cuda" in n or "nvinfer" in n or "tensorrt" in n]
+    assert not [
+        n for n in needed(fake / "build" / "libtokexport_plugin.so") if "cuda" in n or "nvinfer" in n or "tensorrt" in n
+    ]
 
 
 BUILT = """
@@ -200,7 +220,13 @@ def in_tensorrt(fake, code, tmp_path):
     (tmp_path / "libtensorrt_rtx.so").symlink_to(next(folder.glob("libtensorrt_rtx.so*")))
     (tmp_path / "script.py").write_text(BUILT + code)
     env = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
-    command = [sys.executable, "-W", "ignore", str(tmp_path / "script.py"), str(fake / "build" / "libtokexport_plugin.so")]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(tmp_path / "script.py"),
+        str(fake / "build" / "libtokexport_plugin.so"),
+    ]
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-1500:]
     return run.stdout, run.stderr

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from tokexport.kernels import twin
 from tokexport.kernels.token_reduce import Reduction
 
@@ -40,7 +39,11 @@ FAST = {
     "mean, 197 tokens": case("scored", "mean", 197, 138, 40, channels=192, batch=1, whole=False),
 }
 SLOW = {
-    **{f"{n} tokens, {r}": case("pairs", n, r, width=64, heads=2, batch=1) for n in (171, 197, 257) for r in (1, n // 2)},
+    **{
+        f"{n} tokens, {r}": case("pairs", n, r, width=64, heads=2, batch=1)
+        for n in (171, 197, 257)
+        for r in (1, n // 2)
+    },
     **{f"257 tokens, {t}": case("pairs", 257, 32, channels=384, width=64, batch=1, dtype=t) for t in (HALF, BRAIN)},
     "257 tokens, ties": case("pairs", 257, 126, 5, kind="exact", width=128),
     "1370 tokens": case("pairs", 1370, 100, width=64, batch=1, whole=False),
@@ -75,7 +78,10 @@ def fast(node, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def spoilt_results(node, tmp_path_factory):
-    cases = {**{name: make for name, (make, _) in REFUSED.items()}, **{f"unchecked {n}": m for n, m in UNCHECKED.items()}}
+    cases = {
+        **{name: make for name, (make, _) in REFUSED.items()},
+        **{f"unchecked {n}": m for n, m in UNCHECKED.items()},
+    }
     return node.in_process("interpret.py", cases, tmp_path_factory.mktemp("spoilt"))
 
 

@@ -12,7 +12,6 @@ import onnx
 import pytest
 import torch
 from safetensors.torch import save_file
-
 from tokexport.export import reducers
 
 from .. import cases

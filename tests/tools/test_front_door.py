@@ -5,10 +5,10 @@ import subprocess
 import sys
 
 import pytest
-
-import tokexport
 from tokexport.export import errors
 from tokexport.tools import cli
+
+import tokexport
 
 
 def test_every_public_name_is_there_and_listed():

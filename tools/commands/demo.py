@@ -8,7 +8,6 @@ import click
 
 from ...export.errors import UsageError
 
-
 MARK = ".tokexport-demo"  # in folders whose files a demo may replace
 
 
@@ -22,7 +21,8 @@ MARK = ".tokexport-demo"  # in folders whose files a demo may replace
 @click.option("--json", "as_json", is_flag=True, help="The figures as JSON on stdout.")
 def command(folder, offline, as_json):
     """Export, verify, time and draw ToMe on real DINOv2 weights and photos, from packages already installed (see `make demo`)."""
-    from ..demo import real as demo, offline as demo_offline
+    from ..demo import offline as demo_offline
+    from ..demo import real as demo
     from ..show.terminal import console
 
     if not folder.strip():

@@ -70,8 +70,8 @@ def _layers(file: str) -> list[dict]:
     """The engine's own layers, where it can be loaded; none elsewhere."""
     from pathlib import Path
 
-    from ...engines.tensorrt import runtime as trt
     from ...engines.runners.tensorrt import layer_information
+    from ...engines.tensorrt import runtime as trt
     from ...export.errors import EngineError, UsageError
 
     if not trt.gpus():

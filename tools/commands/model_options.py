@@ -11,9 +11,22 @@ import click
 
 from ...export.errors import UsageError
 
-NAMES = (
-    "model model_kwargs checkpoint weights pretrained seed predictor pos_grid mean std interpolation crop_pct size activation"
-).split()
+NAMES = [
+    "model",
+    "model_kwargs",
+    "checkpoint",
+    "weights",
+    "pretrained",
+    "seed",
+    "predictor",
+    "pos_grid",
+    "mean",
+    "std",
+    "interpolation",
+    "crop_pct",
+    "size",
+    "activation",
+]
 OPTIONS = (
     click.option("--model", metavar="NAME", help="Any plain ViT of timm, hf-hub:ORG/NAME or local-dir:DIR. Default: what the "
                  "checkpoint's folder says, else deit_small_patch16_224."),

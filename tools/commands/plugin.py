@@ -13,11 +13,21 @@ def command():
 
 
 @command.command("build")
-@click.option("--arch", metavar="86,89", help="GPUs with kernels of their own.  [default: all that are known; newer ones run the PTX]")
-@click.option("--tensorrt-include", metavar="DIR", help="Folder of NvInfer.h.  [default: $TENSORRT_INCLUDE_DIR, the usual places]")
+@click.option(
+    "--arch",
+    metavar="86,89",
+    help="GPUs with kernels of their own.  [default: all that are known; newer ones run the PTX]",
+)
+@click.option(
+    "--tensorrt-include", metavar="DIR", help="Folder of NvInfer.h.  [default: $TENSORRT_INCLUDE_DIR, the usual places]"
+)
 @click.option("--cpu", is_flag=True, help="For ONNX Runtime and OpenVINO on the CPU instead, whichever are installed.")
 @click.option("--runtime", metavar="ort,openvino", help="With --cpu: only these.")
-@click.option("--onnxruntime-include", metavar="DIR", help="With --cpu: folder of onnxruntime_cxx_api.h.  [default: $ONNXRUNTIME_INCLUDE_DIR, the usual places]")
+@click.option(
+    "--onnxruntime-include",
+    metavar="DIR",
+    help="With --cpu: folder of onnxruntime_cxx_api.h.  [default: $ONNXRUNTIME_INCLUDE_DIR, the usual places]",
+)
 @click.option("--march", metavar="NAME", help="With --cpu: processors, as GCC's -march.  [default: x86-64-v3]")
 @click.option("--force", is_flag=True, help="Build again what is there.")
 @click.option("--json", "as_json", is_flag=True, help="What was built as JSON on stdout.")
@@ -42,7 +52,9 @@ def build(arch, tensorrt_include, cpu, runtime, onnxruntime_include, march, forc
         if runtime or onnxruntime_include or march:
             raise UsageError("--runtime, --onnxruntime-include and --march go with --cpu")
         with bar(out) as progress:
-            built = [plugin.build_plugin(_chips(arch), tensorrt_include=tensorrt_include, force=force, progress=progress)]
+            built = [
+                plugin.build_plugin(_chips(arch), tensorrt_include=tensorrt_include, force=force, progress=progress)
+            ]
     _tell(out, built, as_json)
 
 
@@ -105,4 +117,8 @@ def _tell(out, built: list, as_json: bool) -> None:
         chips = f", sm_{', sm_'.join(map(str, library.chips))} and PTX" if library.chips else ""
         out.print(str(library.path), style="bold", end="", markup=False, soft_wrap=True)
         size = size_words(library.path.stat().st_size)
-        out.print(f"  for {KINDS[library.kind]} {library.runtime}, {library.processor}{chips}, {size}", markup=False, soft_wrap=True)
+        out.print(
+            f"  for {KINDS[library.kind]} {library.runtime}, {library.processor}{chips}, {size}",
+            markup=False,
+            soft_wrap=True,
+        )

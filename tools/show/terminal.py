@@ -71,7 +71,7 @@ def layers_words(layers: dict) -> str:
 
 def engine_lines(e) -> list[tuple[str, str]]:
     """What an `EngineFile` is for, (title, text) each."""
-    batch = str(e.batch) if e.batch else "{} to {}, best at {}".format(e.profile[0], e.profile[2], e.profile[1])
+    batch = str(e.batch) if e.batch else f"{e.profile[0]} to {e.profile[2]}, best at {e.profile[1]}"
     built_on = f" ({e.gpu.name}, which it was built on)" if e.gpu else ""
     return [
         ("for", f"compute capability {', '.join(e.compute_capability)}{built_on}"),

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from tokexport import UsageError
 from tokexport.engines.search import rates
 from tokexport.engines.search.cost import BlockCost, expected_macs
 from tokexport.engines.search.masked_vit import MaskedViT
 from tokexport.engines.search.selectors import Selector, masked_softmax
+
+from tokexport import UsageError
 
 FOLDER = Path(__file__).parents[2] / "golden" / "search"
 
@@ -21,7 +21,9 @@ def case(name):
 
 
 def close(value, wanted, limit=1e-6):
-    return float(np.abs(np.asarray(value.detach()) - wanted).max(initial=0)) <= limit * max(float(np.abs(wanted).max()), 1.0)
+    return float(np.abs(np.asarray(value.detach()) - wanted).max(initial=0)) <= limit * max(
+        float(np.abs(wanted).max()), 1.0
+    )
 
 
 def test_a_selector_is_the_published_one():
@@ -75,8 +77,14 @@ def test_whole_steps_are_the_published_ones(name, tiny, golden):
             }
             for part, grads in by_loss.items():
                 for key, grad in zip(selectors, grads):
-                    grad, own = torch.zeros_like(selectors[key].logits) if grad is None else grad, arrays[f"{key}.{part}"]
-                    assert float(np.abs(grad.numpy() - own).max()) <= 1e-4 * max(float(np.abs(own).max()), 1e-9), (key, part)
+                    grad, own = (
+                        torch.zeros_like(selectors[key].logits) if grad is None else grad,
+                        arrays[f"{key}.{part}"],
+                    )
+                    assert float(np.abs(grad.numpy() - own).max()) <= 1e-4 * max(float(np.abs(own).max()), 1e-9), (
+                        key,
+                        part,
+                    )
         optimizer.zero_grad()
         (about["lambda_flops"] * over + distance).backward()
         optimizer.step()
@@ -105,7 +113,11 @@ def test_a_search_ends_at_its_target_and_its_counts_are_a_schedule(search, tiny,
     result = search()
     assert 0.93 * result.target <= result.macs <= result.target < result.macs_dense
     assert result.prune_kept[0] == result.merge_kept[0] == 65 and result.steps == 8
-    schedule = schedule_of(tiny("tiny_vit").module, method="diffrate", rates={"prune_kept": result.prune_kept, "merge_kept": result.merge_kept})
+    schedule = schedule_of(
+        tiny("tiny_vit").module,
+        method="diffrate",
+        rates={"prune_kept": result.prune_kept, "merge_kept": result.merge_kept},
+    )
     assert schedule.n_final == result.merge_kept[-1]
     assert search() == result, "the same seed gives the same counts"
 
