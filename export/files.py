@@ -129,9 +129,9 @@ def _remove_stale(parent: Path) -> None:
     for folder in parent.glob(f"{ASIDE}*"):
         try:
             state = folder.lstat()
-            if folder.is_dir() and not folder.is_symlink() and time.time() - state.st_mtime > STALE:
-                if not hasattr(os, "getuid") or state.st_uid == os.getuid():
-                    shutil.rmtree(folder, ignore_errors=True)
+            stale = folder.is_dir() and not folder.is_symlink() and time.time() - state.st_mtime > STALE
+            if stale and (not hasattr(os, "getuid") or state.st_uid == os.getuid()):
+                shutil.rmtree(folder, ignore_errors=True)
         except OSError:  # somebody else removed it
             continue
 

@@ -35,7 +35,7 @@ class SearchState:
         try:
             with safe_open(self.path, "pt") as f:
                 about = f.metadata() or {}
-                tensors = {k: f.get_tensor(k) for k in f.keys()}
+                tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (a file, no dictionary)
         except (SafetensorError, OSError) as e:
             raise UsageError(f"{self.path} is no state of a search ({e}): remove it to begin anew") from None
         if about.get("request") != self.request:

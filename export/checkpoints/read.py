@@ -112,7 +112,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 
     try:
         file = safe_open(path, "pt")
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (a file, no dictionary)
     except (SafetensorError, OSError, ValueError, OverflowError) as e:
         raise DamagedError(f"no safetensors ({_line(e)})") from None
 

@@ -26,7 +26,7 @@ def match_kernel(
     j_of_tile = tl.arange(0, BLOCK_B)
     d_of_chunk = tl.arange(0, BLOCK_D)
     unit_ptr += image * n_rows * width
-    if BY_INDEX:
+    if BY_INDEX:  # noqa: SIM108 (a constant of the compilation: one side is not compiled)
         a_row = tl.load(a_ptr + image * n_a + i, mask=i < n_a, other=0).to(tl.int32)
     else:
         a_row = a_first + 2 * i

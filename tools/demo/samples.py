@@ -91,7 +91,7 @@ def dinov2_state(file: Path) -> dict:
     }
     parts = ("query", "key", "value")
     for i in range(12):
-        theirs = lambda name: arrays[f"backbone.encoder.layer.{i}.{name}"]
+        theirs = lambda name, i=i: arrays[f"backbone.encoder.layer.{i}.{name}"]
         block = {
             "attn.qkv.weight": np.concatenate([linear(i, f"attention/attention/{p}") for p in parts]),
             "attn.qkv.bias": np.concatenate([theirs(f"attention.attention.{p}.bias") for p in parts]),
