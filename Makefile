@@ -24,7 +24,7 @@ demo: $(VENV)/.installed
 	$(BIN)/tokexport demo -o demo-out
 
 lint: $(VENV)/.installed
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .
 	$(BIN)/mypy
 
 test: lint
