@@ -1,7 +1,8 @@
 """Which part of a file is wrong: its tokens behind every stage against the reference, stage by stage.
 
-The file's tokens are read at the borders of its stages, from copies with a few of them as outputs (so that an engine fuses the rest
-as ever). The reference computes each stage from the file's own tokens before it: a fault shows where it is and nowhere else.
+The file's tokens are read at the borders of its stages, from copies with a few of them as outputs (so that an engine
+fuses the rest as ever). The reference computes each stage from the file's own tokens before it: a fault shows where
+it is and nowhere else.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class _Border(NamedTuple):
 def borders(model) -> dict[str, str]:
     """Where a file's tokens can be read.
 
-    A stage's tokens are a float value as wide as the model that a later stage of the trunk reads. Matching may read keys that are as
-    wide as the tokens, so who else reads a value decides (READERS).
+    A stage's tokens are a float value as wide as the model that a later stage of the trunk reads. Matching may read
+    keys that are as wide as the tokens, so who else reads a value decides (READERS).
 
     Args:
         model: onnx.ModelProto with the shapes of its inner values.
@@ -177,8 +178,8 @@ def stage_parity(
 
 
 def _head_error(side: Side, name: str, result, reach: np.ndarray) -> float:
-    """The head's error, of the worst image: over the length of what the reference makes of the same tokens, but as for outputs by
-    no less than a share of the classifier's reach."""
+    """The head's error, of the worst image: over the length of what the reference makes of the same tokens, but as
+    for outputs by no less than a share of the classifier's reach."""
     values, wanted = side.outputs[name].astype(np.float64), result.output.double().numpy()
     if values.shape != wanted.shape:
         return float("inf")

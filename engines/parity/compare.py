@@ -1,8 +1,9 @@
 """Two sides of one model on the same images: decisions first, then numbers under the same decisions.
 
-Token reduction decides between tokens; of two almost equal ones, another order of additions may choose the other, and outputs then
-differ by far more than rounding. So the reference is replayed with the decisions of the file: numbers are compared like with like,
-and each decision is judged by what it gives away in the reference's own scores. A little is a flipped near-tie, more is a fault.
+Token reduction decides between tokens; of two almost equal ones, another order of additions may choose the other, and
+outputs then differ by far more than rounding. So the reference is replayed with the decisions of the file: numbers
+are compared like with like, and each decision is judged by what it gives away in the reference's own scores. A little
+is a flipped near-tie, more is a fault.
 
 A comparison is a running sum: images are added in chunks, and only sums and the worst of them stay.
 """
@@ -59,7 +60,8 @@ class Judged:
         margins: [B, steps] what is given away; 0 where nothing differs.
         wanted: what the file's outputs are compared with, name -> [B, ...].
         rows: [K] images with a difference.
-        other, other_wanted: of those, the other file's outputs, and the reference's under that file's decisions; None without one.
+        other, other_wanted: of those, the other file's outputs, and the reference's under that file's decisions; None
+            without one.
     """
 
     alike: np.ndarray
@@ -136,7 +138,7 @@ class Comparison:
         self._costs[name].add(side.outputs[self.names[0]], wanted)
 
     def _judge(self, reference, images: np.ndarray, side: Side, wanted: Side) -> Judged:
-        """Compare decisions; where they differ, ask the reference what they give away and what it computes under them."""
+        """Compare decisions; where they differ the reference says what that gives away, and computes under them."""
         import torch
 
         n_steps = len(self.limits)
@@ -162,7 +164,10 @@ class Comparison:
         return Judged(alike, differs, margins, like, rows, other, other_wanted)
 
     def _add_image(self, chunk: Chunk, i: int, judged: Judged, failed: bool, figures: tuple, maps: _Maps) -> None:
-        """Count one image of a chunk and keep it when it is among the worst. figures: its max_rel and cosine. maps: of the chunk."""
+        """Count one image of a chunk, and keep it when it is among the worst.
+
+        judged, maps: of the chunk. i: the image in it. figures: its max_rel and cosine.
+        """
         index, name, (max_rel, cosine) = chunk.start + i, chunk.names[i], figures
         steps = np.flatnonzero(judged.differs[i])
         verdict = "failed" if failed else "flipped" if len(steps) else "equal"
@@ -217,7 +222,7 @@ class Comparison:
         return [row for row, _ in self._images.items()]
 
     def maps(self) -> dict[int, np.ndarray]:
-        """By index of the worst images: where each input token ended up, the file's row, then the other side's [2, N0]."""
+        """By index of the worst images: where each input token ended up, here and on the other side [2, N0]."""
         return {row.index: where for row, where in self._images.items() if where is not None}
 
     def blocks(self) -> list[BlockParity]:

@@ -1,8 +1,10 @@
-"""A file's decisions: read from its outputs, checked to be a plan, compared with another side's, and followed to a map of tokens.
+"""A file's decisions: read from its outputs, checked to be a plan, compared with another side's, and followed to a
+map of tokens.
 
-A decision is judged by what it gives away. A reducer says so itself (`regret`: how far given decisions are from the best ones by the
-reference's own scores); what is within the near-tie limit of the signal that the step looks at is a flip that rounding explains. For
-a method whose tokens are nearly alike as a rule, flips are the rule too: they are counted, and do not fail.
+A decision is judged by what it gives away. A reducer says so itself (`regret`: how far given decisions are from the
+best ones by the reference's own scores); what is within the near-tie limit of the signal that the step looks at is a
+flip that rounding explains. For a method whose tokens are nearly alike as a rule, flips are the rule too: they are
+counted, and do not fail.
 """
 
 from __future__ import annotations
@@ -54,8 +56,8 @@ def check_parts(path, provenance: Provenance) -> None:
             missing.append("dst")
         if missing:
             raise UsageError(
-                f"{path}: the decision of block {step.block} lacks {' and '.join(missing)}: the file was changed, or made by "
-                f"another version; make it again with `tokexport onnx`"
+                f"{path}: the decision of block {step.block} lacks {' and '.join(missing)}: the file was changed, or "
+                f"made by another version; make it again with `tokexport onnx`"
             )
 
 
@@ -155,8 +157,11 @@ def of_images(plans: list, rows) -> list:
     """
     import torch
 
-    tensors = lambda plan: {f.name: v for f in fields(plan) if isinstance(v := getattr(plan, f.name), torch.Tensor)}
-    return [replace(plan, **{name: v[rows] for name, v in tensors(plan).items()}) for plan in plans]
+    def chosen(plan):
+        tensors = {f.name: v for f in fields(plan) if isinstance(v := getattr(plan, f.name), torch.Tensor)}
+        return replace(plan, **{name: v[rows] for name, v in tensors.items()})
+
+    return [chosen(plan) for plan in plans]
 
 
 def token_maps(plans: list, schedule: Schedule) -> list[np.ndarray]:

@@ -1,12 +1,12 @@
 """How each kind of output is judged: one row a kind. Imports no torch.
 
-Limits are of one image: an error is divided by the image's own largest value, so that neither more images nor louder ones beside it
-loosen them. A single logit near zero would then make an alarm of nothing, so logits are divided by no less than FLOOR of the largest
-that the classifier's rows could give for the image's feature.
+Limits are of one image: an error is divided by the image's own largest value, so that neither more images nor louder
+ones beside it loosen them. A single logit near zero would then make an alarm of nothing, so logits are divided by no
+less than FLOOR of the largest that the classifier's rows could give for the image's feature.
 
-Example: a classifier of one class has row w, |w| = 2, and bias 0.1; an image's feature f has |f| = 10. Its logit can be 20.1 at
-most and is 0.004, since w and f are almost at right angles. A difference of 0.001 is divided by 0.01 * 20.1 = 0.2 and not by 0.004:
-0.5 % and not 25 %.
+Example: a classifier of one class has row w, |w| = 2, and bias 0.1; an image's feature f has |f| = 10. Its logit can
+be 20.1 at most and is 0.004, since w and f are almost at right angles. A difference of 0.001 is divided by 0.01 *
+20.1 = 0.2 and not by 0.004: 0.5 % and not 25 %.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class OutputKind:
     Attributes:
         field: of the reference's result, where its values are.
         exact: entries must be equal (indices); else the largest difference over the image's scale is judged.
-        classes: values are logits: their probabilities and likeliest classes are compared as well, and their scale has a floor.
+        classes: values are logits: their probabilities and likeliest classes are compared as well, and their scale
+            has a floor.
     """
 
     field: str

@@ -54,8 +54,8 @@ class Flip:
     Attributes:
         index: of the image, from 0. image: its name.
         block: where.
-        margin: what is given away by the reducer's own measure (see its `regret`): near 0 for a near-tie, infinite for the
-            impossible, not a number where the reference itself has no number.
+        margin: what is given away by the reducer's own measure (see its `regret`): near 0 for a near-tie, infinite
+            for the impossible, not a number where the reference itself has no number.
         limit: the most that a near-tie may give away here.
     """
 
@@ -197,7 +197,8 @@ class ParityReport:
         if wrong is None:
             return None
         what = "its decisions give away" if wrong.stage.endswith("match") else "it is off by"
-        return f"{wrong.words} is the first stage that departs: {what} {wrong.error:.1e}, in {self.precision} at most {wrong.limit:.0e}"
+        limit = f"in {self.precision} at most {wrong.limit:.0e}"
+        return f"{wrong.words} is the first stage that departs: {what} {wrong.error:.1e}, {limit}"
 
     def to_json(self) -> dict:
         """Plain JSON values; None for a figure that is not finite."""

@@ -55,8 +55,8 @@ def verifiable(path: str | Path, runtime: str) -> Provenance:
     Returns:
         Its provenance.
     Raises:
-        UsageError: no provenance, a decision or a part of one is missing, an output that has no rule, or the runtime is no other
-            than the reference.
+        UsageError: no provenance, a decision or a part of one is missing, an output that has no rule, or the runtime
+            is no other than the reference.
         MissingPackageError: the runtime of an ONNX file is not installed.
     """
     if not is_engine(path):
@@ -68,8 +68,8 @@ def verifiable(path: str | Path, runtime: str) -> Provenance:
     provenance = inspect_file(path).provenance
     if is_engine(path) and any(s.n_in > 1 for s in provenance.schedule.steps) and not provenance.decisions:
         raise UsageError(
-            f"{path} does not give its merge decisions, without which a flipped near-tie cannot be told from a bug: build it "
-            f"with `tokexport trt --decisions`"
+            f"{path} does not give its merge decisions, without which a flipped near-tie cannot be told from a bug: "
+            f"build it with `tokexport trt --decisions`"
         )
     check_parts(path, provenance)
     for name in provenance.outputs:
@@ -162,8 +162,8 @@ def _outputs(result) -> dict[str, np.ndarray]:
 def run_with_reach(reference, images: np.ndarray, **options):
     """Run the reference and see how large its logits could be.
 
-    The most that a classifier's row w with bias b can make of a feature f is |w| |f| + |b|; the reach of an image is the largest of
-    all rows, the mean over classifiers where there are several (a distilled DeiT averages two).
+    The most that a classifier's row w with bias b can make of a feature f is |w| |f| + |b|; the reach of an image is
+    the largest of all rows, the mean over classifiers where there are several (a distilled DeiT averages two).
 
     Args:
         reference: the eager model.

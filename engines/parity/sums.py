@@ -81,7 +81,10 @@ class OutputSum:
 
 @dataclass
 class BlockSum:
-    """Decisions of one block over all images. limit: of a near-tie. n: images; equal: those decided alike. margin: the largest."""
+    """Decisions of one block over all images.
+
+    limit: of a near-tie. n: images. equal: those decided alike. margin: the largest.
+    """
 
     block: int
     limit: float

@@ -1,10 +1,11 @@
-"""Is a file what its provenance says? Decisions first, then numbers under the file's own decisions, then what reduction costs."""
+"""Is a file what its provenance says? Decisions first, then numbers under them, then what reduction costs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +37,9 @@ def _silent(text: str, share: float) -> None:
 class _Job:
     """One verification.
 
-    path: of the file; provenance: its. runtime: what runs ONNX files. against: the other file; against_provenance: its. precision: of
-    the looser side. outputs: names compared, the main one first. chunk: images compared at once. progress: a function (text, share
-    done).
+    path: of the file; provenance: its. runtime: what runs ONNX files. against: the other file; against_provenance:
+    its. precision: of the looser side. outputs: names compared, the main one first. chunk: images compared at once.
+    progress: a function (text, share done).
     """
 
     path: Path
@@ -74,22 +75,25 @@ def verify(
 ) -> ParityReport:
     """Run a file and the eager reference rebuilt from its provenance on the same images, and compare.
 
-    Memory does not grow with the number of images: photos are read ahead in chunks, sums are kept, and the worst images.
+    Memory does not grow with the number of images: photos are read ahead in chunks, sums are kept, and the worst
+    images.
 
     Args:
         path: ONNX file or engine.
         images: files or folders; None for four images of seeded noise.
         runtime: what runs ONNX files, e.g. "ort" or "openvino".
-        against: another file of the same model and schedule, in the reference's place; the reference then judges only the decisions
-            they do not share.
-        bisect: also compare every stage on its own, on the worst image and some beside it, to find the one that is wrong.
-        checkpoint, predictor: where the weights and the score heads are now, if not where they were; they are checked by hash.
+        against: another file of the same model and schedule, in the reference's place; the reference then judges only
+            the decisions they do not share.
+        bisect: also compare every stage on its own, on the worst image and some beside it, to find the one that is
+            wrong.
+        checkpoint, predictor: where the weights and the score heads are now, if not where they were; they are checked
+            by hash.
         progress: called with what is being done and the share that is done, 0 to 1.
     Returns:
         `ParityReport`, passed or not.
     Raises:
-        UsageError: no provenance, a decision that is missing, weights that cannot be found or are others, unreadable images, a file
-            to compare with that computes something else.
+        UsageError: no provenance, a decision that is missing, weights that cannot be found or are others, unreadable
+            images, a file to compare with that computes something else.
         MissingPackageError: the runtime of an ONNX file is not installed.
     """
     job = _job(path, runtime, against, bisect, progress)
@@ -116,7 +120,7 @@ def _job(path, runtime: str, against, bisect: bool, progress) -> _Job:
 
 
 def _chunk_size(provenance: Provenance, batches: list[int | None]) -> int:
-    """Images that are compared at once: many small ones or a few large ones, and whole runs of a file with a fixed batch."""
+    """Images that are compared at once: many small ones or a few large ones, in whole runs of a fixed batch."""
     height, width = provenance.preprocess.size
     fewest, most = CHUNK_IMAGES
     size = min(max(CHUNK_PIXELS // (height * width), fewest), most)
@@ -180,7 +184,10 @@ def _bisect(job: _Job, reference, comparison: Comparison) -> list[StageParity]:
     if not job.bisect or comparison.worst_chunk is None:
         return []
     done = 1 - BISECTION
-    tell = lambda text, share: job.progress(text, done + BISECTION * share)
+
+    def tell(text: str, share: float) -> None:
+        job.progress(text, done + BISECTION * share)
+
     return stage_parity(
         job.path,
         job.runtime,
@@ -222,5 +229,5 @@ def _chunks(images, provenance: Provenance, *, size: int) -> tuple[list[str], Ch
     from ..images import find_images, load_images
 
     paths = find_images(images)
-    load = lambda some: load_images(some, provenance.preprocess)
+    load = partial(load_images, preprocess=provenance.preprocess)
     return [str(p) for p in paths], read_ahead(paths, load, chunk=size)

@@ -217,7 +217,7 @@ def test_a_near_tie_is_that_of_the_steps_own_signal(signal, kind):
 
 
 class Judge:
-    """In the place of the reference: gives away what it is told for every image of the first reduction, nothing later."""
+    """In the place of the reference: gives away what it is told in the first reduction, nothing later."""
 
     def __init__(self, margin, n_steps, output):
         self.margin, self.n_steps, self.output = margin, n_steps, output
@@ -233,7 +233,10 @@ def flipped(margin, n_images=2):
     """A comparison in which every image's first decision differs and gives away `margin`."""
     steps = (Step(0, "post_attn", 5, 4, 4, signal="keys"), Step(1, "post_attn", 4, 3, 3, signal="keys"))
     provenance = SimpleNamespace(schedule=Schedule("tome", 5, 1, 2, {"r": [1, 1]}, steps))
-    column = lambda *rows: torch.tensor(rows).expand(n_images, -1)[..., None]
+
+    def column(*rows):
+        return torch.tensor(rows).expand(n_images, -1)[..., None]
+
     first = [MergePlan(column(0, 2, 3, 4), column(1), column(1)), MergePlan(column(0, 2, 3), column(1), column(2))]
     second = [MergePlan(column(0, 1, 2, 4), column(3), column(1)), first[1]]
     logits = torch.tensor([[1.0, 2.0]]).expand(n_images, -1)
@@ -267,7 +270,9 @@ def test_one_photo_given_twice_is_two_images(exported):
 
 
 def test_plans_are_the_same_when_rows_are_folded_in_another_order():
-    column = lambda rows: torch.tensor(rows)[..., None]
+    def column(rows):
+        return torch.tensor(rows)[..., None]
+
     plan = MergePlan(column([[0, 2], [0, 2]]), column([[1, 3], [1, 3]]), column([[0, 1], [0, 1]]))
     swapped = MergePlan(plan.keep, plan.src.flip(1), plan.dst.flip(1))
     assert decisions.decided_alike([plan], [swapped]).tolist() == [[True], [True]]

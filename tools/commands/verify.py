@@ -37,19 +37,20 @@ SHOWN = 10  # images, flips and stages shown one by one
 @click.option("--force", is_flag=True, help="Replace the report.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
 def command(files, images, against, bisect, report, checkpoint, predictor, runtime, allow_host_code, force, as_json):
-    """Compare FILE with the PyTorch reference it was made from, or run the proof of a bundle. Exit 0: passed, 1: failed.
+    """Compare FILE with the PyTorch reference it was made from, or run the proof of a bundle. Exit 0: passed, 1:
+    failed.
 
-    The reference is rebuilt from the provenance in the file and runs with the file's own merge decisions, so numbers are compared
-    like with like; each decision is judged by itself: a flipped near-tie passes, anything else fails. Engines
-    (.plan) are verified too where there is a GPU. Arguments that are images or folders are what they are compared on. A
-    bundle (`tokexport bundle`) brings its own proof, which needs neither PyTorch nor the weights.
+    The reference is rebuilt from the provenance in the file and runs with the file's own merge decisions, so numbers
+    are compared like with like; each decision is judged by itself: a flipped near-tie passes, anything else fails.
+    Engines (.plan) are verified too where there is a GPU. Arguments that are images or folders are what they are
+    compared on. A bundle (`tokexport bundle`) brings its own proof, which needs neither PyTorch nor the weights.
 
     tokexport verify vit.onnx --images photos/
     """
     from ...engines.files import inspect_file, is_engine
     from ...engines.runners import require
     from ...export.files import check_output
-    from ..show.terminal import bar, console, print_json
+    from ..show.terminal import bar, console
 
     bundles = [file for file in files if is_bundle(file)]
     if bundles:
@@ -83,16 +84,7 @@ def command(files, images, against, bisect, report, checkpoint, predictor, runti
 
             progress("writing the report", 1.0)
             write_report(reports[0], page)
-    passed = all(r.passed for r in reports)
-    if as_json:
-        several = {"passed": passed, "files": [r.to_json() for r in reports]}
-        print_json(several if len(reports) > 1 else reports[0].to_json())
-    else:
-        for r in reports:
-            _print(out, r)
-        if page:
-            out.print(f"report: {page}", markup=False)
-    sys.exit(0 if passed else 1)
+    sys.exit(0 if _tell(out, reports, page, as_json=as_json) else 1)
 
 
 def _sorted(arguments, images) -> tuple[list[str], list[str]]:
@@ -116,9 +108,28 @@ def _verify(files: list[str], images: list[str], progress, **options) -> list:
 
     reports = []
     for i, file in enumerate(files):
-        tell = lambda text, share, i=i: progress(text, (i + share) / len(files))
+
+        def tell(text: str, share: float, done: int = i) -> None:
+            progress(text, (done + share) / len(files))
+
         reports.append(verify(file, images or None, progress=tell, **options))
     return reports
+
+
+def _tell(out, reports: list, page, *, as_json: bool) -> bool:
+    """Print the reports. Returns: whether all passed."""
+    from ..show.terminal import print_json
+
+    passed = all(r.passed for r in reports)
+    if as_json:
+        several = {"passed": passed, "files": [r.to_json() for r in reports]}
+        print_json(several if len(reports) > 1 else reports[0].to_json())
+    else:
+        for r in reports:
+            _print(out, r)
+        if page:
+            out.print(f"report: {page}", markup=False)
+    return passed
 
 
 def _print(out, report) -> None:

@@ -18,7 +18,8 @@ ROWS = 40  # images in the table
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1c1c1e; margin: 2rem auto; max-width: 72rem; padding: 0 1.5rem }
 h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin-top: 2rem; border-bottom: 1px solid #ddd }
-table { border-collapse: collapse; margin: .6rem 0 } td, th { padding: .2rem .9rem .2rem 0; text-align: right; font-variant-numeric: tabular-nums }
+table { border-collapse: collapse; margin: .6rem 0 }
+td, th { padding: .2rem .9rem .2rem 0; text-align: right; font-variant-numeric: tabular-nums }
 td:first-child, th:first-child { text-align: left } th { font-weight: 600; color: #555; border-bottom: 1px solid #ccc }
 .passed { color: #137333 } .failed { color: #b3261e } .verdict { font-size: 1.2rem; font-weight: 700 }
 .bar { fill: #7aa6d8 } .bar.failed { fill: #b3261e } svg text { font: 11px system-ui, sans-serif; fill: #555 }
@@ -108,7 +109,9 @@ def _word(passed: bool) -> str:
 
 
 def _table(titles, rows) -> str:
-    cell = lambda v: v if isinstance(v, _Markup) else _t(v)
+    def cell(value) -> str:
+        return value if isinstance(value, _Markup) else _t(value)
+
     head = "".join(f"<th>{_t(t)}" for t in titles)
     return f"<table><tr>{head}" + "".join("<tr>" + "".join(f"<td>{cell(v)}" for v in row) for row in rows) + "</table>"
 
@@ -128,8 +131,8 @@ def _blocks(report, schedule) -> str:
         rows.append([str(i), str(attention), str(mlp), *more])
     titles = ["block", "tokens in attention", "in MLP", "decided alike", "most given away", "a near-tie: at most"]
     note = (
-        f"<p class=note>{report.verdicts['flipped']} of {report.n_images} images flipped near-ties: tokens that are almost "
-        f"equal in {_t(report.precision)}, which is no fault.</p>"
+        f"<p class=note>{report.verdicts['flipped']} of {report.n_images} images flipped near-ties: tokens that "
+        f"are almost equal in {_t(report.precision)}, which is no fault.</p>"
     )
     return _table(titles, rows) + (note if decided else "")
 
@@ -139,13 +142,18 @@ def _stages(report) -> str:
     if not report.stages:
         return "<p class=note>none compared</p>"
     lowest, height, step = 1e-9, 130, 15
-    y = lambda v: height * (1 - (np.log10(np.clip(v, lowest, 10)) - np.log10(lowest)) / (1 - np.log10(lowest)))
+
+    def y(value: float) -> float:  # what is no number is as high as can be
+        shown = np.clip(np.nan_to_num(value, nan=10.0), lowest, 10)
+        return height * (1 - np.log10(shown / lowest) / np.log10(10 / lowest))
+
     bars, labels, last = [], [], None
     for i, s in enumerate(report.stages):
         x, top = i * step + 34, y(s.error)
         title = f"<title>{_t(s.words)}: {s.error:.1e}, at most {s.limit:.0e}</title>"
+        kind, size = "bar" if s.passed else "bar failed", f"width={step - 3} height={height - top:.1f}"
         bars.append(
-            f"<rect class='bar{'' if s.passed else ' failed'}' x={x} y={top:.1f} width={step - 3} height={height - top:.1f}>{title}</rect>"
+            f"<rect class='{kind}' x={x} y={top:.1f} {size}>{title}</rect>"
             f"<line x1={x - 1} x2={x + step - 2} y1={y(s.limit):.1f} y2={y(s.limit):.1f} stroke=#333 stroke-width=1 />"
         )
         block = s.stage.rpartition(".")[0].removeprefix("block")
@@ -155,8 +163,12 @@ def _stages(report) -> str:
     axis = "".join(f"<text x=0 y={y(10.0**e) + 4:.1f}>1e{e}</text>" for e in (-9, -6, -3, 0))
     width = len(report.stages) * step + 60
     wrong = [[s.words, f"{s.error:.1e}", f"{s.limit:.0e}"] for s in report.stages if not s.passed]
-    chart = f"<svg viewBox='0 0 {width} {height + 22}' width={width} style='max-width:100%'>{axis}{''.join(bars)}{''.join(labels)}</svg>"
-    note = "<p class=note>The embedding, then by block attention, matching, merging and MLP. The line is the limit; what is below 1e-9 has no bar.</p>"
+    size = f"viewBox='0 0 {width} {height + 22}' width={width} style='max-width:100%'"
+    chart = f"<svg {size}>{axis}{''.join(bars)}{''.join(labels)}</svg>"
+    note = (
+        "<p class=note>The embedding, then by block attention, matching, merging and MLP. The line is the limit; what "
+        "is below 1e-9 has no bar.</p>"
+    )
     return chart + note + (_table(["departs", "error", "at most"], wrong) if wrong else "")
 
 
