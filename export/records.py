@@ -147,7 +147,7 @@ def _value(hint: Any, value: Any, name: str, minor: int) -> Any:
         hints = args[:1] * len(value) if args[-1] is Ellipsis else args
         if len(hints) == len(value):
             return tuple(_value(h, v, f"{name}[{i}]", minor) for i, (h, v) in enumerate(zip(hints, value)))
-    if (hint is dict or origin in (dict, Mapping.__origin__)) and isinstance(value, dict):
+    if (hint is dict or origin in (dict, Mapping)) and isinstance(value, dict):
         kind = args[1] if args else Any
         return {k: _value(kind, v, f"{name}[{k!r}]"[:200], minor) for k, v in value.items()}
     if hint is float and type(value) in (int, float) and math.isfinite(value):

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokexport.export import apply
+from tokexport.export.checkpoints import metric_layers
+from tokexport.export.models import as_plain
+from tokexport.export.models.learned_layers import keys_as_metric, learned_layers
+from tokexport.export.plan import MergePlan
 
 from tokexport import Schedule, UsageError, load_model, reduce_model
-from tokexport.export.checkpoints import metric_layers
-from tokexport.export.models.learned_layers import learned_layers
-from tokexport.export.plan import MergePlan
-from tokexport.export import apply
 
 from .. import cases
 
@@ -25,7 +26,9 @@ def counts(method="tome", **options):
 def test_blocks_are_all_even_or_a_list(method):
     assert counts(method, r=13)[0] == [(b, 13) for b in range(12)] == counts(method, r=13, at="all")[0]
     assert counts(method, r=26, at="even")[0] == [(b, 26) for b in range(0, 12, 2)]
-    assert counts(method, r=20, at="1,4,11")[0] == [(1, 20), (4, 20), (11, 20)] == counts(method, r=20, at=[1, 4, 11])[0]
+    assert (
+        counts(method, r=20, at="1,4,11")[0] == [(1, 20), (4, 20), (11, 20)] == counts(method, r=20, at=[1, 4, 11])[0]
+    )
     assert counts(method, r="9,5", at="3,6,9")[0] == [(3, 9), (6, 5)], "a list has one number for each of the blocks"
     with pytest.raises(UsageError, match="r .*has 4 values for 3 blocks that reduce"):
         counts(method, r="9,5,4,3", at="3,6,9")
@@ -40,7 +43,9 @@ def test_counts_in_multiples(method, asked, at):
     assert all(s.n_out % 8 == 0 for s in aligned.steps) and n - 1 <= len(aligned.steps) <= n
     if method != "pitome":
         assert abs(aligned.n_final - plain.n_final) <= 4, "rounding does not add up"
-    assert any("multiples of 8" in note for note in aligned.notes) and not any("multiples" in note for note in plain.notes)
+    assert any("multiples of 8" in note for note in aligned.notes) and not any(
+        "multiples" in note for note in plain.notes
+    )
 
 
 def test_rounding_never_merges_more_than_half_nor_where_nothing_was_asked():
@@ -140,9 +145,15 @@ def test_trained_weights_without_metric_layers_are_refused(golden):
 @pytest.mark.parametrize(
     "change, said",
     [
-        (lambda s: {k: v for k, v in s.items() if not k.startswith("5.")}, "metric layers for 5 blocks, the model has 6"),
+        (
+            lambda s: {k: v for k, v in s.items() if not k.startswith("5.")},
+            "metric layers for 5 blocks, the model has 6",
+        ),
         (lambda s: {k: v for k, v in s.items() if k != "2.metric_layer.bias"}, "missing 2.metric_layer.bias"),
-        (lambda s: s | {"1.metric_layer.weight": torch.ones(16, 32)}, r"1.metric_layer.weight is \(16, 32\), wanted \(16, 64\)"),
+        (
+            lambda s: s | {"1.metric_layer.weight": torch.ones(16, 32)},
+            r"1.metric_layer.weight is \(16, 32\), wanted \(16, 64\)",
+        ),
         (lambda s: s | {"1.metric_layer.bias": torch.full((16,), torch.nan)}, "1.metric_layer.bias is not of finite"),
     ],
 )
@@ -151,6 +162,24 @@ def test_metric_layers_must_fit(change, said):
     metric_layers.check_layers(layers, 64, n_blocks=6)
     with pytest.raises(UsageError, match=said):
         metric_layers.check_layers(change(layers), 64, n_blocks=6)
+
+
+def test_dtem_with_the_keys_as_its_metric_is_tome(golden, tmp_path):
+    loaded = load(golden, checkpoint=golden.folder / "tiny_vit.safetensors")
+    save_file(keys_as_metric(as_plain(loaded.module)), tmp_path / "keys.safetensors")
+    loaded = load(golden, checkpoint=golden.folder / "tiny_vit.safetensors", predictor=tmp_path / "keys.safetensors")
+    out = {}
+    for method in ("tome", "dtem"):
+        schedule = loaded.schedule(method, r=8)
+        out[method] = reduce_model(loaded.module, schedule, learned_layers(loaded, schedule)).run(golden.image[1:])
+    assert all(torch.equal(a.keep, b.keep) for a, b in zip(out["tome"].plans, out["dtem"].plans, strict=True))
+    assert torch.allclose(out["tome"].output, out["dtem"].output, atol=1e-5)
+
+
+def test_keys_that_are_normed_by_head_are_no_linear_layer():
+    normed = load_model("vit_tiny_patch16_224", {"depth": 1, "qk_norm": True})
+    with pytest.raises(UsageError, match="norms its keys by head"):
+        keys_as_metric(as_plain(normed.module))
 
 
 def test_a_file_of_neither_kind_of_layers_is_refused(golden, tmp_path):

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokexport.export.reducers import pitome
 
 from tokexport import Schedule, UsageError, reduce_model
-from tokexport.export.reducers import pitome
 
 DEIT = {"depth": 12, "n_tokens": 197, "n_prefix": 1}
 
@@ -28,13 +28,23 @@ def test_a_rate_of_1_leaves_a_block_alone():
 
 def test_what_merges_is_cut_to_half_and_said():
     schedule = Schedule.parse("pitome", depth=2, n_tokens=8, n_prefix=1, keep_rate=0.1, forms="first")
-    assert [(s.n_in, s.n_out) for s in schedule.steps] == [(8, 4), (4, 3)], "four of seven in the first form, one of three"
+    assert [(s.n_in, s.n_out) for s in schedule.steps] == [(8, 4), (4, 3)], (
+        "four of seven in the first form, one of three"
+    )
     assert schedule.notes == ("what merges was cut to half of the tokens in block 0 (6 to 4), 1 (2 to 1)",)
 
 
 @pytest.mark.parametrize(
     "forms, blocks",
-    [("first", [0, 1, 2]), ("last", [3, 4]), ("all", [0, 1, 2, 3, 4]), ("none", []), ("0,4", [0, 4]), ([], []), ([2], [2])],
+    [
+        ("first", [0, 1, 2]),
+        ("last", [3, 4]),
+        ("all", [0, 1, 2, 3, 4]),
+        ("none", []),
+        ("0,4", [0, 4]),
+        ([], []),
+        ([2], [2]),
+    ],
     ids=str,
 )
 def test_the_blocks_of_the_first_form(forms, blocks):
@@ -50,7 +60,9 @@ def test_what_is_no_form_is_refused(forms):
 
 
 @pytest.mark.parametrize(
-    "margin, numbers", [("0.75", [0.75, 0.75]), ("0.75:0.4", [0.75, 0.4]), (0.9, [0.9, 0.9]), ([0.5, 0.0], [0.5, 0.0])], ids=str
+    "margin, numbers",
+    [("0.75", [0.75, 0.75]), ("0.75:0.4", [0.75, 0.4]), (0.9, [0.9, 0.9]), ([0.5, 0.0], [0.5, 0.0])],
+    ids=str,
 )
 def test_a_margin_falls_over_the_blocks(margin, numbers):
     assert pitome.parse_margin(margin) == numbers
