@@ -86,7 +86,7 @@ METHODS = {
         short=lambda n: {"keep_rate": 0.8},
         any_size={"keep_rate": 0.85, "forms": "last"},
         cli=("--keep-rate", "0.9", "--forms", "none", "--margin", "0.75:0.4"),
-        budgets={1: (560, 1000)},
+        budgets={1: (580, 1000)},
         variants={"list": {"keep_rate": [1.0, 0.8, 1.0, 0.75, 0.9, 0.95], "forms": "last"}},
     ),
     "tofu": MethodCase(
@@ -95,7 +95,7 @@ METHODS = {
         short=lambda n: {"r": [5, 0, 3], "prune_until": 0},
         any_size={"r": 5},
         cli=("--r", "8", "--norm", "code", "--prune-until", "2"),
-        budgets={1: (560, 1000)},
+        budgets={1: (430, 750)},
         variants={"code": {"r": 8, "norm": "code", "prune_until": -1}},
     ),
     "dtem": MethodCase(

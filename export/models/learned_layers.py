@@ -90,3 +90,22 @@ def learned_layers(loaded: LoadedModel, schedule: Schedule) -> nn.ModuleList | N
     state = state or kind.random(plain, n, loaded.weights["seed"])
     kind.check(state, plain, n)
     return kind.make(state, plain).eval().requires_grad_(False)
+
+
+def keys_as_metric(plain: PlainViT) -> dict[str, Tensor]:
+    """Metric layers that give the mean of the keys over heads, with which DTEM decides as ToMe does: where nobody trained any.
+
+    Args:
+        plain: a model whose keys are not normed by head.
+    Raises:
+        UsageError: they are.
+    """
+    state = {}
+    for i, block in enumerate(plain.blocks()):
+        if not isinstance(block.k_norm, nn.Identity):
+            raise UsageError("the model norms its keys by head: no linear layer gives their mean")
+        for part in ("weight", "bias"):
+            joined = getattr(block.qkv, part)
+            keys = block.qkv.weight[:, 0] * 0 if joined is None else joined
+            state[f"{i}.metric_layer.{part}"] = keys.chunk(3)[1].unflatten(0, (block.heads, -1)).mean(0).contiguous()
+    return state

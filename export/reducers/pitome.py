@@ -146,25 +146,34 @@ def static(s: Signals, step: Step) -> MergePlan:
 
     from ...kernels import ops
 
-    n, p, (n_left, _, r) = step.n_in, s.n_prefix, sets(step, s.n_prefix)
+    n, p, (n_left, n_b, r) = step.n_in, s.n_prefix, sets(step, s.n_prefix)
     patches = ops.fixed_rows(s.metric, list(range(p, n))) if p else s.metric
     energy = elu(ops.matmul(s.metric, patches, False, True) - step.settings["margin"]).mean(-1, keepdim=True)
     order = ops.top_rows(energy + column(lift(n, p), energy) if p else energy, n, True)[1]
-    end = n if step.settings["form"] == ALL_RANKS else p + 2 * r
-    a, b = (ops.fixed_rows(order, list(range(p + i, end, 2))) for i in (0, 1))
-    scores = ops.matmul(ops.take_rows(s.metric, a), ops.take_rows(s.metric, b), False, True)
-    value, host = ops.best_column(scores)
-    if step.settings["form"] == ALL_RANKS:
+    first = step.settings["form"] == ALL_RANKS
+    end = n if first else p + 2 * r
+    ranks = [*range(p), *range(end, n), *range(p + 1, end, 2), *range(p, end, 2)]  # prefix, protected, B, A
+    head, pairs = _cut(ops.fixed_rows(order, ranks), p + n - end, end - p)
+    metric_b, metric_a = _cut(ops.take_rows(s.metric, pairs), n_b, end - p - n_b)
+    value, host = ops.best_column(ops.matmul(metric_a, metric_b, False, True))
+    if first:
+        b, a = _cut(pairs, n_b, end - p - n_b)
         by_value = ops.top_rows(value, r + n_left, True)[1]
-        merged, left = by_value.split([r, n_left], -2) if n_left else (by_value, None)
-        src, dst = ops.take_rows(a, merged), ops.take_rows(host, merged)
-        left = [] if left is None else [ops.take_rows(a, left)]
+        src, left = _cut(ops.take_rows(a, by_value), r, n_left)
+        host = ops.take_rows(host, _cut(by_value, r, n_left)[0])
+        parts = [head, left, b, src]
     else:
-        left, src, dst = [ops.fixed_rows(order, list(range(end, n)))] if end < n else [], a, host
-    prefix = [ops.fixed_rows(order, list(range(p)))] if p else []
-    column_of_rows = torch.cat([*prefix, *left, b, src], -2)
-    keep, src = column_of_rows.split([step.n_kept, r], -2)
-    return MergePlan(keep, src, dst, combine="size", layout=StaticLayout(column_of_rows, labels(step, p)))
+        parts = [head, pairs]
+    rows = torch.cat([part for part in parts if part is not None], -2)
+    keep, src = rows.split([step.n_kept, r], -2)
+    return MergePlan(keep, src, host, combine="size", layout=StaticLayout(rows, labels(step, p)))
+
+
+def _cut(rows: Tensor, first: int, second: int) -> list[Tensor | None]:
+    """Rows in two parts; None for an empty one, since no graph has a tensor without rows."""
+    if not first or not second:
+        return [rows if first else None, rows if second else None]
+    return list(rows.split([first, second], -2))
 
 
 def _between(cosine: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

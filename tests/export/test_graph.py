@@ -56,7 +56,7 @@ REFUSED = {
     "Scan": (_graph(_node("Scan", body=BODY, num_scan_inputs=1)), "control flow"),
     "ScatterElements": (_graph(_node("ScatterElements", "xxx", reduction="add")), "reduction='add'"),
     "ScatterND": (_graph(_node("ScatterND", "xxx", reduction="mul")), "reduction='mul'"),
-    "TopK": (_topk(4000, "initializer"), "k = 4000, at most 3840"),
+    "TopK": (_topk(4000, "initializer"), "k = 4000, TensorRT and TensorRT-RTX take at most 3840"),
     "Gelu": (_graph(_node("Gelu", domain="com.microsoft")), "domain 'com.microsoft'"),
     "Mystery": (_graph(_node("Mystery", domain="tokexport")), "domain 'tokexport'"),
 }

@@ -257,8 +257,12 @@ def test_bad_options_are_refused_in_words(call, tmp_path, case):
 
 def method_arguments(method):
     """A method and its options as typed, with trained score heads where it reads them."""
-    heads = ["--predictor", GOLDEN / "tps_predictors_tiny.safetensors"]
-    return [*cases.METHODS[method].cli, *(heads if "score_head" in reducers.TABLE[method].signals else [])]
+    layers = {
+        "score_head": ["--predictor", GOLDEN / "tps_predictors_tiny.safetensors"],
+        "metric_layer": ["--metric", GOLDEN / "second" / "tiny_vit.dtem_linear_f16.safetensors"],
+    }
+    read = [word for signal in reducers.TABLE[method].signals for word in layers.get(signal, [])]
+    return [*cases.METHODS[method].cli, *read]
 
 
 @pytest.mark.parametrize("batch", [1, "dynamic"])

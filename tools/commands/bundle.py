@@ -21,7 +21,13 @@ from ...export.errors import UsageError
 )
 @click.option("--count", default=4, show_default=True, type=click.IntRange(1, 64), help="Photos in the proof.")
 @click.option("--checkpoint", metavar="FILE|DIR", help="Where the weights are now; they are checked by hash.")
-@click.option("--predictor", metavar="FILE", help="Where the score heads are now (dTPS, DynamicViT).")
+@click.option(
+    "--predictor",
+    "--metric",
+    "predictor",
+    metavar="FILE",
+    help="Where the trained layers are now: score heads (dTPS, DynamicViT) or metric layers (DTEM).",
+)
 @click.option(
     "--runtime", default="ort", show_default=True, metavar="RUNTIME", help="What runs an ONNX file: ort or openvino."
 )

@@ -22,7 +22,13 @@ from ..options import runtime_option
     help="Also the PyTorch reference of each, and the dense model.",
 )
 @click.option("--checkpoint", metavar="FILE|DIR", help="Where the weights are now; they are checked by hash.")
-@click.option("--predictor", metavar="FILE", help="Where the score heads are now (dTPS, DynamicViT).")
+@click.option(
+    "--predictor",
+    "--metric",
+    "predictor",
+    metavar="FILE",
+    help="Where the trained layers are now: score heads (dTPS, DynamicViT) or metric layers (DTEM).",
+)
 @click.option("--json", "as_json", is_flag=True, help="The figures as JSON on stdout.")
 def command(files, data, limit, runtime, reference, checkpoint, predictor, as_json):
     """Top-1 and top-5 accuracy of FILES on labelled images, beside the PyTorch reference's and the dense model's.

@@ -38,7 +38,8 @@ OPTIONS = (
                  "the framework that wrote it takes; the summary says it."),
     click.option("--pretrained", is_flag=True, help="Weights from the model's hub."),
     click.option("--seed", default=0, show_default=True, help="Of random weights, when there is neither of the two."),
-    click.option("--predictor", metavar="FILE", help="dTPS, DynamicViT: the score heads, when the checkpoint has none."),
+    click.option("--predictor", "--metric", "predictor", metavar="FILE", help="Layers trained for a method, when the checkpoint has none: "
+                 "score heads (dTPS, DynamicViT) or metric layers (DTEM)."),
     click.option("--pos-grid", metavar="ROWSxCOLUMNS", help="Grid of the checkpoint's position embedding, e.g. 8x2; guessed otherwise."),
     click.option("--mean", metavar="M[,M,M]", help="Of photos, for values in [0, 1]: one number, or one a channel."),
     click.option("--std", metavar="S[,S,S]", help="Of photos, the same."),

@@ -6,6 +6,7 @@ import click
 
 from ...export import reducers
 from ...export.errors import UsageError
+from ...export.plan import SIGNALS
 from .method_options import as_flags, method_options
 from .model_options import file_stem, load, model_options, split
 
@@ -92,7 +93,9 @@ def command(
             )
     notes = [*loaded.notes, *schedule.notes]
     if learned and not loaded.heads:
-        notes.append("the score heads are random too (same seed): give --predictor FILE, or a checkpoint that has them")
+        notes.append(
+            "the layers trained for the method are random too (same seed): give --predictor FILE, or a checkpoint that has them"
+        )
     if as_json:
         print_json(_data(result, notes))
     else:
@@ -100,10 +103,10 @@ def command(
 
 
 def _check_method(method: str, options: dict, predictor: str | None) -> bool:
-    """Options and --predictor are for this method. Returns: it reads trained score heads."""
+    """Options and --predictor are for this method. Returns: it reads trained layers."""
     with as_flags(options):
         reducers.check_names(method, {name: value for name, value in options.items() if value is not None})
-    learned = [name for name, reducer in reducers.TABLE.items() if "score_head" in reducer.signals]
+    learned = [name for name, r in reducers.TABLE.items() if any(SIGNALS[signal].learned for signal in r.signals)]
     if predictor and method not in learned:
         raise UsageError(f"--predictor goes with --method {', '.join(learned)}, not with {method}")
     return method in learned

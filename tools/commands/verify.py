@@ -28,7 +28,13 @@ SHOWN = 10  # images, flips and stages shown one by one
 @click.option("--bisect", is_flag=True, help="Compare every stage on its own too and name the first that is wrong.")
 @click.option("--report", metavar="HTML", help="Write a page with everything, of one FILE; bisects too.")
 @click.option("--checkpoint", metavar="FILE|DIR", help="Where the weights are now; they are checked by hash.")
-@click.option("--predictor", metavar="FILE", help="Where the score heads are now (dTPS, DynamicViT).")
+@click.option(
+    "--predictor",
+    "--metric",
+    "predictor",
+    metavar="FILE",
+    help="Where the trained layers are now: score heads (dTPS, DynamicViT) or metric layers (DTEM).",
+)
 @click.option(
     "--runtime",
     help="What runs the file: ort or openvino; default: ort, or what a bundle was made with.",

@@ -50,3 +50,16 @@ def write_held_out(folder: Path, limit: int | None = None) -> list[Path]:
         paths.append(place / f"{i}.png")
         picture(images[i]).save(paths[-1])
     return paths
+
+
+def write_layers(path: Path) -> Path:
+    """Write what the methods of trained layers need: the score heads, and metric layers that nobody trained: those of ToMe's keys."""
+    from safetensors.torch import load_file, save_file
+
+    from ...export.models import as_plain
+    from ...export.models.learned_layers import keys_as_metric
+    from ...export.models.load import load_model
+
+    model = load_model(MODEL, KWARGS, checkpoint=WEIGHTS).module
+    save_file(load_file(HEADS) | keys_as_metric(as_plain(model)), path)
+    return path

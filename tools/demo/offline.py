@@ -8,7 +8,8 @@ from ..show import draw
 from ..show.terminal import print_json, stages
 from . import digits
 
-OPTIONS = {"tome": {"r": 4}, "diffrate": {"rates": "deit_small@2.9"}}  # of methods that need some
+# Of methods that need some.
+OPTIONS = {"tome": {"r": 4}, "tofu": {"r": 4}, "dtem": {"r": 4}, "diffrate": {"rates": "deit_small@2.9"}}
 BATCH = 32
 SECONDS = 8.0  # of timing, for all files
 SHOWN = (0, 3, 8)  # held-out digits in the pictures
@@ -31,7 +32,8 @@ def run(folder: Path, as_json: bool, out) -> None:
         out.print(
             f"A ViT of 12 blocks, 65 tokens, trained by this project on handwritten digits; {n} held-out images of other writers"
         )
-        files = {m: _export(folder, m, progress) for m in TABLE}
+        layers = digits.write_layers(folder / "digits_layers.safetensors")
+        files = {m: _export(folder, m, layers, progress) for m in TABLE}
         speedups = _time(files, progress)
         for method, result in files.items():
             rows.append(_row(folder, method, result, images, speedups[method], progress))
@@ -43,11 +45,11 @@ def run(folder: Path, as_json: bool, out) -> None:
         raise SystemExit(1)
 
 
-def _export(folder: Path, method: str, progress):
+def _export(folder: Path, method: str, layers: Path, progress):
     from ... import export_onnx, load_model
 
     progress(f"exporting {method}")
-    loaded = load_model(digits.MODEL, digits.KWARGS, checkpoint=digits.WEIGHTS, predictor=digits.HEADS)
+    loaded = load_model(digits.MODEL, digits.KWARGS, checkpoint=digits.WEIGHTS, predictor=layers)
     schedule = loaded.schedule(method, **OPTIONS.get(method, {}))
     return export_onnx(loaded, schedule, folder / f"digits_{method}.onnx", force=True)
 
