@@ -124,15 +124,15 @@ def exported(tiny, schedule_of, tmp_path_factory):
     r and prop_attn are ToMe's, options of other methods follow their name. gather_from: tokens from which a step is in the gather
     form; None for the exporter's own choice.
     """
-    from tokexport.export import apply
-
     from tokexport import export_onnx
+    from tokexport.export import apply, reducers
 
     made, folder = {}, tmp_path_factory.mktemp("onnx")
 
     def export(kind, r=8, batch=None, prop_attn=True, gather_from=None, method=None, **options):
         loaded = tiny(kind)
-        schedule = schedule_of(loaded.module, r if method in (None, "tome") else None, prop_attn, method, **options)
+        takes_r = method is None or method in reducers.takers("r")
+        schedule = schedule_of(loaded.module, r if takes_r else None, prop_attn, method, **options)
         key = (kind, json.dumps(schedule.to_json()), batch, gather_from)
         if key not in made:
             path = folder / f"{len(made)}.onnx"

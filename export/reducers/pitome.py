@@ -148,8 +148,14 @@ def static(s: Signals, step: Step) -> MergePlan:
 
     n, p, (n_left, n_b, r) = step.n_in, s.n_prefix, sets(step, s.n_prefix)
     patches = ops.fixed_rows(s.metric, list(range(p, n))) if p else s.metric
-    energy = elu(ops.matmul(s.metric, patches, False, True) - step.settings["margin"]).mean(-1, keepdim=True)
-    order = ops.top_rows(energy + column(lift(n, p), energy) if p else energy, n, True)[1]
+    bonds = elu(ops.matmul(s.metric, patches, False, True) - step.settings["margin"])
+    # The mean as a product: OpenVINO 2026.4 fuses ReduceMean and the Add behind it wrongly for a batch of more than one image.
+    share = ops.floats([1 / (n - p)] * (n - p), [n - p, 1])
+    if p:
+        energy = ops.addmm(bonds, share, column(lift(n, p), bonds), False, False)
+    else:
+        energy = ops.matmul(bonds, share, False, False)
+    order = ops.top_rows(energy, n, True)[1]
     first = step.settings["form"] == ALL_RANKS
     end = n if first else p + 2 * r
     ranks = [*range(p), *range(end, n), *range(p + 1, end, 2), *range(p, end, 2)]  # prefix, protected, B, A
