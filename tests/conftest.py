@@ -105,13 +105,13 @@ def tiny(tiny_layers):
 @pytest.fixture(scope="session")
 def schedule_of():
     """schedule_of(module, r, ...) -> Schedule with the counts of a timm model: ToMe's r, or method=... and its options, or nothing."""
-    from tokexport.export.models import as_plain
-
     from tokexport import Schedule
+    from tokexport.export import reducers
+    from tokexport.export.models import as_plain
 
     def schedule(module, r=None, prop_attn=None, method=None, **options):
         method = method or ("none" if r is None else "tome")
-        prop_attn = None if r is None else prop_attn
+        prop_attn = None if r is None or method not in reducers.takers("prop_attn") else prop_attn
         return Schedule.parse(method, **as_plain(module).size._asdict(), r=r, prop_attn=prop_attn, **options)
 
     return schedule
