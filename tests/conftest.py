@@ -105,9 +105,10 @@ def tiny(tiny_layers):
 @pytest.fixture(scope="session")
 def schedule_of():
     """schedule_of(module, r, ...) -> Schedule with the counts of a timm model: ToMe's r, or method=... and its options, or nothing."""
-    from tokexport import Schedule
     from tokexport.export import reducers
     from tokexport.export.models import as_plain
+
+    from tokexport import Schedule
 
     def schedule(module, r=None, prop_attn=None, method=None, **options):
         method = method or ("none" if r is None else "tome")
@@ -124,8 +125,9 @@ def exported(tiny, schedule_of, tmp_path_factory):
     r and prop_attn are ToMe's, options of other methods follow their name. gather_from: tokens from which a step is in the gather
     form; None for the exporter's own choice.
     """
-    from tokexport import export_onnx
     from tokexport.export import apply, reducers
+
+    from tokexport import export_onnx
 
     made, folder = {}, tmp_path_factory.mktemp("onnx")
 
