@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
+from tokexport.engines.measure.environment import processor
 from tokexport.export.graph import stages
 from tokexport.export.inspection import inspect
 from tokexport.export.reducers import TABLE as METHODS
@@ -69,6 +70,8 @@ def _check_types(path):
 @pytest.mark.parametrize("runtime", ["ort", "openvino"])
 @BY_METHOD
 def test_it_passes_its_own_tolerance_and_not_that_of_fp16(runtime, method, method_cases, quantised):
+    if runtime == "openvino" and not any("vnni" in name for name in processor().instructions):
+        pytest.skip("OpenVINO's int8 products saturate on a processor without VNNI, which this one is")
     report = verify(quantised(method=method, **method_cases[method]), samples.sample_photos(), runtime=runtime)
     assert report.passed and report.precision == "int8" and report.outputs[0].max_rel > 8e-3, report.summary()
 
