@@ -100,8 +100,8 @@ def _keys_by_similarity(s, value, top, torch):
     n, p = value.shape[-2], s.n_prefix
     a = set(matching.sets(n, p)[0])
     key = column([4.0 if i in a else -10.0 - i for i in range(n)], value)
-    last = bounded([-4.0 * n - 40] * top.shape[-2], top, torch.minimum, any_batch=s.any_batch)
     base = torch.minimum(value, key)
+    last = bounded([-4.0 * n - 40] * top.shape[-2], top, torch.minimum, any_batch=s.any_batch)
     if p:  # registers come first
         base = torch.maximum(base, column([n + 10.0 - i if i < p else -8.0 * n for i in range(n)], value))
     return base, last
