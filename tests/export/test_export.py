@@ -31,7 +31,7 @@ def test_the_estimate_grows_with_the_batch_and_holds_the_images(tiny):
 
 
 @pytest.mark.parametrize(
-    "wrong, said", [({"opset": 12}, "opset 12"), ({"dtype": "fp8"}, "dtype fp8"), ({"batch": 0}, "batch 0")]
+    "wrong, said", [({"opset": 12}, "opset 12"), ({"dtype": "fp8"}, "precision 'fp8'"), ({"batch": 0}, "batch 0")]
 )
 def test_wrong_requests_speak_of_arguments(wrong, said, tiny, tmp_path):
     loaded = tiny("tiny_vit")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tokexport.export import models
 from tokexport.export.graph.static_vit import StaticViT
+from tokexport.export.models import as_plain
 from tokexport.export.models.load import LoadedModel
 from tokexport.export.models.plain_vit import BlockParts, PlainViT, Pooling, linear
 from tokexport.export.provenance import Preprocess
@@ -116,7 +117,7 @@ def toy(monkeypatch):
     monkeypatch.setitem(models.FAMILIES, "toy", "toy_family")
     torch.manual_seed(3)
     model = ToyViT().eval().requires_grad_(False)
-    return LoadedModel(model, "toy", {}, {"source": "random", "seed": 0, "sha256": ""}, [])
+    return LoadedModel(model, "toy", {}, {"source": "random", "seed": 0, "sha256": ""}, [], as_plain(model).preprocess)
 
 
 def test_a_model_of_no_family_is_refused_by_name():
