@@ -408,7 +408,10 @@ def test_the_predictors_file_wins_over_the_checkpoint_and_a_note_says_so(tmp_pat
     "write, said",
     [
         (None, "predictor .*no such file"),
-        (lambda p: torch.save({"a": torch.ones(1)}, p), "holds no score heads and no metric layers; wanted keys such as"),
+        (
+            lambda p: torch.save({"a": torch.ones(1)}, p),
+            "holds no score heads and no metric layers; wanted keys such as",
+        ),
         (lambda p: torch.save(model_of().state_dict(), p), "holds no score heads"),
         (lambda p: p.write_text("?"), "predictor .*(damaged|cannot be read)"),
     ],
