@@ -21,9 +21,10 @@ MEANINGS = {
     "sources": "for each input token the row of the token it ended up in, -1 where it was dropped",
 }
 BY_ROW = ("sources",)
-# What a file in a precision may differ from what it gave itself when it was bundled. Of int8, scales and weights are
-# the same on any runtime, and only its rounding differs: see docs/bundle.md for what was seen.
-OWN_LIMITS = {"int8": 1e-1}
+# What a file in a precision may differ from what it gave itself when it was bundled, where that is not its output limit.
+# Of int8, weights and scales are the same on any runtime and only rounding differs: three times the most that was seen
+# between ONNX Runtime and OpenVINO on equal decisions (0.025 and 0.046 on the digits, 0.070 on DINOv2).
+OWN_LIMITS = {"int8": 2e-1}
 
 
 def describe(path: Path, provenance: Provenance, runtime: str) -> Manifest:

@@ -21,7 +21,7 @@ from tokexport.engines.images import crop, normalise
 from tokexport.export.provenance import Preprocess
 from tokexport.tools.demo import digits
 
-from tokexport import Schedule, export_onnx, load_model, open_runner
+from tokexport import export_onnx, load_model, open_runner
 
 SOURCE = Path(__file__).parents[2] / "engines" / "cpp"
 pytestmark = pytest.mark.programs
@@ -135,14 +135,14 @@ def bundles(photos, tmp_path_factory):
     """bundles(name) -> folder: "tome" (any batch), "evit" (batch 3), "one" (ToMe, batch 1), made once."""
     made, folder = {}, tmp_path_factory.mktemp("bundles")
     loaded = load_model(digits.MODEL, digits.KWARGS, checkpoint=digits.WEIGHTS, predictor=digits.HEADS)
-    options = {"tome": ("tome", None, {"r": 16}), "one": ("tome", 1, {"r": 8}), "evit": ("evit", 3, {"at": (3, 6)})}
+    options = {"tome": ("tome", None, {"r": 5}), "one": ("tome", 1, {"r": 8}), "evit": ("evit", 3, {"at": (3, 6)})}
 
     def bundle(name):
         if name not in made:
             method, batch, more = options[name]
-            schedule = Schedule.parse(more.pop("r", None), method=method, depth=12, n_tokens=65, n_prefix=1, **more)
-            export_onnx(loaded, schedule, folder / f"{name}.onnx", batch=batch, sources=name == "tome")
-            made[name] = write_bundle(folder / f"{name}.onnx", folder / name, images=photos).path
+            path = folder / f"{name}.onnx"
+            export_onnx(loaded, loaded.schedule(method, **more), path, batch=batch, sources=name == "tome")
+            made[name] = write_bundle(path, folder / name, images=photos).path
         return made[name]
 
     return bundle
@@ -406,6 +406,31 @@ def test_a_link_and_a_truncated_proof_are_refused(program, bundles, tmp_path):
         assert "proof.safetensors" in program("verify", folder, *ANY, code=2)
 
 
+def test_weights_from_elsewhere_are_refused(program, bundles, photos, tmp_path):
+    """Named by an initializer, or by a constant deep inside; both before a runtime sees the file."""
+    import onnx
+    from onnx import helper
+
+    def outside(name):
+        tensor = onnx.TensorProto(name=name, data_type=1, dims=[1], data_location=onnx.TensorProto.EXTERNAL)
+        tensor.external_data.add(key="location", value="../../etc/passwd")
+        return tensor
+
+    for i, nested in enumerate((False, True)):
+        folder = shutil.copytree(bundles("tome"), tmp_path / str(i))
+        model = onnx.load(folder / "tome.onnx")
+        if nested:
+            inner = helper.make_graph([helper.make_node("Constant", [], ["c"], value=outside("c"))], "g", [], [])
+            model.graph.node.append(helper.make_node("If", ["x"], ["y"], then_branch=inner))
+        else:
+            model.graph.initializer.append(outside("more"))
+        (folder / "tome.onnx").write_bytes(model.SerializeToString())
+        values = json.loads((folder / "tokexport.json").read_text())
+        values["file"].update(sha256=sha256_of(folder / "tome.onnx"), size=(folder / "tome.onnx").stat().st_size)
+        (folder / "tokexport.json").write_text(json.dumps(values))
+        assert "do not trust it" in program("input", folder, photos[0], code=2)
+
+
 def test_classes_are_those_of_the_bundle(program, bundles, photos):
     found = json.loads(program("classify", bundles("tome"), *photos, "--json", "--top", "3", *ANY))["images"]
     assert sum(i["top"][0]["class"] == int(p.parent.name) for i, p in zip(found, photos)) >= 14
@@ -509,4 +534,5 @@ def test_the_example_builds_against_what_is_installed(build, environment, bundle
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == 3 and "class " in done.stdout
-    assert len((SOURCE / "example" / "main.cpp").read_text().splitlines()) <= 30
+    text = (SOURCE / "example" / "main.cpp").read_text()
+    assert len(text.splitlines()) <= 30 and text in (SOURCE.parents[1] / "docs" / "bundle.md").read_text()

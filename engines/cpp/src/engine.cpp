@@ -3,6 +3,8 @@
 #include <numeric>
 
 #include "backend.hpp"
+#include "files.hpp"
+#include "onnx_files.hpp"
 #include "prepare.hpp"
 #include "proof.hpp"
 #include "tokexport/tokexport.hpp"
@@ -75,6 +77,19 @@ std::vector<float> scores_of(const float* logits, std::size_t n, const std::stri
 
 }  // namespace
 
+namespace {
+
+// Throws Error when an ONNX file reads files that are not the bundle's.
+void check_weights(const Manifest& m) {
+  const std::string path = plain_file(m.folder, m.file.name);
+  for (const std::string& name : external_files(read_file(path), path)) {
+    auto own = [&](const FileEntry& entry) { return entry.name == name; };
+    if (std::none_of(m.beside.begin(), m.beside.end(), own)) throw Error(Fault::usage, path + " reads " + name.substr(0, 80) + ", which is no file of this bundle: do not trust it");
+  }
+}
+
+}  // namespace
+
 struct Engine::State {
   Manifest manifest;
   Options options;
@@ -96,6 +111,7 @@ Engine Engine::open(const std::string& folder, const Options& options) {
   m.check_files(options.check_hashes);
   if (m.builder.host_code && !options.allow_host_code)
     throw Error(Fault::usage, folder + ": the engine carries native code of a plugin, which would run here: if you trust who made it, allow it (allow_host_code)");
+  if (m.kind == "onnx") check_weights(m);
   if (options.runtime == "none") {
     state->words = "nothing";
     return Engine(std::move(state));
