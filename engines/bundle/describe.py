@@ -21,19 +21,22 @@ MEANINGS = {
     "sources": "for each input token the row of the token it ended up in, -1 where it was dropped",
 }
 BY_ROW = ("sources",)
+# Methods that partition tokens by where they stand: without a class token, which keeps them in place, order decides.
+BY_POSITION = ("tome", "tofu", "dtem")
 # What a file in a precision may differ from what it gave itself when it was bundled, where that is not its output limit.
 # Of int8, weights and scales are the same on any runtime and only rounding differs: three times the most that was seen
 # between ONNX Runtime and OpenVINO on equal decisions (0.025 and 0.046 on the digits, 0.070 on DINOv2).
 OWN_LIMITS = {"int8": 2e-1}
 
 
-def describe(path: Path, provenance: Provenance, runtime: str) -> Manifest:
+def describe(path: Path, provenance: Provenance, *, runtime: str, has_class_token: bool) -> Manifest:
     """The manifest of a file, its proof still to come.
 
     Args:
         path: ONNX file or engine.
         provenance: of it.
         runtime: what will run an ONNX file for the proof.
+        has_class_token: of the model.
     Raises:
         UsageError: it cannot be run, or has an output that has no rule.
     """
@@ -59,7 +62,7 @@ def describe(path: Path, provenance: Provenance, runtime: str) -> Manifest:
         activation=_activation(provenance),
         precision=provenance.precision,
         decisions=decision_entries(provenance),
-        ordered=provenance.schedule.method == "tome" and not has_class_token(provenance),
+        ordered=provenance.schedule.method in BY_POSITION and not has_class_token,
         tokens=provenance.schedule.n_tokens,
         proof=ProofEntry(
             FileEntry("proof.safetensors", "", 0), 0, *_runtime_version(path, engine, runtime), photos=True
@@ -97,11 +100,6 @@ def decision_entries(provenance: Provenance) -> tuple[DecisionEntry, ...]:
             )
         )
     return tuple(entries)
-
-
-def has_class_token(provenance: Provenance) -> bool:
-    """Whether the model has one: the order of ToMe's rows depends on it."""
-    return provenance.schedule.n_prefix > 0 and provenance.model_kwargs.get("class_token", True)
 
 
 def _output(name: str, shape: tuple, batch: int | None, provenance: Provenance) -> OutputEntry:

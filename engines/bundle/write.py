@@ -12,6 +12,7 @@ import numpy as np
 
 from ...export.errors import UsageError
 from ...export.margins import RowMargins
+from ...export.provenance import Provenance
 from ..files import inspect_file
 from . import folder as folders
 from .decisions import read_fates
@@ -113,12 +114,13 @@ def write_bundle(
         raise UsageError(f"{file}: a bundle has a file of its own of that name: rename it")
     provenance = inspect_file(source).provenance
     paths = find_images(images)[: n_images * CANDIDATES]
-    where = {"runtime": runtime, "checkpoint": checkpoint, "predictor": predictor, "progress": progress}
-    report = verify(source, paths, **where)
+    report = verify(source, paths, runtime=runtime, checkpoint=checkpoint, predictor=predictor, progress=progress)
     if not report.passed:
         raise RefusedError(file, report)
-    manifest = describe(source, provenance, runtime)
-    runs = _choose(_runs(source, manifest, paths, **where), min(n_images, len(paths)))
+    reference = _reference(source, provenance, checkpoint=checkpoint, predictor=predictor)
+    manifest = describe(source, provenance, runtime=runtime, has_class_token=reference.plain.has_class_token)
+    runs = _runs(source, manifest, paths, runtime=runtime, reference=reference, progress=progress)
+    runs = _choose(runs, min(n_images, len(paths)))
     progress("writing", 1.0)
     with folders.written_aside(folder) as new:
         manifest = _fill(new, manifest, source.parent, runs)
@@ -138,18 +140,21 @@ def _fill(new: Path, manifest: Manifest, source: Path, runs: list[_Run]) -> Mani
     return manifest
 
 
-def _runs(
-    source: Path, manifest: Manifest, paths: list[Path], *, runtime: str, checkpoint, predictor, progress
-) -> list[_Run]:
-    """A run for every photo."""
+def _reference(source: Path, provenance: Provenance, *, checkpoint, predictor):
+    """The eager reference that a file was made from."""
     from ...export.models.learned_layers import learned_layers
     from ...export.rebuild import rebuild
     from ...export.reference import ReducedViT
+
+    loaded = rebuild(provenance, source, checkpoint=checkpoint, predictor=predictor)
+    return ReducedViT(loaded.module, provenance.schedule, learned_layers(loaded, provenance.schedule))
+
+
+def _runs(source: Path, manifest: Manifest, paths: list[Path], *, runtime: str, reference, progress) -> list[_Run]:
+    """A run for every photo."""
     from ..runners import in_batches, open_runner
 
     provenance = inspect_file(source).provenance
-    loaded = rebuild(provenance, source, checkpoint=checkpoint, predictor=predictor)
-    reference = ReducedViT(loaded.module, provenance.schedule, learned_layers(loaded, provenance.schedule))
     inner = tuple(name for step in manifest.decisions for name in step.parts.values())
     runs = []
     with open_runner(source, runtime, outputs=inner) as runner:

@@ -393,3 +393,8 @@ def test_verify_runs_the_proof(bundled, exported, photos, tmp_path):
         (bundled("tome"), "--bisect"),
     ):
         assert "brings its own proof" in str(run(*args).exception)
+
+
+def test_order_decides_only_without_a_class_token(bundled):
+    ordered = {name: read_manifest(bundled(name)).ordered for name in ("tome", "nocls", "evit", "dense")}
+    assert ordered == {"tome": False, "nocls": True, "evit": False, "dense": False}
