@@ -123,16 +123,14 @@ def test_links_and_files_that_are_named_exist():
             assert (ROOT / target).exists() or "NAME" in target, (name, target)
 
 
+def options_of(command):
+    """The options of a command and of the commands below it."""
+    own = {o for p in command.params if isinstance(p, click.Option) for o in (*p.opts, *p.secondary_opts)}
+    return own.union(*map(options_of, getattr(command, "commands", {}).values()))
+
+
 def test_every_command_line_in_a_page_has_known_options():
-    known = {
-        name: {
-            o
-            for p in import_module(f"tokexport.tools.commands.{name}").command.params
-            if isinstance(p, click.Option)
-            for o in (*p.opts, *p.secondary_opts)
-        }
-        for name in cli.COMMANDS
-    }
+    known = {name: options_of(import_module(f"tokexport.tools.commands.{name}").command) for name in cli.COMMANDS}
     lines = [
         match
         for page in PAGES.values()
