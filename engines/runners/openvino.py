@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..plugin import find_library
+from . import nodes
 from .base import Runner, RunnerOptions
 from .table import Runtime
 
@@ -17,8 +19,12 @@ SETTINGS = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "N
 def open_file(path: Path, runtime: Runtime, options: RunnerOptions) -> OpenVinoRunner:
     """An ONNX file, compiled for the CPU."""
     ov = _package()
-    core = ov.Core()
-    model = core.read_model(path)
+    core, native = ov.Core(), runtime.library is not None
+    if native:
+        core.add_extension(str(find_library(runtime.library, needed=True).path))
+    source = nodes.prepared(path, native=native, outputs=options.outputs, functions=False)
+    with nodes.as_file(source, path) as file:
+        model = core.read_model(file)
     names = [sorted(o.names)[0] for o in model.outputs]
     for name in options.outputs:
         if name not in {n for o in model.outputs for n in o.names}:
@@ -77,7 +83,8 @@ def profile(path: Path, images: np.ndarray, *, rounds: int, threads: int) -> dic
         threads: of the processor.
     """
     core = _package().Core()
-    model = core.read_model(path)
+    with nodes.as_file(nodes.prepared(path, native=False, functions=False), path) as file:
+        model = core.read_model(file)
     model.reshape({0: list(images.shape)})
     compiled = core.compile_model(model, "CPU", {**_settings(threads), "PERF_COUNT": "YES"})
     request, times = compiled.create_infer_request(), Counter()

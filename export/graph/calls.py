@@ -9,11 +9,14 @@ A graph is ready for this when its values have the names of `boundaries`, which 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from ...kernels.token_reduce import DOMAIN, FOLLOWS_SIZES, NAME, VERSION, Reduction
 from .. import reducers
-from ..errors import GraphError
+from ..errors import GraphError, UsageError
+from ..files import check_output, read_model, write_model
 from ..schedule import Schedule
 from . import stages
 
@@ -100,7 +103,7 @@ def wrap(proto, weights: dict, schedule: Schedule, *, by_score: bool):
     opsets = [o for o in out.opset_import if o.domain == ""]
     out.functions.append(bodies[0].function(names, opsets))
     out.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
-    _put_calls(out.graph, [(body.nodes, body.call(names)) for body in bodies])
+    _put_calls(out.graph, [([n for n in b.nodes if n.output[0] not in b.copied], b.call(names)) for b in bodies])
     read = {i for n in out.graph.node for i in n.input} | {o.name for o in out.graph.output}
     _replace(out.graph.initializer, [i for i in out.graph.initializer if i.name in read])
     return out, {name: tensor for name, tensor in weights.items() if name in read}
@@ -124,6 +127,47 @@ def inline(proto):
     del out.functions[:]
     _replace(out.opset_import, [o for o in out.opset_import if o.domain != DOMAIN])
     return out
+
+
+def inline_file(source: str | Path, path: str | Path, *, force: bool = False) -> tuple[int, int]:
+    """A file with calls as one without.
+
+    Args:
+        source: an ONNX file of tokexport.
+        path: of the new file.
+        force: replace what is there.
+    Returns:
+        How many calls there were, and how many nodes there are.
+    Raises:
+        UsageError: the file is none of tokexport's or has no calls, or the new one cannot be written.
+    """
+    from ..inspection import inspect
+
+    inspect(source)
+    path = check_output(path, force, [source])
+    proto, weights = read_model(Path(source))
+    n_calls = sum(map(_is_call, proto.graph.node))
+    if not n_calls:
+        raise UsageError(f"{source} has no {NAME} nodes: it is a plain file already")
+    flat = inline(proto)
+    write_model(flat, weights, path)
+    return n_calls, len(flat.graph.node)
+
+
+def converted(proto, weights: dict, convert: Callable[[object, dict], tuple], schedule: Schedule):
+    """A model with or without calls through a conversion that knows plain operators only.
+
+    Args:
+        proto, weights: as `wrap`.
+        convert: (proto, weights) -> the same, converted; values keep their names.
+        schedule: of the model.
+    Returns:
+        (onnx.ModelProto, weights), with calls if there were any.
+    """
+    if not has_calls(proto):
+        return convert(proto, weights)
+    by_score = any(a.i for n in filter(_is_call, proto.graph.node) for a in n.attribute if a.name == "by_score")
+    return wrap(*convert(inline(proto), weights), schedule, by_score=by_score)
 
 
 def for_native(proto, wanted: tuple[str, ...] = ()):
@@ -195,19 +239,27 @@ class _Body:
         if missing:
             raise GraphError(f"block {block}: the graph has no value {', '.join(missing)}")
         inputs = {"x": place.x, "signal": place.signal}
-        inside, todo = set(), list(self.outputs.values())
-        while todo:
-            name = todo.pop()
+        self.nodes, self.copied, visited = [], set(), set()
+        ours = (f"block{block}.match", f"block{block}.merge")
+
+        def visit(name: str) -> None:
+            """Take the node that makes a value, behind those that it reads: an order that does not hang on the graph's."""
             node = made_by.get(name)
-            if not name or name in inputs.values() or name in held or node is None or node.output[0] in inside:
-                continue
-            if stages.of_node(node.name) not in (f"block{block}.match", f"block{block}.merge"):
-                if inputs.setdefault("size", name) != name:
-                    raise GraphError(f"block {block}: its reduction reads {name} too")
-                continue
-            inside.add(node.output[0])
-            todo += node.input
-        self.nodes = [n for n in graph.node if n.output[0] in inside]
+            if not name or name in inputs.values() or name in held or node is None or node.output[0] in visited:
+                return
+            if stages.of_node(node.name) not in ours:
+                if node.op_type != "Cast" or node.input[0] not in inputs.values():
+                    if inputs.setdefault("size", name) != name:
+                        raise GraphError(f"block {block}: its reduction reads {name} too")
+                    return
+                self.copied.add(name)  # others read it as well
+            visited.add(node.output[0])
+            for read in node.input:
+                visit(read)
+            self.nodes.append(node)
+
+        for name in self.outputs.values():
+            visit(name)
         self.inputs = {part: inputs[part] for part in ("x", "signal", "size") if part in inputs}
         if op.has_size and "size" not in inputs:  # before the first block that merges, sizes are a constant
             self.inputs["size"] = self._ones(held)
@@ -332,7 +384,8 @@ def _rename_input(graph, old: str, new: str) -> None:
 def _put_calls(graph, steps: list) -> None:
     """Each step's nodes are replaced by its call, which stands where the last of them stood."""
     inside = {n.output[0] for nodes, _ in steps for n in nodes}
-    last = {nodes[-1].output[0]: call for nodes, call in steps}
+    place = {n.output[0]: i for i, n in enumerate(graph.node)}
+    last = {max((n.output[0] for n in nodes), key=place.get): call for nodes, call in steps}
     nodes = []
     for node in graph.node:
         key = node.output[0]

@@ -14,7 +14,7 @@ from .. import precisions
 from ..errors import UsageError
 from ..files import read_model, write_model
 from ..provenance import of_model, store
-from . import stages
+from . import calls, stages
 
 
 def graph_precisions() -> tuple[str, ...]:
@@ -55,8 +55,10 @@ def write_as(path: Path, output: Path, precision: str) -> int:
     Raises:
         UsageError: as `convert`.
     """
-    proto, weights = convert(*read_model(path), precision)
-    store(proto, replace(of_model(proto, str(path)), precision=precision))
+    proto, weights = read_model(path)
+    provenance = of_model(proto, str(path))
+    proto, weights = calls.converted(proto, weights, lambda p, w: convert(p, w, precision), provenance.schedule)
+    store(proto, replace(provenance, precision=precision))
     return write_model(proto, weights, output)
 
 

@@ -23,7 +23,9 @@ def of_scopes(scopes: list[str], before: str) -> str:
         return f"block{path[1]}.{_IN_BLOCK.get(path[2] if len(path) > 2 else '', 'attn')}"
     if path[0] in FP32:
         return f"block{path[1]}.{path[0]}"
-    if path[0] in ("bias", "ones"):  # the logarithm of the sizes that a merge has made; sizes before the first
+    if path[0] == "ones":  # sizes before the first merge
+        return "embed.merge"
+    if path[0] == "bias":  # the logarithm of the sizes that a merge has made
         return f"block{path[1]}.merge"
     if path[0] in ("signals", "score_heads"):  # keyed by the block that they stand in
         return f"block{path[1]}.match"

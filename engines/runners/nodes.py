@@ -1,0 +1,60 @@
+"""Files whose reductions are nodes of their own (`export/graph/calls`), as a runtime takes them: with native code, or as plain operators."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ...export.errors import UsageError
+from ...export.files import weight_files
+from ...export.graph import calls
+
+
+def prepared(path: Path, *, native: bool, outputs: tuple[str, ...] = (), functions: bool = True):
+    """The model to hand to a runtime in the place of a file.
+
+    Args:
+        path: an ONNX file.
+        native: the nodes are run by a library.
+        outputs: inner values that will be asked for.
+        functions: the runtime reads functions by itself.
+    Returns:
+        onnx.ModelProto, weights beside the file not loaded; None when the file can be taken as it is.
+    Raises:
+        UsageError: there is no such node for a library to run.
+    """
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    if not calls.has_calls(model):
+        if native:
+            raise UsageError(
+                f"{path} has no {calls.NAME} nodes for a native library to run: make it with `tokexport onnx --plugin`"
+            )
+        return None
+    if native:
+        return calls.for_native(model, outputs)
+    return None if functions else calls.inline(model)
+
+
+@contextmanager
+def as_file(model, path: Path) -> Iterator[Path]:
+    """A model as a file while the block runs, its weights where it looks for them.
+
+    Args:
+        model: from `prepared`; None: the file itself.
+        path: the file that it was made of.
+    """
+    import onnx
+
+    if model is None:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="tokexport-") as folder:
+        copy = Path(folder) / path.name
+        onnx.save(model, copy)
+        for weights in weight_files(model, path):
+            (Path(folder) / weights.name).symlink_to(weights.resolve())
+        yield copy
