@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..plugin import find_library
-from . import nodes
+from .. import nodes
 from .base import Runner, RunnerOptions
 from .table import Runtime
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ...export.errors import UsageError
 from ..plugin import find_library
-from . import nodes
+from .. import nodes
 from .base import Runner, RunnerOptions
 from .table import Runtime
 

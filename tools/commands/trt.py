@@ -51,6 +51,12 @@ def _precision_flags(function):
 @click.option(
     "--decisions", is_flag=True, help="The engine gives the merge decisions too, so that verify can judge them."
 )
+@click.option(
+    "--plugin",
+    is_flag=True,
+    help="Nodes TokenReduce of the file run as the plugin (`tokexport plugin build`), not as plain operators.",
+)
+@click.option("--embed-plugin", is_flag=True, help="With --plugin: the engine carries the library in itself.")
 @click.option("--dry-run", is_flag=True, help="Parse and report only; needs no GPU.")
 @click.option("--force", is_flag=True, help="Replace the engine.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
@@ -66,6 +72,8 @@ def command(
     workspace,
     version_compatible,
     decisions,
+    plugin,
+    embed_plugin,
     dry_run,
     force,
     as_json,
@@ -89,6 +97,8 @@ def command(
             profile=_sizes(batch),
             calibration=list(calib),
             decisions=decisions,
+            plugin=plugin,
+            embed_plugin=embed_plugin,
             opt_level=opt_level,
             workspace=_bytes(workspace),
             timing_cache=timing_cache,

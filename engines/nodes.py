@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ...export.errors import UsageError
-from ...export.files import weight_files
-from ...export.graph import calls
+from ..export.errors import UsageError
+from ..export.files import weight_files
+from ..export.graph import calls
 
 
 def prepared(path: Path, *, native: bool, outputs: tuple[str, ...] = (), functions: bool = True):
@@ -39,6 +39,25 @@ def prepared(path: Path, *, native: bool, outputs: tuple[str, ...] = (), functio
     return None if functions else calls.inline(model)
 
 
+def write_copy(model, path: Path, folder: Path) -> Path:
+    """A model as a file in a folder, beside links to the weights that it does not hold itself.
+
+    Args:
+        model: onnx.ModelProto made of the file.
+        path: of that file.
+        folder: where the copy goes.
+    Returns:
+        Its path.
+    """
+    import onnx
+
+    copy = folder / f"nodes-{path.name}"
+    onnx.save(model, copy)
+    for weights in weight_files(model, path):
+        (folder / weights.name).symlink_to(weights.resolve())
+    return copy
+
+
 @contextmanager
 def as_file(model, path: Path) -> Iterator[Path]:
     """A model as a file while the block runs, its weights where it looks for them.
@@ -47,14 +66,8 @@ def as_file(model, path: Path) -> Iterator[Path]:
         model: from `prepared`; None: the file itself.
         path: the file that it was made of.
     """
-    import onnx
-
     if model is None:
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="tokexport-") as folder:
-        copy = Path(folder) / path.name
-        onnx.save(model, copy)
-        for weights in weight_files(model, path):
-            (Path(folder) / weights.name).symlink_to(weights.resolve())
-        yield copy
+        yield write_copy(model, path, Path(folder))
