@@ -233,3 +233,48 @@ def test_a_compiler_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(BuildError, match="cpu does not build"):
         plugin.build_cpu("openvino", march="no-such-processor")
     assert not list((tmp_path / "tokexport").iterdir())
+
+
+@pytest.fixture(scope="module")
+def reduced(tiny, tmp_path_factory):
+    """reduced(method) -> path of a tiny model whose reductions are nodes."""
+    from tokexport import export_onnx
+
+    folder, loaded, paths = tmp_path_factory.mktemp("reduced"), tiny("tiny_vit"), {}
+
+    def export(method):
+        if method not in paths:
+            paths[method] = folder / f"{method}.onnx"
+            asked = {"r": 8} if method == "tome" else {"at": (1, 3, 4)}
+            export_onnx(loaded, loaded.schedule(method, **asked), paths[method], plugin=True)
+        return paths[method]
+
+    return export
+
+
+@pytest.mark.parametrize("method", ["tome", "evit", "dtps"])
+def test_a_model_with_the_native_node_decides_and_computes_as_the_reference(library, reduced, method):
+    from tokexport import verify
+
+    report = verify(reduced(method), runtime=f"{library.kind}-plugin")
+    assert report.passed and report.decisions == 1.0
+
+
+def test_a_model_with_the_native_node_gives_what_its_body_gives(library, reduced, golden):
+    from tokexport.engines.runners import open_runner
+
+    came = {}
+    for runtime in (library.kind, f"{library.kind}-plugin"):
+        with open_runner(reduced("tome"), runtime) as runner:
+            came[runtime] = runner.run({"image": golden.image.numpy()})["logits"]
+    assert np.abs(came[library.kind] - came[f"{library.kind}-plugin"]).max() < 1e-5
+
+
+def test_a_native_runtime_refuses_a_file_without_nodes_and_a_missing_library(library, exported, tmp_path, monkeypatch):
+    from tokexport.engines.runners import open_runner
+
+    with pytest.raises(UsageError, match="has no TokenReduce nodes for a native library to run"):
+        open_runner(exported("tiny_vit"), f"{library.kind}-plugin")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(UsageError, match="is not built: run `tokexport plugin build --cpu`"):
+        open_runner(exported("tiny_vit"), f"{library.kind}-plugin")
