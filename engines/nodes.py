@@ -39,6 +39,27 @@ def prepared(path: Path, *, native: bool, outputs: tuple[str, ...] = (), functio
     return None if functions else calls.inline(model)
 
 
+def with_outputs(model, outputs: tuple[str, ...]):
+    """A model with inner values as outputs too.
+
+    Args:
+        model: onnx.ModelProto, changed in place.
+        outputs: names of the values; those that are outputs already stay as they are.
+    Returns:
+        The model.
+    """
+    import onnx
+
+    known = {o.name for o in model.graph.output}
+    types = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
+    model.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, types.get(name, onnx.TensorProto.INT64), None)
+        for name in outputs
+        if name not in known
+    )
+    return model
+
+
 def write_copy(model, path: Path, folder: Path) -> Path:
     """A model as a file in a folder, beside links to the weights that it does not hold itself.
 

@@ -40,7 +40,7 @@ def open_file(path: Path, runtime: Runtime, options: RunnerOptions) -> OrtRunner
     if runtime.library is not None:
         settings.register_custom_ops_library(str(find_library(runtime.library, needed=True).path))
     if options.outputs or model is not None:
-        model = _with_outputs(model or onnx.load(path, load_external_data=False), options.outputs)
+        model = nodes.with_outputs(model or onnx.load(path, load_external_data=False), options.outputs)
         if any(i.external_data for i in model.graph.initializer):
             settings.add_session_config_entry(
                 "session.model_external_initializers_file_folder_path", str(path.parent.resolve())
@@ -129,20 +129,6 @@ def _settings(threads: int):
     if threads:
         settings.intra_op_num_threads = threads
     return settings
-
-
-def _with_outputs(model, outputs: tuple[str, ...]):
-    """An onnx.ModelProto with inner values as outputs too."""
-    import onnx
-
-    known = {o.name for o in model.graph.output}
-    types = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
-    model.graph.output.extend(
-        onnx.helper.make_tensor_value_info(name, types.get(name, onnx.TensorProto.INT64), None)
-        for name in outputs
-        if name not in known
-    )
-    return model
 
 
 def _shape(dims) -> tuple:

@@ -74,6 +74,8 @@ def sort_sizes(graph) -> dict[str, int]:
     constants = {i.name: numpy_helper.to_array(i) for i in single}
     for node in graph.node:
         for a in node.attribute if node.op_type == "Constant" else ():
+            if a.ref_attr_name:  # of a function: every call has its own
+                continue
             value = {"value_ints": list(a.ints), "value_int": [a.i]}.get(a.name, [])
             value = numpy_helper.to_array(a.t) if a.name == "value" else value
             constants[node.output[0]] = np.reshape(value, -1)
