@@ -291,7 +291,7 @@ def files(tiny, tmp_path_factory):
     schedules = {"dense": loaded.schedule("none"), "sized": loaded.schedule("tome", r=8)}
     schedules["plain"] = loaded.schedule("tome", r=8, prop_attn=False)
     for name, schedule in schedules.items():
-        export_onnx(loaded, schedule, folder / f"{name}.onnx", plugin=name != "dense")
+        export_onnx(loaded, schedule, folder / f"{name}.onnx", batch=1, plugin=name != "dense")
     return {name: folder / f"{name}.onnx" for name in schedules}
 
 
