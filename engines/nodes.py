@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..export.errors import UsageError
 from ..export.files import weight_files
-from ..export.graph import calls
+from ..export.graph import calls, stages
 
 
 def prepared(path: Path, *, native: bool, outputs: tuple[str, ...] = (), functions: bool = True):
@@ -23,13 +23,14 @@ def prepared(path: Path, *, native: bool, outputs: tuple[str, ...] = (), functio
     Returns:
         onnx.ModelProto, weights beside the file not loaded; None when the file can be taken as it is.
     Raises:
-        UsageError: there is no such node for a library to run.
+        UsageError: a library is to run the nodes, and the file decides by plain operators. One that decides nothing, a dense one,
+            is taken as it is.
     """
     import onnx
 
     model = onnx.load(path, load_external_data=False)
     if not calls.has_calls(model):
-        if native:
+        if native and any(stages.of_node(n.name).endswith(".match") for n in model.graph.node):
             raise UsageError(
                 f"{path} has no {calls.NAME} nodes for a native library to run: make it with `tokexport onnx --plugin`"
             )

@@ -163,8 +163,10 @@ def lower_outputs(graph, places: dict[int, Boundary]) -> None:
         nodes = [n for n in graph.node if n.output[0] != place.x_out]
         nodes.insert(next(i for i, n in enumerate(nodes) if wide in n.output) + 1, cast)
         replace_items(graph.node, nodes)
-        known = {place.x_out, wide, final, *(o for n in between for o in n.output)}
-        replace_items(graph.value_info, [v for v in graph.value_info if v.name not in known])
+        to = next(a.i for a in cast.attribute if a.name == "to")
+        for value in graph.value_info:
+            if value.name in (place.x_out, *(o for n in between for o in n.output)):
+                value.type.tensor_type.elem_type = to
         made_by = {o: n for n in graph.node for o in n.output}
 
 

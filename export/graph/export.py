@@ -104,7 +104,7 @@ def export_onnx(
     checks.check_graph(proto, schedule)
     checks.check_decisions(provenance.decisions, schedule)
     if plugin:
-        proto, weights = calls.wrap(proto, weights, schedule, by_score=not plain.has_class_token)
+        proto, weights = calls.wrap(precision.with_shapes(proto, weights), weights, schedule, by_score=not plain.has_class_token)
     proto.metadata_props.add(key=KEY, value=provenance.to_json())
     cost = {"macs": macs.count(dims, schedule), "macs_dense": macs.count(dims, macs.dense(schedule))}
     nodes = len(proto.graph.node)

@@ -110,7 +110,7 @@ class _TypedGraph:
         del self.model.graph.value_info[:]
         _replace(self.model.graph.node, _turned_products(self.nodes, set(self.copies.values())))
         _replace(self.model.graph.initializer, list(self.new_small.values()))
-        return _with_shapes(self.model, self.new_large), self.new_large
+        return with_shapes(self.model, self.new_large), self.new_large
 
     def _read(self, name: str, wanted: int, stage: str) -> str:
         """The name under which a node of this type and stage reads a value."""
@@ -211,14 +211,19 @@ def _replace(field, items: list) -> None:
 
 def _value_types(proto, weights: dict) -> dict[str, int]:
     """Element type of every value of a graph."""
-    graph = _with_shapes(proto, weights).graph
+    graph = with_shapes(proto, weights).graph
     types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.input, *graph.output)}
     types |= {i.name: i.data_type for i in graph.initializer}
     return types | {name: int(tensor.dtype) for name, tensor in weights.items()}
 
 
-def _with_shapes(proto, weights: dict):
-    """The model with types and shapes of all values inferred, the large weights standing in as inputs meanwhile."""
+def with_shapes(proto, weights: dict):
+    """The model with types and shapes of all values inferred, the large weights standing in as inputs meanwhile.
+
+    Args:
+        proto: onnx.ModelProto.
+        weights: those that are not in it.
+    """
     import onnx
 
     n = len(proto.graph.input)

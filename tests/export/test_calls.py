@@ -89,6 +89,17 @@ def test_verify_passes_and_reads_the_calls_decisions(name, runtime, called):
     assert report.passed and report.decisions == 1.0
 
 
+@pytest.mark.parametrize("name", ["tome", "tome, one image", "evit"])
+def test_what_goes_into_and_comes_out_of_a_call_has_a_shape(name, called):
+    from tokexport.engines.measure.bound import write_bound
+
+    model = onnx.load(called(name))
+    known = {v.name for v in model.graph.value_info}
+    assert known >= {name for n in call_nodes(called(name)) for name in (*n.input, *n.output)} - {i.name for i in model.graph.initializer}
+    bound = write_bound(inspect(called(name)), called(name).with_suffix(".bound.onnx"))
+    assert not call_nodes(bound) and np.isfinite(run(bound, np.zeros((2, 3, 64, 64), np.float32))[0]).all()
+
+
 def test_inspect_takes_the_calls_as_what_they_are(called):
     inspection = inspect(called("tome"))
     assert not inspection.refusals and inspection.ops["TokenReduce"] == 6
