@@ -55,6 +55,8 @@ def open_runner(
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     try:
-        return row.load().open_file(path, row, RunnerOptions(threads, tuple(outputs), batch, cuda_graph, allow_host_code))
+        return row.load().open_file(
+            path, row, RunnerOptions(threads, tuple(outputs), batch, cuda_graph, allow_host_code)
+        )
     except Exception as e:  # runtimes have exception types of their own
         raise failure(path, row, e) from None

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ...export.errors import UsageError
-from ..plugin import find_library
 from .. import nodes
+from ..plugin import find_library
 from .base import Runner, RunnerOptions
 from .table import Runtime
 

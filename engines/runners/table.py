@@ -77,9 +77,7 @@ TABLE = {
             provider="CPUExecutionProvider",
             library="ort",
         ),
-        Runtime(
-            "openvino-plugin", "OpenVINO with the native node", "openvino", "cpu", ".openvino", library="openvino"
-        ),
+        Runtime("openvino-plugin", "OpenVINO with the native node", "openvino", "cpu", ".openvino", library="openvino"),
         Runtime("torch", "PyTorch, the eager reference", "torch", "export", ".eager"),
         Runtime(
             "ort-cuda", "ONNX Runtime with CUDA", "onnxruntime", "gpu", ".ort", "gpu", provider="CUDAExecutionProvider"

@@ -168,7 +168,9 @@ def _library(options: BuildOptions) -> NativeLibrary | None:
     library = find_library("tensorrt", needed=True)
     old = [c for c in options.capabilities if c.isdigit() and int(c) < PTX_FROM and int(c) not in library.chips]
     if old:
-        raise UsageError(f"compute-capability {','.join(old)}: the plugin has no kernels for it: build it with arch {old[0]}")
+        raise UsageError(
+            f"compute-capability {','.join(old)}: the plugin has no kernels for it: build it with arch {old[0]}"
+        )
     return library
 
 

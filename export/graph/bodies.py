@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from ...kernels.token_reduce import DOMAIN, NAME, VERSION, Reduction
@@ -132,7 +131,7 @@ class Body:
 
 
 def _stage(node) -> str:
-    """"match" or "merge"."""
+    """ "match" or "merge"."""
     return stages.of_node(node.name).partition(".")[2]
 
 
@@ -204,7 +203,10 @@ def constant_names(bodies: list) -> list[str]:
         key = tuple(tensor.SerializeToString(deterministic=True) for tensor in same)
         kind = "table" if len(set(key)) > 1 else "constant"
         known.setdefault(key, f"{kind}_{sum(name.startswith(kind) for name in known.values()) + 1}")
-    return [known[tuple(t.SerializeToString(deterministic=True) for t in same)] for same in zip(*(b.constants for b in bodies))]
+    return [
+        known[tuple(t.SerializeToString(deterministic=True) for t in same)]
+        for same in zip(*(b.constants for b in bodies))
+    ]
 
 
 def tensor_of(constant):

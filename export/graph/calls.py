@@ -23,8 +23,6 @@ from .bodies import Body, Boundary, constant_names, lower_outputs, put_calls, re
 DECISIONS = ("keep", "src", "dst")
 
 
-
-
 def follows_sizes(method: str) -> bool:
     """Whether the node of a method takes sizes."""
     node = reducers.get(method).node
@@ -38,7 +36,9 @@ def boundaries(schedule: Schedule) -> dict[int, Boundary]:
     """
     node = reducers.get(schedule.method).node
     named = lambda block: Boundary(*(f"block{block}.{part}" for part in Boundary._fields))
-    fits = lambda step: step.n_folded and (node["select"] == "score" or (step.signal, step.site) == ("keys", "post_attn"))
+    fits = lambda step: (
+        step.n_folded and (node["select"] == "score" or (step.signal, step.site) == ("keys", "post_attn"))
+    )
     return {s.block: named(s.block) for s in schedule.steps if node is not None and fits(s)}
 
 
@@ -89,7 +89,9 @@ def wrap(proto, weights: dict, schedule: Schedule, *, by_score: bool):
         return out, weights
     forms = {tuple(body.form) for body in bodies}
     if len(forms) > 1:
-        raise GraphError(f"the reductions of {schedule.method} are {len(forms)} different graphs: they cannot share a body")
+        raise GraphError(
+            f"the reductions of {schedule.method} are {len(forms)} different graphs: they cannot share a body"
+        )
     names = constant_names(bodies)
     opsets = [o for o in out.opset_import if o.domain == ""]
     out.functions.append(bodies[0].function(names, opsets))
@@ -113,7 +115,9 @@ def inline(proto):
     bodies = {f.name: f for f in proto.functions if f.domain == DOMAIN}
     expanded = []
     for node in proto.graph.node:
-        expanded += _expanded(node, bodies[node.op_type], out.graph) if is_call(node) and node.op_type in bodies else [node]
+        expanded += (
+            _expanded(node, bodies[node.op_type], out.graph) if is_call(node) and node.op_type in bodies else [node]
+        )
     replace_items(out.graph.node, expanded)
     del out.functions[:]
     replace_items(out.opset_import, [o for o in out.opset_import if o.domain != DOMAIN])
@@ -196,7 +200,9 @@ def _formal(node) -> tuple[str, ...]:
     from onnx import helper
 
     values = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    fields = {k: v.decode() if isinstance(v, bytes) else v for k, v in values.items() if k in Reduction.__dataclass_fields__}
+    fields = {
+        k: v.decode() if isinstance(v, bytes) else v for k, v in values.items() if k in Reduction.__dataclass_fields__
+    }
     return Reduction(**fields).outputs
 
 
@@ -228,5 +234,3 @@ def _expanded(call, body, graph) -> list:
         copy.input[:], copy.output[:] = map(name_of, node.input), map(name_of, node.output)
         nodes.append(copy)
     return nodes
-
-

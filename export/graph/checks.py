@@ -70,7 +70,9 @@ def sort_sizes(graph) -> dict[str, int]:
     import numpy as np
     from onnx import TensorProto, numpy_helper
 
-    single = [i for i in getattr(graph, "initializer", ()) if i.data_type == TensorProto.INT64 and list(i.dims) in ([], [1])]
+    single = [
+        i for i in getattr(graph, "initializer", ()) if i.data_type == TensorProto.INT64 and list(i.dims) in ([], [1])
+    ]
     constants = {i.name: numpy_helper.to_array(i) for i in single}
     for node in graph.node:
         for a in node.attribute if node.op_type == "Constant" else ():

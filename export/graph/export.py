@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from ..models.load import LoadedModel
 from ..models.plain_vit import PlainViT
 from ..provenance import KEY, Provenance
 from ..schedule import Schedule
-from ...kernels import ops
 from . import calls, checks, passes, precision
 from .static_vit import StaticViT
 from .trace import TRACED, trace
@@ -91,10 +89,8 @@ def export_onnx(
     provenance = _provenance(loaded, schedule, opset=opset, sources=sources, dtype=dtype, dims=dims)
     progress("tracing")
     static, n_outputs = StaticViT(plain, schedule, batch, sources, heads, calls=plugin).eval(), len(provenance.outputs)
-    with ops.compared_one_hots() if plugin else nullcontext():
-        model = trace(static, plain.preprocess.size, batch=batch, opset=opset)
-    edges = {name for place in static.boundaries.values() for name in place}
-    decisions = [o.name for o in model.graph.outputs[n_outputs:] if o.name not in edges]
+    model = trace(static, plain.preprocess.size, batch=batch, opset=opset)
+    decisions = [o.name for o in model.graph.outputs[n_outputs:] if o.name not in static.edges]
     progress("simplifying")
     graph = passes.finish(model, n_outputs=n_outputs, batch=batch, simplify=simplify, keep_inner=plugin)
     proto, weights = precision.convert(*graph, dtype)
@@ -104,12 +100,12 @@ def export_onnx(
     checks.check_graph(proto, schedule)
     checks.check_decisions(provenance.decisions, schedule)
     if plugin:
-        proto, weights = calls.wrap(precision.with_shapes(proto, weights), weights, schedule, by_score=not plain.has_class_token)
+        shaped, by_score = precision.with_shapes(proto, weights), not plain.has_class_token
+        proto, weights = calls.wrap(shaped, weights, schedule, by_score=by_score)
     proto.metadata_props.add(key=KEY, value=provenance.to_json())
     cost = {"macs": macs.count(dims, schedule), "macs_dense": macs.count(dims, macs.dense(schedule))}
-    nodes = len(proto.graph.node)
     progress("writing")
-    return ExportResult(path, provenance, nodes, write_model(proto, weights, path), **cost)
+    return ExportResult(path, provenance, len(proto.graph.node), write_model(proto, weights, path), **cost)
 
 
 def _check_request(plain: PlainViT, schedule: Schedule, *, batch: int | None, opset: int, dtype: str) -> None:

@@ -114,6 +114,11 @@ class StaticViT(nn.Module):
             results["sources"] = self._source_rows(state.sources, rows)
         return {**results, **state.decisions, **state.boundaries}
 
+    @property
+    def edges(self) -> set[str]:
+        """Names of all values that go into or come out of a reduction that becomes a node."""
+        return {name for place in self.boundaries.values() for name in place}
+
     def _rope(self, block: int, state):
         return None if self.rotary is None else self.rotary(block, state.place)
 

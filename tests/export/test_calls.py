@@ -44,7 +44,9 @@ def called(tiny, tmp_path_factory):
 def run(path, images, outputs=()):
     """Outputs of a file for as many images as it takes, inner values behind them."""
     model = onnx.load(path)
-    model.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None) for name in outputs)
+    model.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None) for name in outputs
+    )
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     batch = session.get_inputs()[0].shape[0]
     return session.run(None, {"image": images[: batch if isinstance(batch, int) else None]})
@@ -95,7 +97,9 @@ def test_what_goes_into_and_comes_out_of_a_call_has_a_shape(name, called):
 
     model = onnx.load(called(name))
     known = {v.name for v in model.graph.value_info}
-    assert known >= {name for n in call_nodes(called(name)) for name in (*n.input, *n.output)} - {i.name for i in model.graph.initializer}
+    assert known >= {name for n in call_nodes(called(name)) for name in (*n.input, *n.output)} - {
+        i.name for i in model.graph.initializer
+    }
     bound = write_bound(inspect(called(name)), called(name).with_suffix(".bound.onnx"))
     assert not call_nodes(bound) and np.isfinite(run(bound, np.zeros((2, 3, 64, 64), np.float32))[0]).all()
 

@@ -318,14 +318,14 @@ def test_an_engine_with_the_plugin_says_so_beside_it(cached, files, tmp_path):
     from tokexport.export.files import sha256_of
 
     sizes = {}
-    for embed in (False, True):
-        path = tmp_path / f"{embed}.plan"
+    for embedded in (False, True):
+        path = tmp_path / f"{embedded}.plan"
         options = {"precision": "fp16", "capabilities": ("80", "89"), "decisions": True, "builder": "rtx"}
-        build_engine(files["sized"], path, plugin=True, embed_plugin=embed, **options)
+        build_engine(files["sized"], path, plugin=True, embed_plugin=embedded, **options)
         engine = read_sidecar(path)
-        assert (engine.plugin.sha256, engine.plugin.embedded) == (sha256_of(cached), embed)
+        assert (engine.plugin.sha256, engine.plugin.embedded) == (sha256_of(cached), embedded)
         assert engine.layers["PLUGIN_V3"] == {"HALF": 6} and "block0.dst" in engine.output_names
-        sizes[embed] = engine.size
+        sizes[embedded] = engine.size
     assert sizes[True] > sizes[False] + cached.stat().st_size / 2
 
 

@@ -97,7 +97,7 @@ def command(
                 opset=opset,
                 simplify=simplify,
                 sources=sources,
-            plugin=plugin,
+                plugin=plugin,
             )
     notes = [*loaded.notes, *schedule.notes]
     if learned and not loaded.heads:
