@@ -127,9 +127,9 @@ class _Job:
                 self.request,
                 str(self._source(new.parent)),
                 str(new),
-                str(self.timing_cache) if self.timing_cache else None,
-                str(new_cache) if new_cache else None,
-                self._library(),
+                timing_cache=str(self.timing_cache) if self.timing_cache else None,
+                new_timing_cache=str(new_cache) if new_cache else None,
+                plugin=self._library(),
             )
             built, warnings = run_child(task, self.progress)
             engine = self._engine_file(new, built, warnings, key=key, source_sha256=source_sha256)

@@ -113,7 +113,9 @@ class Body:
             nodes.append(copy)
         outputs = [self.names[name] for name in self.outputs.values()]
         tables = [name for name in dict.fromkeys(names) if name.startswith("table")]
-        return helper.make_function(DOMAIN, NAME, list(self.inputs), outputs, nodes, opsets, tables)
+        return helper.make_function(
+            DOMAIN, NAME, list(self.inputs), outputs, nodes, opset_imports=opsets, attributes=tables
+        )
 
     def call(self, names: list[str]):
         """The step's one node.
