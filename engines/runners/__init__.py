@@ -34,7 +34,8 @@ def open_runner(
     Args:
         path: the file.
         runtime: what runs an ONNX file, a name of `TABLE`: "ort" (ONNX Runtime on the CPU), "openvino", "torch" (the
-            eager reference the file was made from), "ort-cuda", "ort-tensorrt". An engine is run by TensorRT,
+            eager reference the file was made from), "ort-cuda", "ort-tensorrt"; "ort-plugin" and "openvino-plugin" run
+            nodes TokenReduce by the library of `tokexport plugin build --cpu`. An engine is run by TensorRT,
             whatever this says.
         threads: of the processor; 0 for the runtime's own choice.
         outputs: inner values to give beside the file's outputs (see `Provenance.decisions`).

@@ -173,3 +173,17 @@ def test_a_method_without_a_node_is_written_as_it_is(tiny, tmp_path):
     loaded = tiny("tiny_vit")
     export_onnx(loaded, loaded.schedule("dynamicvit", at=(1, 3, 4)), tmp_path / "v.onnx", batch=1, plugin=True)
     assert not call_nodes(tmp_path / "v.onnx") and not onnx.load(tmp_path / "v.onnx").functions
+
+
+def test_an_int8_file_keeps_its_calls(called, golden, tmp_path):
+    from tokexport.tools.demo import samples
+
+    from tokexport import quantize
+
+    quantize(called("tome"), tmp_path / "int8.onnx", calibration=samples.sample_photos())
+    model, path = onnx.load(tmp_path / "int8.onnx"), tmp_path / "int8.onnx"
+    assert len(call_nodes(path)) == 6 and len(model.functions) == 1 and inspect(path).provenance.precision == "int8"
+    assert sum(n.op_type == "QuantizeLinear" for n in model.graph.node) >= 24
+    calls.inline_file(path, tmp_path / "flat.onnx")
+    images = golden.image.numpy()
+    np.testing.assert_array_equal(run(path, images)[0], run(tmp_path / "flat.onnx", images)[0])

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -278,3 +280,25 @@ def test_a_native_runtime_refuses_a_file_without_nodes_and_a_missing_library(lib
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(UsageError, match="is not built: run `tokexport plugin build --cpu`"):
         open_runner(exported("tiny_vit"), f"{library.kind}-plugin")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [["--cpu", "--runtime", "openvino"], ["--arch", "80"]], ids=["cpu", "tensorrt"])
+def test_an_installed_wheel_builds_its_libraries_outside_the_checkout(arguments, tmp_path):
+    root, checkout = tmp_path / "checkout", Path(plugin.__file__).resolve().parent.parent
+    shutil.copytree(checkout, root, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "tests", "docs"))
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, root], check=True)
+    wheel = next(tmp_path.glob("*.whl"))
+    assert wheel.name.endswith("py3-none-any.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "-m", "tokexport", "plugin", "build", "--json", *arguments]
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    if run.returncode == 2 and (
+        "is not installed" in run.stderr or "building needs" in run.stderr or "no NvInfer.h" in run.stderr
+    ):
+        pytest.skip(run.stderr)
+    assert run.returncode == 0, run.stderr
+    (built,) = json.loads(run.stdout)
+    assert Path(built["path"]).is_file() and tmp_path / "cache" in Path(built["path"]).parents
