@@ -159,7 +159,8 @@ class StaticViT(nn.Module):
             state.size = self.ones[key](rows)  # one body for all blocks: the first has sizes too
         signals = Signals(rows, self.n_prefix, self.has_class, state.size, any_batch=self.any_batch, **offered)
         plan = self.match[key](signals, step, Form.GATHER if self.boundaries else choose_form(n, self.batch_kind))
-        to_attention = self.schedule.prop_attn and (place is not None or step.block < len(self.blocks) - 1)
+        behind_last = step.site == "post_attn" and step.block == len(self.blocks) - 1
+        to_attention = self.schedule.prop_attn and (place is not None or not behind_last)
         rows, state.size = self.merge[key](plan, rows, state.size, to_attention)
         state.bias = self.bias[key](state.size, step.n_out) if to_attention and state.size is not None else None
         if self.boundaries and plan.layout is not None:  # an order is inside the node, which gives its two parts
