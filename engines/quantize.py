@@ -16,7 +16,7 @@ import numpy as np
 
 from ..export.errors import EngineError, MissingPackageError, UsageError
 from ..export.files import aside, check_output, read_model, write_model
-from ..export.graph import precision, stages
+from ..export.graph import calls, precision, stages
 from ..export.inspection import Inspection, inspect
 from ..export.provenance import store
 from .images import find_images, load_images
@@ -57,12 +57,20 @@ def quantize(
         raise UsageError(f"{path} has no linear layers in attention or MLP: int8 has nothing to quantise")
     progress(f"calibrating on {len(photos)} image{'s' * (len(photos) > 1)}")
     with aside(output, beside=(".data",)) as new:
-        raw = new.parent / "quantized.onnx"
-        _insert_scales(inspection, raw, layers, photos)
-        progress("writing")
-        proto, weights = read_model(raw)
-        _name_by_stage(proto.graph)
-        proto, weights = precision.convert(proto, weights, "fp16")
+        original = read_model(inspection.path)
+
+        def convert(proto, weights):
+            source, raw = inspection.path, new.parent / "quantized.onnx"
+            if proto is not original[0]:  # the quantizer knows plain operators only
+                source = new.parent / "plain.onnx"
+                write_model(proto, weights, source)
+            _insert_scales(replace(inspection, path=source), raw, layers, photos)
+            progress("writing")
+            proto, weights = read_model(raw)
+            _name_by_stage(proto.graph)
+            return precision.convert(proto, weights, "fp16")
+
+        proto, weights = calls.converted(*original, convert, inspection.provenance.schedule)
         store(proto, replace(inspection.provenance, precision="int8", calibration=len(photos)))
         write_model(proto, weights, new)
     return inspect(output)

@@ -114,7 +114,7 @@ def inspect(path: str | Path) -> Inspection:
     told then too).
     """
     path, model = Path(path), read_onnx(path)
-    refusals = checks.refusals(model.graph)
+    refusals = checks.model_refusals(model)
     try:
         provenance = of_model(model, str(path))
     except UsageError as e:

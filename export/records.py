@@ -25,7 +25,7 @@ FEATURES = {
     "activation": "its outputs are not to be read through a softmax",
     "plugin": "it runs native code that has to be brought along",
 }
-UNDERSTOOD: frozenset[str] = frozenset({"activation"})  # the features that this version can serve
+UNDERSTOOD: frozenset[str] = frozenset({"activation", "plugin"})  # the features that this version can serve
 
 R = TypeVar("R")
 

@@ -10,6 +10,8 @@ Matrices are [N, C], or [B, N, C] for a batch; an index of rows is an int64 colu
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -137,11 +139,25 @@ def look_up(table: Tensor, index: Tensor) -> Tensor:
     return table[index[..., 0]]
 
 
+_compared = False  # whether `one_hot` is exported as a comparison whatever its size
+
+
+@contextmanager
+def compared_one_hots() -> Iterator[None]:
+    """Every `one_hot` is exported as Equal and Cast while the block runs: the nodes of all steps of a model are then alike."""
+    global _compared
+    before, _compared = _compared, True
+    try:
+        yield
+    finally:
+        _compared = before
+
+
 def _one_hot_onnx(index, columns, width):
     import numpy as np
     import onnx_ir
 
-    if len(columns) * width > LARGEST_TABLE:
+    if _compared or len(columns) * width > LARGEST_TABLE:
         named = np.full([1] * (len(index.shape) - 1) + [width], -1, np.int64)
         named[..., columns] = np.arange(len(columns))
         return _ox().Cast(_ox().Equal(index, _ox().Constant(value=onnx_ir.tensor(named))), to=FLOAT)
@@ -154,7 +170,7 @@ def _one_hot_onnx(index, columns, width):
 def one_hot(index: Tensor, columns: list[int], width: int) -> Tensor:
     """float32 rows with a 1 in one column, else 0.
 
-    ONNX: GatherND of a constant table, or Equal and Cast where that would have more than LARGEST_TABLE elements.
+    ONNX: GatherND of a constant table, or Equal and Cast where that would have more than LARGEST_TABLE elements (`compared_one_hots`).
 
     Args:
         index: [.., R, 1]; the 1 of a row is in column columns[index].

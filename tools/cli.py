@@ -13,6 +13,7 @@ from ..export.errors import FailureError, UsageError, missing_export_package
 
 COMMANDS = {
     "onnx": "Export a ViT, reduced or not, to a static ONNX file.",
+    "inline": "Turn nodes TokenReduce back into plain operators.",
     "trt": "Build a TensorRT engine from a file.",
     "bundle": "Pack a file with what it is and a proof that needs no PyTorch.",
     "verify": "Compare a file with the PyTorch reference it was made from.",

@@ -170,7 +170,7 @@ def _builder(path: Path) -> Builder:
         engine.builder.name,
         engine.builder.version,
         engine.compute_capability,
-        bool(getattr(engine, "plugin", None)),
+        engine.plugin is not None and engine.plugin.embedded,
     )
 
 

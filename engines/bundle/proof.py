@@ -55,7 +55,9 @@ def verify_bundle(folder: str | Path, runtime: str | None = None, *, allow_host_
     inner = tuple(name for step in manifest.decisions for name in step.parts.values())
     values = {}
     if not faults:
-        with open_runner(folder / manifest.file.name, runtime, outputs=inner) as runner:
+        with open_runner(
+            folder / manifest.file.name, runtime, outputs=inner, allow_host_code=allow_host_code
+        ) as runner:
             faults = _misfits(runner, manifest)
             values = {} if faults else in_batches(runner, tensors["input"])
     images, outputs, notes = ((), (), []) if faults else judge(manifest, tensors, values)

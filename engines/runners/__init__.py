@@ -24,6 +24,7 @@ def open_runner(
     outputs: tuple[str, ...] = (),
     batch: int | None = None,
     cuda_graph: bool = False,
+    allow_host_code: bool = False,
 ) -> Runner:
     """Open an ONNX file, or an engine built by `build_engine`, for running.
 
@@ -33,13 +34,15 @@ def open_runner(
     Args:
         path: the file.
         runtime: what runs an ONNX file, a name of `TABLE`: "ort" (ONNX Runtime on the CPU), "openvino", "torch" (the
-            eager reference the file was made from), "ort-cuda", "ort-tensorrt". An engine is run by TensorRT,
+            eager reference the file was made from), "ort-cuda", "ort-tensorrt"; "ort-plugin" and "openvino-plugin" run
+            nodes TokenReduce by the library of `tokexport plugin build --cpu`. An engine is run by TensorRT,
             whatever this says.
         threads: of the processor; 0 for the runtime's own choice.
         outputs: inner values to give beside the file's outputs (see `Provenance.decisions`).
         batch: the one batch size that a file with a free batch will be run with; OpenVINO is faster when it knows
             (ToMe DeiT-S, batch 8: 4 %).
         cuda_graph: of engines: capture the work once for each shape and replay it.
+        allow_host_code: of engines: run the native code of a plugin that one carries in itself.
     Returns:
         A `Runner`; close it, or use it in a `with` block.
     Raises:
@@ -53,6 +56,8 @@ def open_runner(
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     try:
-        return row.load().open_file(path, row, RunnerOptions(threads, tuple(outputs), batch, cuda_graph))
+        return row.load().open_file(
+            path, row, RunnerOptions(threads, tuple(outputs), batch, cuda_graph, allow_host_code)
+        )
     except Exception as e:  # runtimes have exception types of their own
         raise failure(path, row, e) from None

@@ -33,12 +33,14 @@ class RunnerOptions:
         outputs: inner values to give beside the file's outputs.
         batch: the one batch size that a file with a free batch will be run with; None when there are several.
         cuda_graph: capture an engine's work once for each shape and replay it.
+        allow_host_code: run native code that an engine carries in itself.
     """
 
     threads: int = 0
     outputs: tuple[str, ...] = ()
     batch: int | None = None
     cuda_graph: bool = False
+    allow_host_code: bool = False
 
 
 class Runner:

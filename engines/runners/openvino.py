@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import nodes
+from ..plugin import find_library
 from .base import Runner, RunnerOptions
 from .table import Runtime
 
@@ -17,8 +19,11 @@ SETTINGS = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "N
 def open_file(path: Path, runtime: Runtime, options: RunnerOptions) -> OpenVinoRunner:
     """An ONNX file, compiled for the CPU."""
     ov = _package()
-    core = ov.Core()
-    model = core.read_model(path)
+    core, native = ov.Core(), runtime.library is not None
+    if native:
+        core.add_extension(str(find_library(runtime.library, needed=True).path))
+    source = nodes.prepared(path, native=native, outputs=options.outputs, functions=False)
+    model = _read(core, path, source, options.outputs)
     names = [sorted(o.names)[0] for o in model.outputs]
     for name in options.outputs:
         if name not in {n for o in model.outputs for n in o.names}:
@@ -29,6 +34,19 @@ def open_file(path: Path, runtime: Runtime, options: RunnerOptions) -> OpenVinoR
         model.reshape({0: image})
     compiled = core.compile_model(model, "CPU", _settings(options.threads))
     return OpenVinoRunner(runtime, compiled, list(dict.fromkeys([*names, *options.outputs])))
+
+
+def _read(core, path: Path, source, outputs: tuple[str, ...]):
+    """The model of a file, or of the onnx.ModelProto made of it. Reading drops what no output hangs on, so it may take two rounds."""
+    import onnx
+
+    with nodes.as_file(source, path) as file:
+        model = core.read_model(file)
+    if set(outputs) <= {name for node in model.get_ops() for port in node.outputs() for name in port.names}:
+        return model
+    source = onnx.load(path, load_external_data=False) if source is None else source
+    with nodes.as_file(nodes.with_outputs(source, outputs), path) as file:
+        return core.read_model(file)
 
 
 class OpenVinoRunner(Runner):
@@ -77,7 +95,8 @@ def profile(path: Path, images: np.ndarray, *, rounds: int, threads: int) -> dic
         threads: of the processor.
     """
     core = _package().Core()
-    model = core.read_model(path)
+    with nodes.as_file(nodes.prepared(path, native=False, functions=False), path) as file:
+        model = core.read_model(file)
     model.reshape({0: list(images.shape)})
     compiled = core.compile_model(model, "CPU", {**_settings(threads), "PERF_COUNT": "YES"})
     request, times = compiled.create_infer_request(), Counter()

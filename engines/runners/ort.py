@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ...export.errors import UsageError
+from .. import nodes
+from ..plugin import find_library
 from .base import Runner, RunnerOptions
 from .table import Runtime
 
@@ -29,12 +31,16 @@ def check(runtime: Runtime) -> None:
 
 def open_file(path: Path, runtime: Runtime, options: RunnerOptions) -> OrtRunner:
     """An ONNX file in a session. Raises: UsageError for bf16 on the CPU, or when the GPU cannot be used."""
+    import onnx
     import onnxruntime as ort
 
     settings = _settings(options.threads)
     source: str | bytes = str(path)
-    if options.outputs:
-        model = _with_outputs(path, options.outputs)
+    model = nodes.prepared(path, native=runtime.library is not None, outputs=options.outputs)
+    if runtime.library is not None:
+        settings.register_custom_ops_library(str(find_library(runtime.library, needed=True).path))
+    if options.outputs or model is not None:
+        model = nodes.with_outputs(model or onnx.load(path, load_external_data=False), options.outputs)
         if any(i.external_data for i in model.graph.initializer):
             settings.add_session_config_entry(
                 "session.model_external_initializers_file_folder_path", str(path.parent.resolve())
@@ -123,21 +129,6 @@ def _settings(threads: int):
     if threads:
         settings.intra_op_num_threads = threads
     return settings
-
-
-def _with_outputs(path: Path, outputs: tuple[str, ...]):
-    """The file's onnx.ModelProto with inner values as outputs too; weights beside the file stay there."""
-    import onnx
-
-    model = onnx.load(path, load_external_data=False)
-    known = {o.name for o in model.graph.output}
-    types = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
-    model.graph.output.extend(
-        onnx.helper.make_tensor_value_info(name, types.get(name, onnx.TensorProto.INT64), None)
-        for name in outputs
-        if name not in known
-    )
-    return model
 
 
 def _shape(dims) -> tuple:

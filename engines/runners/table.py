@@ -29,6 +29,7 @@ class Runtime:
         profiler: name of the module's function (path, images, *, rounds, threads) -> {node name: milliseconds a run};
             None without one.
         provider: of ONNX Runtime: its execution provider.
+        library: the kind of native library (`engines/plugin`) that runs a file's nodes `TokenReduce`; None: their bodies are run.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Runtime:
     reads: str = "onnx"
     profiler: str | None = None
     provider: str | None = None
+    library: str | None = None
 
     def load(self):
         """The runtime's module, imported."""
@@ -49,6 +51,10 @@ class Runtime:
         """Raises: MissingPackageError when it is not installed, UsageError when it is and cannot be used here."""
         if self.package is not None and not installed(self.package):
             raise MissingPackageError(self.package, self.extra, self.words)
+        if self.library is not None:
+            from ..plugin import find_library
+
+            find_library(self.library, needed=True)
         check = getattr(self.load(), "check", None)
         if check is not None:
             check(self)
@@ -62,6 +68,16 @@ TABLE = {
             "ort", "ONNX Runtime", "onnxruntime", "cpu", ".ort", profiler="profile", provider="CPUExecutionProvider"
         ),
         Runtime("openvino", "OpenVINO", "openvino", "cpu", ".openvino", profiler="profile"),
+        Runtime(
+            "ort-plugin",
+            "ONNX Runtime with the native node",
+            "onnxruntime",
+            "cpu",
+            ".ort",
+            provider="CPUExecutionProvider",
+            library="ort",
+        ),
+        Runtime("openvino-plugin", "OpenVINO with the native node", "openvino", "cpu", ".openvino", library="openvino"),
         Runtime("torch", "PyTorch, the eager reference", "torch", "export", ".eager"),
         Runtime(
             "ort-cuda", "ONNX Runtime with CUDA", "onnxruntime", "gpu", ".ort", "gpu", provider="CUDAExecutionProvider"

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ...export.errors import EngineError, MissingPackageError, UsageError
+from ...export.files import sha256_of
+from ..plugin import find_library
 from ..tensorrt import runtime as builders
 from ..tensorrt.sidecar import EngineFile, read_sidecar
 from .base import Runner, RunnerOptions
@@ -52,7 +54,7 @@ def open_file(path: Path, runtime: Runtime, options: RunnerOptions) -> EngineRun
         raise UsageError(
             f"{path} was built by {words} {sidecar.builder.version}, here is {builder.version}: build it again"
         )
-    return EngineRunner(path, sidecar, builder, cuda_graph=options.cuda_graph)
+    return EngineRunner(path, sidecar, builder, cuda_graph=options.cuda_graph, allow_host_code=options.allow_host_code)
 
 
 def layer_information(path: Path) -> list[dict]:
@@ -77,12 +79,16 @@ class EngineRunner(Runner):
         sidecar: what the engine is.
         builder: the TensorRT that runs it.
         cuda_graph: capture the work once for each shape and replay it.
+        allow_host_code: run native code that the engine carries in itself.
     """
 
     timed = "the engine alone, input and outputs on the GPU, between two CUDA events"
 
-    def __init__(self, path: Path, sidecar: EngineFile, builder, *, cuda_graph: bool = False):
-        self._path, self._trt, self._profile = path, builder.trt, sidecar.profile
+    def __init__(
+        self, path: Path, sidecar: EngineFile, builder, *, cuda_graph: bool = False, allow_host_code: bool = False
+    ):
+        self._allow_host_code = allow_host_code
+        self._path, self._trt, self._profile, self._plugin = path, builder.trt, sidecar.profile, sidecar.plugin
         self._cuda_graph, self._captures, self._messages = cuda_graph, {}, []
         self._stream = self._context = self._engine = self._runtime = None
         try:
@@ -119,6 +125,7 @@ class EngineRunner(Runner):
 
         self._logger = Logger()
         self._runtime = self._there(trt.Runtime(self._logger), f"{builder.words} does not start")
+        self._load_plugin()
         content = self._path.read_bytes()
         self._engine = self._there(self._runtime.deserialize_cuda_engine(content), f"{builder.words} cannot load it")
         if builder.ahead_of_time and self._cuda_graph:  # TensorRT-RTX captures by itself
@@ -129,6 +136,24 @@ class EngineRunner(Runner):
             context = self._engine.create_execution_context()
         self._context = self._there(context, "it has no room to run (is the GPU's memory full?)")
         self._stream = torch.cuda.Stream()  # on the default one, TensorRT would wait for the GPU at every run
+
+    def _load_plugin(self) -> None:
+        """Native code comes from the cache, or from the engine itself when that carries it; no file names it."""
+        if self._plugin is None:
+            return
+        if self._plugin.embedded:
+            if not self._allow_host_code:
+                raise UsageError(
+                    f"{self._path} carries native code of a plugin in itself, which would run here: if you trust who built it, allow it "
+                    f"(allow_host_code)"
+                )
+            self._runtime.engine_host_code_allowed = True
+            return
+        library = find_library("tensorrt", needed=True)
+        if sha256_of(library.path) != self._plugin.sha256:
+            raise UsageError(f"{self._path} was built with another plugin than {library.path}: build the engine again")
+        handle = self._trt.get_plugin_registry().load_library(str(library.path))
+        self._there(handle, f"the plugin {library.path} cannot be loaded")
 
     def _there(self, value, words: str):
         """The value, unless it is None. Raises: EngineError with what TensorRT said."""

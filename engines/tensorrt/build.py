@@ -13,10 +13,12 @@ from ...export import precisions
 from ...export.errors import UsageError
 from ...export.files import aside, check_output, sha256_of
 from ...export.inspection import Inspection, inspect
+from .. import nodes
+from ..plugin import find_library
 from . import runtime as runtimes
 from .process import Built, run_child
 from .request import BuildOptions, BuildRequest, BuildTask, make_request, resolve_precision
-from .sidecar import ENDING, Builder, EngineFile, read_sidecar, sidecar, write_sidecar
+from .sidecar import ENDING, Builder, EngineFile, Plugin, read_sidecar, sidecar, write_sidecar
 
 Progress = Callable[[str, float], None]
 
@@ -102,7 +104,7 @@ class _Job:
     def dry_run(self, output: Path) -> BuildResult:
         """Parse and count, in a temporary folder."""
         with tempfile.TemporaryDirectory() as folder:
-            task = BuildTask(self.request, str(self._typed(Path(folder))), "", dry_run=True)
+            task = BuildTask(self.request, str(self._source(Path(folder))), "", plugin=self._library(), dry_run=True)
             built, warnings = run_child(task, self.progress)
         return BuildResult(
             output, None, built.layers, False, 0.0, warnings, Builder(self.request.builder, built.version)
@@ -123,10 +125,11 @@ class _Job:
         with aside(output, beside=(ENDING,)) as new, self._new_timing_cache() as new_cache:
             task = BuildTask(
                 self.request,
-                str(self._typed(new.parent)),
+                str(self._source(new.parent)),
                 str(new),
-                str(self.timing_cache) if self.timing_cache else None,
-                str(new_cache) if new_cache else None,
+                timing_cache=str(self.timing_cache) if self.timing_cache else None,
+                new_timing_cache=str(new_cache) if new_cache else None,
+                plugin=self._library(),
             )
             built, warnings = run_child(task, self.progress)
             engine = self._engine_file(new, built, warnings, key=key, source_sha256=source_sha256)
@@ -135,6 +138,16 @@ class _Job:
 
     def _new_timing_cache(self) -> AbstractContextManager[Path | None]:
         return aside(self.timing_cache) if self.timing_cache else nullcontext()
+
+    def _library(self) -> str | None:
+        return str(find_library("tensorrt", needed=True).path) if self.request.plugin else None
+
+    def _source(self, folder: Path) -> Path:
+        """What the parser reads: nodes TokenReduce without their bodies, or their bodies in their place."""
+        typed = self._typed(folder)
+        native = self.request.plugin is not None
+        model = nodes.prepared(typed, native=native, outputs=self.request.outputs, functions=False)
+        return typed if model is None else nodes.write_copy(model, typed, folder)
 
     def _typed(self, folder: Path) -> Path:
         """The file itself, or a copy in the precision of the request in a folder."""
@@ -175,6 +188,7 @@ class _Job:
             source=str(inspection.path),
             source_sha256=source_sha256,
             warnings=warnings,
+            plugin=Plugin(request.plugin, request.embed_plugin) if request.plugin else None,
         )
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from ...export import precisions
 from ...export.errors import BuildError, StorageError, UsageError
 from ...export.files import is_disk_error
-from ...export.graph import stages
+from ...export.graph import calls, stages
 from ...export.records import decode, encode
 from . import runtime as runtimes
 from .process import Built
@@ -70,10 +70,13 @@ def build(task: BuildTask, send: Callable) -> Built:
     builder = trt.Builder(logger)
     if builder is None:
         raise BuildError(f"{runtime.words} {runtime.version} cannot start")
+    if task.plugin:
+        load_plugin(trt, task.plugin)
     network = builder.create_network(runtime.network_flags())
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(task.onnx):
         raise BuildError(_parse_errors(parser, runtime))
+    _check_plugin(network, task)
     _mark(network, request.outputs)
     layers = count_layers(network)
     check_label(count_layers([layer for layer in network if not stages.in_fp32(layer.name)]), request.precision)
@@ -93,6 +96,35 @@ def build(task: BuildTask, send: Callable) -> Built:
     return Built(runtime.version, layers, inputs, outputs, seconds)
 
 
+def load_plugin(trt, path: str) -> None:
+    """Make the nodes of a native library known to this process.
+
+    Args:
+        trt: the TensorRT module.
+        path: of the library.
+    Raises:
+        BuildError: TensorRT cannot load it.
+    """
+    try:
+        handle = trt.get_plugin_registry().load_library(path)
+    except Exception as e:
+        raise BuildError(f"the plugin {path} cannot be loaded: {' '.join(str(e).split())[:300]}") from None
+    if handle is None:
+        raise BuildError(f"the plugin {path} cannot be loaded: build it again with force")
+
+
+def _check_plugin(network, task: BuildTask) -> None:
+    """Raises: BuildError unless every node TokenReduce has become a layer of the plugin."""
+    import onnx
+
+    if task.plugin is None:
+        return
+    nodes = onnx.load(task.onnx, load_external_data=False).graph.node
+    wanted, layers = sum(calls.is_call(n) for n in nodes), sum(layer.type.name == "PLUGIN_V3" for layer in network)
+    if layers != wanted:
+        raise BuildError(f"the network has {layers} layers of the plugin, the file has {wanted} nodes for it")
+
+
 def _tensor(tensor) -> Tensor:
     """A network's input or output as a record."""
     kind = tensor.dtype.name
@@ -109,6 +141,8 @@ def _config(runtime: runtimes.Runtime, builder, network, task: BuildTask, send: 
         config.builder_optimization_level = request.opt_level
     if request.workspace:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace)
+    if task.plugin and request.embed_plugin:
+        config.plugins_to_serialize = [task.plugin]
     if request.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if runtime.ahead_of_time:

@@ -13,10 +13,12 @@ from ...export.errors import UsageError
 from ...export.files import sha256_of
 from ...export.inspection import Inspection
 from ...export.records import encode
+from ..plugin import NativeLibrary, find_library
 from . import runtime as runtimes
 
 PROFILE = (1, 8, 32)  # smallest, best and largest batch when nothing is said
 LEVELS = range(6)  # of the builder's optimisation
+PTX_FROM = 80  # compute capability from which the plugin's portable kernels run
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class BuildOptions:
         workspace: most bytes of GPU memory for scratch, 0 for the builder's own choice.
         timing_cache: a file of TensorRT's measurements, read where it is there and written anew; None: none is kept.
         version_compatible: it runs on later versions of TensorRT too.
+        plugin: the file's nodes TokenReduce run as the plugin that `tokexport plugin build` made, not as plain operators.
+        embed_plugin: the engine carries that library in itself.
     """
 
     precision: str | None = None
@@ -47,6 +51,8 @@ class BuildOptions:
     workspace: int = 0
     timing_cache: str | Path | None = None
     version_compatible: bool = False
+    plugin: bool = False
+    embed_plugin: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,8 @@ class BuildRequest:
         workspace: bytes of GPU memory for scratch, 0 for the builder's own choice.
         version_compatible: whether it is to run on later versions of TensorRT too.
         calibration: SHA-256 of each image that int8 is calibrated on.
+        plugin: SHA-256 of the library that runs the nodes TokenReduce; None: they are plain operators.
+        embed_plugin: the engine carries it in itself.
     """
 
     builder: str
@@ -76,6 +84,8 @@ class BuildRequest:
     workspace: int = 0
     version_compatible: bool = False
     calibration: tuple[str, ...] = ()
+    plugin: str | None = None
+    embed_plugin: bool = False
 
     def key(self, builder_version: str, source_sha256: str) -> str:
         """By what an engine is known again: SHA-256 of the request, the builder's version and the ONNX file's bytes.
@@ -96,6 +106,7 @@ class BuildTask:
     Attributes:
         request: what the engine is to be.
         onnx: path of the typed ONNX file.
+        plugin: path of the library to load; None for none.
         engine: path it is written to.
         timing_cache: path of measurements of builds before; None for none. It need not be there.
         new_timing_cache: path they are written to, with this build's.
@@ -107,6 +118,7 @@ class BuildTask:
     engine: str
     timing_cache: str | None = None
     new_timing_cache: str | None = None
+    plugin: str | None = None
     dry_run: bool = False
 
 
@@ -130,6 +142,7 @@ def make_request(
         raise UsageError(f"opt-level {options.opt_level}: wanted {LEVELS[0]} to {LEVELS[-1]}")
     provenance, precision = inspection.provenance, resolve_precision(inspection, options.precision)
     _check_machine(name, options, dry_run)
+    library = _library(options)
     return BuildRequest(
         builder=name,
         precision=precision,
@@ -141,7 +154,24 @@ def make_request(
         workspace=options.workspace,
         version_compatible=options.version_compatible,
         calibration=tuple(sha256_of(image) for image in images),
+        plugin=None if library is None else sha256_of(library.path),
+        embed_plugin=options.embed_plugin,
     )
+
+
+def _library(options: BuildOptions) -> NativeLibrary | None:
+    """The plugin that is asked for. Raises: UsageError when it is not built, or has no kernels for a GPU."""
+    if not options.plugin:
+        if options.embed_plugin:
+            raise UsageError("embed-plugin goes with plugin")
+        return None
+    library = find_library("tensorrt", needed=True)
+    old = [c for c in options.capabilities if c.isdigit() and int(c) < PTX_FROM and int(c) not in library.chips]
+    if old:
+        raise UsageError(
+            f"compute-capability {','.join(old)}: the plugin has no kernels for it: build it with arch {old[0]}"
+        )
+    return library
 
 
 def resolve_precision(inspection: Inspection, precision: str | None) -> str:

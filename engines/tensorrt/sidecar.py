@@ -43,6 +43,14 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class Plugin:
+    """The native library that an engine was built with: `sha256` of it, `embedded` when the engine carries it in itself."""
+
+    sha256: str
+    embedded: bool
+
+
+@dataclass(frozen=True)
 class EngineFile:
     """What the sidecar of an engine says.
 
@@ -64,6 +72,7 @@ class EngineFile:
         source: path of the ONNX file when it was built.
         source_sha256: of that file and of its weights beside it.
         warnings: of the builder, each once.
+        plugin: the library that runs its nodes TokenReduce; null: it needs none.
     """
 
     provenance: Provenance
@@ -82,6 +91,7 @@ class EngineFile:
     source: str
     source_sha256: str
     warnings: tuple[str, ...] = ()
+    plugin: Plugin | None = None
 
     def __post_init__(self):
         precisions.get(self.precision)
@@ -96,7 +106,7 @@ class EngineFile:
     @property
     def needs(self) -> tuple[str, ...]:
         """Features that a reader must understand (`records.FEATURES`)."""
-        return self.provenance.needs
+        return (*self.provenance.needs, *(["plugin"] if self.plugin else []))
 
     @property
     def output_names(self) -> tuple[str, ...]:

@@ -29,8 +29,13 @@ SCATTER_WORDS = {
 TOPK_LIMIT = 3840  # of TensorRT and TensorRT-RTX; ONNX Runtime and OpenVINO have none
 
 
-def refusals(graph) -> list[str]:
-    """Reasons, one per node, why TensorRT-RTX or a TensorRT would refuse an onnx.GraphProto; empty when none would."""
+def refusals(graph, functions: frozenset[tuple[str, str]] = frozenset()) -> list[str]:
+    """Reasons, one per node, why TensorRT-RTX or a TensorRT would refuse a graph; empty when none would.
+
+    Args:
+        graph: onnx.GraphProto, or the onnx.FunctionProto that is the body of a node.
+        functions: (domain, name) of the functions that nodes may call.
+    """
     reasons, sorts = [], sort_sizes(graph)
     for node in graph.node:
         what = f"{node.op_type} {node.name!r}"
@@ -46,12 +51,18 @@ def refusals(graph) -> list[str]:
         k = sorts.get(node.output[0], 0) if node.output else 0
         if k > TOPK_LIMIT:
             reasons.append(f"{what}: k = {k}, TensorRT and TensorRT-RTX take at most {TOPK_LIMIT}")
-        if node.domain not in ("", "ai.onnx"):
+        if node.domain not in ("", "ai.onnx") and (node.domain, node.op_type) not in functions:
             reasons.append(f"{what}: operator of domain {node.domain!r}")
         for a in node.attribute:
             for sub in [a.g] if a.HasField("g") else list(a.graphs):
-                reasons += refusals(sub)
+                reasons += refusals(sub, functions)
     return reasons
+
+
+def model_refusals(model) -> list[str]:
+    """`refusals` of an onnx.ModelProto: of its graph and of the functions that it calls."""
+    functions = frozenset((f.domain, f.name) for f in model.functions)
+    return [reason for graph in (model.graph, *model.functions) for reason in refusals(graph, functions)]
 
 
 def sort_sizes(graph) -> dict[str, int]:
@@ -59,10 +70,14 @@ def sort_sizes(graph) -> dict[str, int]:
     import numpy as np
     from onnx import TensorProto, numpy_helper
 
-    single = [i for i in graph.initializer if i.data_type == TensorProto.INT64 and list(i.dims) in ([], [1])]
+    single = [
+        i for i in getattr(graph, "initializer", ()) if i.data_type == TensorProto.INT64 and list(i.dims) in ([], [1])
+    ]
     constants = {i.name: numpy_helper.to_array(i) for i in single}
     for node in graph.node:
         for a in node.attribute if node.op_type == "Constant" else ():
+            if a.ref_attr_name:  # of a function: every call has its own
+                continue
             value = {"value_ints": list(a.ints), "value_int": [a.i]}.get(a.name, [])
             value = numpy_helper.to_array(a.t) if a.name == "value" else value
             constants[node.output[0]] = np.reshape(value, -1)

@@ -18,7 +18,7 @@ from ..models.load import LoadedModel
 from ..models.plain_vit import PlainViT
 from ..provenance import KEY, Provenance
 from ..schedule import Schedule
-from . import checks, passes, precision
+from . import calls, checks, passes, precision
 from .static_vit import StaticViT
 from .trace import TRACED, trace
 
@@ -60,6 +60,7 @@ def export_onnx(
     sources: bool = False,
     force: bool = False,
     dtype: str = "fp32",
+    plugin: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> ExportResult:
     """Write a model under a schedule as an ONNX file that carries its provenance.
@@ -76,6 +77,7 @@ def export_onnx(
         sources: add output `sources` [B, N0], the final row of every input token, -1 when gone.
         force: replace the file.
         dtype: of the trunk, a graph precision (see `precision`); input and outputs stay float32.
+        plugin: write every reduction as one node whose body is a function of the file (see `calls`).
         progress: called with the name of each stage.
     Raises:
         UsageError: wrong options or an unwritable path, before anything is written; GraphError: the graph came out wrong.
@@ -86,22 +88,24 @@ def export_onnx(
     dims = cost_dims(plain, heads)
     provenance = _provenance(loaded, schedule, opset=opset, sources=sources, dtype=dtype, dims=dims)
     progress("tracing")
-    static = StaticViT(plain, schedule, batch, sources, heads)
-    model, n_outputs = trace(static.eval(), plain.preprocess.size, batch=batch, opset=opset), len(provenance.outputs)
-    decisions = [o.name for o in model.graph.outputs[n_outputs:]]
+    static, n_outputs = StaticViT(plain, schedule, batch, sources, heads, calls=plugin).eval(), len(provenance.outputs)
+    model = trace(static, plain.preprocess.size, batch=batch, opset=opset)
+    decisions = [o.name for o in model.graph.outputs[n_outputs:] if o.name not in static.edges]
     progress("simplifying")
-    graph = passes.finish(model, n_outputs=n_outputs, batch=batch, simplify=simplify)
+    graph = passes.finish(model, n_outputs=n_outputs, batch=batch, simplify=simplify, keep_inner=plugin)
     proto, weights = precision.convert(*graph, dtype)
     there = {o for n in proto.graph.node for o in n.output}
     provenance = replace(provenance, decisions=tuple(d for d in decisions if d in there))
     progress("checking")
     checks.check_graph(proto, schedule)
     checks.check_decisions(provenance.decisions, schedule)
+    if plugin:
+        shaped, by_score = precision.with_shapes(proto, weights), not plain.has_class_token
+        proto, weights = calls.wrap(shaped, weights, schedule, by_score=by_score)
     proto.metadata_props.add(key=KEY, value=provenance.to_json())
     cost = {"macs": macs.count(dims, schedule), "macs_dense": macs.count(dims, macs.dense(schedule))}
-    nodes = len(proto.graph.node)
     progress("writing")
-    return ExportResult(path, provenance, nodes, write_model(proto, weights, path), **cost)
+    return ExportResult(path, provenance, len(proto.graph.node), write_model(proto, weights, path), **cost)
 
 
 def _check_request(plain: PlainViT, schedule: Schedule, *, batch: int | None, opset: int, dtype: str) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ..files import LARGE
 from . import stages
-from .trace import quiet
+from .trace import TRACED, quiet
 
 
 class Graph(NamedTuple):
@@ -18,23 +18,41 @@ class Graph(NamedTuple):
     weights: dict
 
 
-def finish(model, *, n_outputs: int, batch: int | None, simplify: bool) -> Graph:
+class InnerValue(NamedTuple):
+    """ONNX type and shape of a value that keeps its name: a decision, or what goes into a reduction."""
+
+    type: int
+    shape: list | None
+
+
+def _free(shape, first: str | None) -> list | None:
+    """The shape of an inner value; None where its first axis is not the batch that is free."""
+    if first is None:
+        return list(shape)
+    return [first, *list(shape)[1:]] if shape[0] == TRACED else None
+
+
+def finish(model, *, n_outputs: int, batch: int | None, simplify: bool, keep_inner: bool = False) -> Graph:
     """Decisions become inner values, unread nodes go, parameters get the shapes TensorRT takes as they are, nodes the names of their
     stages, the batch becomes free.
 
     Args:
         model: onnx_ir.Model, as traced.
-        n_outputs: outputs that stay; those behind are decisions.
+        n_outputs: outputs that stay; those behind are decisions and boundaries of reductions.
         batch: images per run, None for any number.
         simplify: let onnxsim look at the graph too.
+        keep_inner: keep decisions and boundaries that nothing reads as well.
     """
     import onnx_ir as ir
     from onnx_ir.passes import common
 
     first = "batch" if batch is None else None
-    decisions = {d.name: [*([first] if first else d.shape[:1]), *d.shape[1:]] for d in model.graph.outputs[n_outputs:]}
+    inner = {d.name: InnerValue(int(d.dtype), _free(d.shape, first)) for d in model.graph.outputs[n_outputs:]}
+    if keep_inner:
+        common.RemoveUnusedNodesPass()(model)
     del model.graph.outputs[n_outputs:]
-    common.RemoveUnusedNodesPass()(model)
+    if not keep_inner:
+        common.RemoveUnusedNodesPass()(model)
     widen_parameters(model)
     name_by_stage(model)
     model.producer_name = "tokexport"
@@ -44,7 +62,7 @@ def finish(model, *, n_outputs: int, batch: int | None, simplify: bool) -> Graph
     proto = ir.to_proto(model)
     if first:
         proto = free_batch(proto, weights)
-    return Graph(simplified(proto, weights, decisions=decisions) if simplify else proto, weights)
+    return Graph(simplified(proto, weights, inner=inner) if simplify else proto, weights)
 
 
 def name_by_stage(model) -> None:
@@ -106,7 +124,7 @@ def free_batch(proto, weights: dict):
     return proto
 
 
-def simplified(proto, weights: dict, *, decisions: dict[str, list]):
+def simplified(proto, weights: dict, *, inner: dict[str, InnerValue]):
     """onnxsim's result on a graph, kept when it has fewer nodes and no new kind of node.
 
     New kinds are turned down because the graph's own were chosen by measurement: onnxsim 0.8 makes ReduceL2 and Div one
@@ -115,7 +133,7 @@ def simplified(proto, weights: dict, *, decisions: dict[str, list]):
     Args:
         proto: onnx.ModelProto.
         weights: those that are not in it.
-        decisions: shapes by name of inner values that must stay; they are outputs meanwhile.
+        inner: by name, values that must stay; they are outputs meanwhile.
     """
     import onnx
     import onnxsim
@@ -124,9 +142,9 @@ def simplified(proto, weights: dict, *, decisions: dict[str, list]):
     trial.CopyFrom(proto)
     graph = trial.graph
     n_inputs, n_outputs = len(graph.input), len(graph.output)
-    inner = {o for n in graph.node for o in n.output}
+    there = {o for n in graph.node for o in n.output}
     graph.output.extend(
-        onnx.helper.make_tensor_value_info(k, onnx.TensorProto.INT64, v) for k, v in decisions.items() if k in inner
+        onnx.helper.make_tensor_value_info(name, *value) for name, value in inner.items() if name in there
     )
     with quiet(), _as_inputs(graph, weights):
         simple, ok = onnxsim.simplify(trial, check_n=0)

@@ -14,7 +14,7 @@ from .. import precisions
 from ..errors import UsageError
 from ..files import read_model, write_model
 from ..provenance import of_model, store
-from . import stages
+from . import calls, stages
 
 
 def graph_precisions() -> tuple[str, ...]:
@@ -55,8 +55,10 @@ def write_as(path: Path, output: Path, precision: str) -> int:
     Raises:
         UsageError: as `convert`.
     """
-    proto, weights = convert(*read_model(path), precision)
-    store(proto, replace(of_model(proto, str(path)), precision=precision))
+    proto, weights = read_model(path)
+    provenance = of_model(proto, str(path))
+    proto, weights = calls.converted(proto, weights, lambda p, w: convert(p, w, precision), provenance.schedule)
+    store(proto, replace(provenance, precision=precision))
     return write_model(proto, weights, output)
 
 
@@ -108,7 +110,7 @@ class _TypedGraph:
         del self.model.graph.value_info[:]
         _replace(self.model.graph.node, _turned_products(self.nodes, set(self.copies.values())))
         _replace(self.model.graph.initializer, list(self.new_small.values()))
-        return _with_shapes(self.model, self.new_large), self.new_large
+        return with_shapes(self.model, self.new_large), self.new_large
 
     def _read(self, name: str, wanted: int, stage: str) -> str:
         """The name under which a node of this type and stage reads a value."""
@@ -209,14 +211,19 @@ def _replace(field, items: list) -> None:
 
 def _value_types(proto, weights: dict) -> dict[str, int]:
     """Element type of every value of a graph."""
-    graph = _with_shapes(proto, weights).graph
+    graph = with_shapes(proto, weights).graph
     types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.input, *graph.output)}
     types |= {i.name: i.data_type for i in graph.initializer}
     return types | {name: int(tensor.dtype) for name, tensor in weights.items()}
 
 
-def _with_shapes(proto, weights: dict):
-    """The model with types and shapes of all values inferred, the large weights standing in as inputs meanwhile."""
+def with_shapes(proto, weights: dict):
+    """The model with types and shapes of all values inferred, the large weights standing in as inputs meanwhile.
+
+    Args:
+        proto: onnx.ModelProto.
+        weights: those that are not in it.
+    """
     import onnx
 
     n = len(proto.graph.input)

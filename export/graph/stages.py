@@ -6,7 +6,7 @@ Stages: embed, blockI.attn, blockI.match (metrics, scores and decisions), blockI
 from __future__ import annotations
 
 FP32 = ("match", "merge")  # decisions, sizes and weighted sums stay in float32 whatever the file's precision
-_IN_BLOCK = {"norm2": "mlp", "mlp": "mlp", "unit": "match", "bias": "match", "score": "match"}
+_IN_BLOCK = {"norm2": "mlp", "mlp": "mlp", "keys": "match", "unit": "match", "score": "match"}
 
 
 def of_scopes(scopes: list[str], before: str) -> str:
@@ -23,6 +23,10 @@ def of_scopes(scopes: list[str], before: str) -> str:
         return f"block{path[1]}.{_IN_BLOCK.get(path[2] if len(path) > 2 else '', 'attn')}"
     if path[0] in FP32:
         return f"block{path[1]}.{path[0]}"
+    if path[0] == "ones":  # sizes before the first merge
+        return "embed.merge"
+    if path[0] == "bias":  # the logarithm of the sizes that a merge has made
+        return f"block{path[1]}.merge"
     if path[0] in ("signals", "score_heads"):  # keyed by the block that they stand in
         return f"block{path[1]}.match"
     if path[0] == "share":  # of tokens in a pool by size

@@ -55,19 +55,20 @@ class StaticBlock(nn.Module):
         self.proj = _scaled_linear(p.proj, p.gamma1)
         last = p.mlp.get_submodule(p.mlp_last)
         self.mlp = with_parts(p.mlp, **{p.mlp_last: _scaled_linear(last, p.gamma2)})
-        self.unit, self.bias, self.score = Stage(unit), Stage(self._bias), Stage(self._score)
+        self.keys, self.unit, self.score = Stage(self._metric), Stage(unit), Stage(self._score)
 
-    def forward(self, x: Tensor, n: int, size: Tensor | None, signal: str | None, rope=None) -> tuple[Tensor, dict]:
+    def forward(self, x: Tensor, n: int, bias: Tensor | None, signal: str | None, rope=None) -> tuple[Tensor, dict]:
         """The attention half of the block.
 
         Args:
             x: tokens [B n, C].
             n: tokens of an image.
-            size: [.., n, 1] for proportional attention, or None.
+            bias: [B, 1, 1, n], what proportional attention adds to the logits (see `size_bias`), or None.
             signal: what a step behind the attention looks at (a key of `plan.SIGNALS`), or None.
             rope: (sines, cosines) [B or 1, heads or 1, n, D], or None.
         Returns:
-            Tokens after the attention residual, and the signal as the field of `Signals` it goes into.
+            Tokens after the attention residual, and the signal as the field of `Signals` it goes into; beside a metric the keys
+            that it is made of.
         """
         h, images = self.heads, 1 if self.single else -1
         y = self.norm1(x)
@@ -76,14 +77,13 @@ class StaticBlock(nn.Module):
         qkv = ops.reshape(rows, [images, n, 3 * h, self.widths[0] // (3 * h)]).transpose(1, 2)
         q, k, v, q_turned, k_turned = self._turned(qkv, rope)
         q, k_t = q_turned if self.scale is None else q_turned * self.scale, k_turned.transpose(-1, -2)
-        bias = None if size is None else self.bias(size, n)
         logits = q @ k_t
         attention = (logits if bias is None else logits + bias).softmax(-1)
         out = self.attn_norm(ops.reshape((attention @ v).transpose(1, 2), [-1, self.proj.in_features]))
         out = out if self.gate is None else out * self.gate(y).sigmoid()
         offered = {}
         if signal == "keys":
-            offered["metric"] = self.unit(k.mean((0, 1)) if self.single else k.mean(1))
+            offered |= {"metric": self.keys(k), "keys": k}
         elif signal == "metric_layer":
             offered["metric"] = self.unit(metric if self.single else ops.reshape(metric, [-1, n, self.widths[1]]))
         elif signal == "class_attention":  # its row is computed by itself: the attention stays one that engines fuse
@@ -92,8 +92,8 @@ class StaticBlock(nn.Module):
             offered["score"] = self.score(attention, None, n)
         return x + self.proj(out), offered
 
-    def _bias(self, size, n: int):
-        return size_bias(size, n, single=self.single)
+    def _metric(self, k):
+        return unit(k.mean((0, 1)) if self.single else k.mean(1))
 
     def _score(self, rows, bias, n: int):
         return received(rows, bias, n=n, single=self.single, n_prefix=self.n_prefix)
@@ -123,11 +123,11 @@ class StaticMetric(nn.Module):
         super().__init__()
         self.norm1, self.linear, self.single = p.norm1, metric, single
 
-    def forward(self, x: Tensor, n: int, size: Tensor | None, rope=None) -> dict:
+    def forward(self, x: Tensor, n: int, bias: Tensor | None, rope=None) -> dict:
         """The signal, as the field of `Signals` it goes into.
 
         Args:
-            x, n, size, rope: see `StaticBlock.forward`; the last two change nothing.
+            x, n, bias, rope: see `StaticBlock.forward`; the last two change nothing.
         """
         rows = self.linear(self.norm1(x))
         return {"metric": unit(rows if self.single else ops.reshape(rows, [-1, n, self.linear.out_features]))}
@@ -150,11 +150,11 @@ class StaticSignal(nn.Module):
         rows = slice(rows, 2 * rows) if signal == "keys" else slice(0, 2 * rows)
         self.norm1, self.linear = p.norm1, linear(qkv.weight[rows], None if qkv.bias is None else qkv.bias[rows])
 
-    def forward(self, x: Tensor, n: int, size: Tensor | None, rope=None) -> dict:
+    def forward(self, x: Tensor, n: int, bias: Tensor | None, rope=None) -> dict:
         """The signal, as the field of `Signals` it goes into.
 
         Args:
-            x, n, size, rope: see `StaticBlock.forward`.
+            x, n, bias, rope: see `StaticBlock.forward`.
         """
         h, images = self.heads, 1 if self.single else -1
         kinds = 1 if self.signal == "keys" else 2
@@ -165,7 +165,6 @@ class StaticSignal(nn.Module):
             return {"metric": unit(k.mean((0, 1)) if self.single else k.mean(1))}
         q, k = rows.split(h, 1)
         q, k_t = turn(self.q_norm(q), rope) * self.scale, turn(self.k_norm(k), rope).transpose(-1, -2)
-        bias = None if size is None else size_bias(size, n, single=self.single)
         if self.signal == "class_attention":
             rows = ops.fixed_rows(q, [0]) @ k_t
         else:

@@ -6,7 +6,7 @@ position embedding. Blocks and the head have files of their own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,8 @@ from ..models.score_head import StaticScoreHead
 from ..plan import ATTENTION_SIGNALS, MergePlan, Signals, StaticLayout
 from ..schedule import Schedule
 from ..step import Step
-from .static_block import Stage, StaticBlock, StaticMetric, StaticSignal, halves
+from .calls import boundaries, follows_sizes
+from .static_block import Stage, StaticBlock, StaticMetric, StaticSignal, halves, size_bias
 from .static_head import StaticHead
 
 
@@ -35,6 +36,7 @@ class StaticViT(nn.Module):
         batch: images per run, None for any number (one image needs no batch axis).
         sources: also give the map of input tokens.
         heads: layers that were trained for the schedule's signal, see `learned_layers`.
+        calls: name the values that go into and come out of every reduction, so that it can become one node (see `calls`).
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class StaticViT(nn.Module):
         batch: int | None = None,
         sources: bool = False,
         heads: nn.ModuleList | None = None,
+        calls: bool = False,
     ):
         super().__init__()
         plain = as_plain(model)
@@ -76,10 +79,14 @@ class StaticViT(nn.Module):
         self.reducer = reducers.get(schedule.method)
         self.match = nn.ModuleDict({str(s.block): Stage(self._decide) for s in schedule.steps})
         self.merge = nn.ModuleDict({str(s.block): Stage(apply_static) for s in schedule.steps})
+        self.bias = nn.ModuleDict({str(s.block): Stage(self._bias) for s in schedule.steps})
+        self.ones = nn.ModuleDict({str(s.block): Stage(self._ones) for s in schedule.steps})
+        self.boundaries = boundaries(schedule) if calls else {}
         self.drops = self.reducer.squeezes or any(s.n_kept + s.n_folded < s.n_in for s in schedule.steps)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """Everything the graph gives, by name: logits or features, sources if asked for, and the decisions, block3.keep, ...
+        """Everything the graph gives, by name: logits or features, sources if asked for, the decisions, block3.keep, ..., and with
+        `calls` the boundaries of the reductions.
 
         Args:
             image: [B, channels, H, W].
@@ -96,7 +103,7 @@ class StaticViT(nn.Module):
             if before is not None:
                 x, n = self._reduce(before, x, n, self._in_front(before, x, n, state), state)
             signal = None if behind is None else behind.signal
-            x, offered = block(x, n, self._sizes(state), signal, self._rope(i, state))
+            x, offered = block(x, n, state.bias, signal, self._rope(i, state))
             if behind is not None:
                 x, n = self._reduce(behind, x, n, offered, state)
             x = x + block.mlp(block.norm2(x))
@@ -105,10 +112,12 @@ class StaticViT(nn.Module):
         results = {self.output_name: self.head(self.norm, rows, self.single, share)}
         if self.sources:
             results["sources"] = self._source_rows(state.sources, rows)
-        return {**results, **state.decisions}
+        return {**results, **state.decisions, **state.boundaries}
 
-    def _sizes(self, state):
-        return state.size if self.schedule.prop_attn else None
+    @property
+    def edges(self) -> set[str]:
+        """Names of all values that go into or come out of a reduction that becomes a node."""
+        return {name for place in self.boundaries.values() for name in place}
 
     def _rope(self, block: int, state):
         return None if self.rotary is None else self.rotary(block, state.place)
@@ -118,13 +127,21 @@ class StaticViT(nn.Module):
         if str(step.block) not in self.signals:
             return {}
         rope = self._rope(step.block, state) if step.signal in ("class_attention", "mean_attention") else None
-        return self.signals[str(step.block)](x, n, self._sizes(state), rope)
+        return self.signals[str(step.block)](x, n, state.bias, rope)
 
     def _share(self, size):
         """Share of every patch token in a pool by size [.., n, 1], prefix tokens 0."""
         n = size.shape[-2]
         size = size * column([0.0] * self.n_prefix + [1.0] * (n - self.n_prefix), size)
         return size / ops.matmul(size, ops.floats([1.0] * n, [n, 1]), True, False)
+
+    def _bias(self, size, n):
+        return size_bias(size, n, single=self.single)
+
+    def _ones(self, rows):
+        if self.any_batch:
+            return rows[..., :1] * 0 + 1
+        return ops.floats([1.0] * rows[..., 0].numel(), [*rows.shape[:-1], 1])
 
     def _rows(self, x, n):
         """[B n, C] with its batch axis, or as it is for one image."""
@@ -134,18 +151,28 @@ class StaticViT(nn.Module):
         return lay_out(self.reducer.static(signals, step), form, any_batch=self.any_batch)
 
     def _reduce(self, step, x, n, offered, state):
-        rows, key = self._rows(x, n), str(step.block)
+        rows, key, place = self._rows(x, n), str(step.block), self.boundaries.get(step.block)
         if step.signal == "score_head":
             offered = {"score": self.score_heads[key](rows, self.n_prefix)}
+        x_in, keys = rows, offered.pop("keys", None)
+        if self.boundaries and state.size is None and follows_sizes(self.schedule.method):
+            state.size = self.ones[key](rows)  # one body for all blocks: the first has sizes too
         signals = Signals(rows, self.n_prefix, self.has_class, state.size, any_batch=self.any_batch, **offered)
-        plan = self.match[key](signals, step, choose_form(n, self.batch_kind))
-        to_attention = self.schedule.prop_attn and step.block < len(self.blocks) - 1
+        plan = self.match[key](signals, step, Form.GATHER if self.boundaries else choose_form(n, self.batch_kind))
+        behind_last = step.site == "post_attn" and step.block == len(self.blocks) - 1
+        to_attention = self.schedule.prop_attn and (place is not None or not behind_last)
         rows, state.size = self.merge[key](plan, rows, state.size, to_attention)
+        state.bias = self.bias[key](state.size, step.n_out) if to_attention and state.size is not None else None
+        if self.boundaries and plan.layout is not None:  # an order is inside the node, which gives its two parts
+            plan = replace(plan, layout=replace(plan.layout, order=None))
         if self.sources:
             state.sources = self._follow(plan, state.sources, step)
         if self.rotary is not None:
             state.place = self._places(plan, state.place)
         state.decisions |= {f"block{step.block}.{name}": value for name, value in decisions_of(plan).items()}
+        if place is not None:
+            values = (x_in, signals.score if keys is None else keys, rows, state.size, state.bias)
+            state.boundaries |= {name: value for name, value in zip(place, values) if value is not None}
         return rows if self.single else ops.reshape(rows, [-1, x.shape[-1]]), step.n_out
 
     def _follow(self, plan: MergePlan, sources, step):
@@ -190,13 +217,17 @@ class TokenState:
         size: input tokens that each token stands for [.., n, 1]; None while all are 1.
         sources: rows at which the input tokens are [.., N0, 1]; None while each is at its own.
         place: where tokens stand in the image [.., n, 1]; None while each is at its own place.
+        bias: what proportional attention adds to the logits [B, 1, 1, n]; None while every size is 1, or where nothing reads it.
         decisions: what was decided, by name.
+        boundaries: what goes into and comes out of the reductions that become nodes, by name.
     """
 
     size: Tensor | None = None
     sources: Tensor | None = None
     place: Tensor | None = None
+    bias: Tensor | None = None
     decisions: dict[str, Tensor] = field(default_factory=dict)
+    boundaries: dict[str, Tensor] = field(default_factory=dict)
 
 
 def decisions_of(plan: MergePlan) -> dict[str, Tensor]:

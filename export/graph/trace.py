@@ -28,7 +28,8 @@ def trace(static: StaticViT, image_size: tuple[int, int], *, batch: int | None, 
         opset: of ONNX.
     """
     image = torch.zeros(batch or TRACED, static.patch.in_channels, *image_size)
-    program = translate(static, (image,), opset=opset)
+    with ops.compared_one_hots() if static.boundaries else contextlib.nullcontext():
+        program = translate(static, (image,), opset=opset)
     values = program.model.graph.outputs
     names = program.exported_program.call_spec.out_spec.unflatten(list(range(len(values))))
     for name, i in names.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -107,6 +107,8 @@ class Reducer:
             a method that decides nothing by scores.
         labels: (Step, n_prefix) -> names of a static plan's output rows, one int per row; None: the row numbers.
         squeezes: folded tokens count as gone in the map of tokens: they only tint their hosts (TPS).
+        node: select, fold and eps of the node `TokenReduce` that a step with folded tokens is (`kernels.token_reduce`); None: there
+            is none, and its steps stay plain operators.
     """
 
     name: str
@@ -121,6 +123,7 @@ class Reducer:
     margins: Callable[[Signals, Step, MergePlan], RowMargins] | None = None
     labels: Callable[[Step, int], tuple[int, ...]] | None = None
     squeezes: bool = False
+    node: Mapping[str, str | float] | None = None
 
     def row_labels(self, step: Step, n_prefix: int) -> tuple[int, ...]:
         """Names of a static plan's output rows, one int per row (see `plan.StaticLayout`).

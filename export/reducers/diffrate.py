@@ -162,4 +162,5 @@ REDUCER = Reducer(
     static=static,
     regret=regret,
     margins=margins,
+    node={"select": "score", "fold": "mean"},
 )

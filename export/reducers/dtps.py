@@ -64,4 +64,5 @@ REDUCER = Reducer(
     regret=regret,
     margins=margins,
     squeezes=True,
+    node=etps.REDUCER.node,
 )

@@ -96,4 +96,5 @@ REDUCER = Reducer(
     regret=regret,
     margins=margins,
     squeezes=True,
+    node={"select": "score", "fold": "squeeze", "eps": EPS},
 )

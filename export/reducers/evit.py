@@ -123,4 +123,5 @@ REDUCER = Reducer(
     static=static,
     regret=regret,
     margins=margins,
+    node={"select": "score", "fold": "sum"},
 )

@@ -119,4 +119,5 @@ REDUCER = Reducer(
     regret=matching.regret,
     margins=matching.margins,
     labels=matching.labels,
+    node={"select": "pairs", "fold": "size_mean"},
 )

@@ -62,11 +62,8 @@ def apply_kernel(
                     source_size = tl.load(size_ptr + source, mask=sized, other=1.0)
                     at = value_ptr + tl.where(is_sum, image * n_rows + source, image * n_fold + t)
                     value = tl.load(at, mask=fold != 0, other=0.0)
-                    w = tl.where(
-                        fold == 0,
-                        source_size,
-                        tl.where(fold == 1, 1.0, tl.where(fold == 2, tl.exp(value - 1.0), value)),
-                    )
+                    given = tl.where(fold == 2, tl.exp(value - 1.0), value)
+                    w = tl.where(fold == 0, source_size, tl.where(fold == 1, 1.0, given))
                     acc += tl.load(x_ptr + source * width + column, mask=inside, other=0.0).to(tl.float32) * w
                     total += w
                     size += tl.where(fold == 1, source_size * value, source_size)

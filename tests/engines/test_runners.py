@@ -255,7 +255,7 @@ def engine(tmp_path, monkeypatch):
     monkeypatch.setattr(engine_runner, "_to_gpu", lambda image: torch.from_numpy(image))
     path = tmp_path / "v.plan"
     path.write_bytes(b"engine")
-    sidecar = SimpleNamespace(profile=[1, 8, 32])
+    sidecar = SimpleNamespace(profile=[1, 8, 32], plugin=None)
     return lambda *faults: engine_runner.EngineRunner(path, sidecar, _builder(faults))
 
 

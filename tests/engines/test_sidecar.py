@@ -173,7 +173,7 @@ SPOILED = {
     "inputs": [[], [{"name": "image"}]],
     "outputs": [None, ["logits"]],
     "format": [None, [2, 0], [1]],
-    "needs": [None, ["plugin"], "plugin"],
+    "needs": [None, ["cast"], "plugin"],
     "more": [1],
 }
 

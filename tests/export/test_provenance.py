@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 from tokexport.engines.tensorrt.runtime import Gpu
-from tokexport.engines.tensorrt.sidecar import Builder, EngineFile, Tensor
+from tokexport.engines.tensorrt.sidecar import Builder, EngineFile, Plugin, Tensor
 from tokexport.export import records
 from tokexport.export.provenance import Preprocess, Provenance
 from tokexport.export.rebuild import rebuild
@@ -19,7 +19,7 @@ from tokexport.export.schedule import Schedule, Step
 from tokexport import UsageError, inspect
 
 DOCS = Path(__file__).parents[2] / "docs" / "format.md"
-RECORDS = (Provenance, Preprocess, Schedule, Step, EngineFile, Builder, Gpu, Tensor)
+RECORDS = (Provenance, Preprocess, Schedule, Step, EngineFile, Plugin, Builder, Gpu, Tensor)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ FOREIGN = {
     "true": ({"format": [True, 0]}, "whole number, got True"),
     "unknown need": ({"needs": ["teleport"]}, "needs teleport, which tokexport .* does not understand: upgrade"),
     "known need": ({"needs": ["class_tail"]}, r"class_tail \(its last block computes the class token alone\)"),
-    "newer minor with a need": ({"format": [1, 7], "needs": ["x", "plugin"]}, r"needs x, plugin \("),
+    "newer minor with a need": ({"format": [1, 7], "needs": ["x", "class_tail"]}, r"needs x, class_tail \("),
     "no needs": ({"needs": None}, "needs: wanted a list of text"),
     "unknown field": ({"colour": 1}, "unknown field 'colour'"),
     "kind": ({"opset": "20"}, "opset: wanted a whole number, got '20'"),

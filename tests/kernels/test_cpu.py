@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -233,3 +235,70 @@ def test_a_compiler_that_fails_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(BuildError, match="cpu does not build"):
         plugin.build_cpu("openvino", march="no-such-processor")
     assert not list((tmp_path / "tokexport").iterdir())
+
+
+@pytest.fixture(scope="module")
+def reduced(tiny, tmp_path_factory):
+    """reduced(method) -> path of a tiny model whose reductions are nodes."""
+    from tokexport import export_onnx
+
+    folder, loaded, paths = tmp_path_factory.mktemp("reduced"), tiny("tiny_vit"), {}
+
+    def export(method):
+        if method not in paths:
+            paths[method] = folder / f"{method}.onnx"
+            asked = {"r": 8} if method == "tome" else {"at": (1, 3, 4)}
+            export_onnx(loaded, loaded.schedule(method, **asked), paths[method], plugin=True)
+        return paths[method]
+
+    return export
+
+
+@pytest.mark.parametrize("method", ["tome", "evit", "dtps"])
+def test_a_model_with_the_native_node_decides_and_computes_as_the_reference(library, reduced, method):
+    from tokexport import verify
+
+    report = verify(reduced(method), runtime=f"{library.kind}-plugin")
+    assert report.passed and report.decisions == 1.0
+
+
+def test_a_model_with_the_native_node_gives_what_its_body_gives(library, reduced, golden):
+    from tokexport.engines.runners import open_runner
+
+    came = {}
+    for runtime in (library.kind, f"{library.kind}-plugin"):
+        with open_runner(reduced("tome"), runtime) as runner:
+            came[runtime] = runner.run({"image": golden.image.numpy()})["logits"]
+    assert np.abs(came[library.kind] - came[f"{library.kind}-plugin"]).max() < 1e-5
+
+
+def test_a_native_runtime_refuses_a_file_without_nodes_and_a_missing_library(library, exported, tmp_path, monkeypatch):
+    from tokexport.engines.runners import open_runner
+
+    with pytest.raises(UsageError, match="has no TokenReduce nodes for a native library to run"):
+        open_runner(exported("tiny_vit"), f"{library.kind}-plugin")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(UsageError, match="is not built: run `tokexport plugin build --cpu`"):
+        open_runner(exported("tiny_vit"), f"{library.kind}-plugin")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [["--cpu", "--runtime", "openvino"], ["--arch", "80"]], ids=["cpu", "tensorrt"])
+def test_an_installed_wheel_builds_its_libraries_outside_the_checkout(arguments, tmp_path):
+    root, checkout = tmp_path / "checkout", Path(plugin.__file__).resolve().parent.parent
+    shutil.copytree(checkout, root, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "tests", "docs"))
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, root], check=True)
+    wheel = next(tmp_path.glob("*.whl"))
+    assert wheel.name.endswith("py3-none-any.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True)
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "-m", "tokexport", "plugin", "build", "--json", *arguments]
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    if run.returncode == 2 and (
+        "is not installed" in run.stderr or "building needs" in run.stderr or "no NvInfer.h" in run.stderr
+    ):
+        pytest.skip(run.stderr)
+    assert run.returncode == 0, run.stderr
+    (built,) = json.loads(run.stdout)
+    assert Path(built["path"]).is_file() and tmp_path / "cache" in Path(built["path"]).parents

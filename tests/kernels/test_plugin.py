@@ -263,3 +263,83 @@ assert build(op, T.FLOAT, 2, ["SM80"], version="2").startswith("parse: ")
         tmp_path,
     )
     assert "multiples of 8" in out + err
+
+
+@pytest.fixture
+def cached(fake, tmp_path, monkeypatch):
+    """The plugin where `find_library` looks for it; its path."""
+    import json
+    import shutil
+
+    from tokexport.engines import plugin
+
+    folder = tmp_path / "cache" / "tokexport" / "tensorrt-1"
+    folder.mkdir(parents=True)
+    shutil.copy2(fake / "build" / "libtokexport_plugin.so", folder)
+    manifest = {**plugin._identity("tensorrt"), "runtime": "10.14.1", "kind": "tensorrt", "chips": [80]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return folder / "libtokexport_plugin.so"
+
+
+@pytest.fixture(scope="module")
+def files(tiny, tmp_path_factory):
+    """Files of the tiny model: "dense", and ToMe with calls, with and without sizes in the attention."""
+    from tokexport import export_onnx
+
+    folder, loaded = tmp_path_factory.mktemp("files"), tiny("tiny_vit")
+    schedules = {"dense": loaded.schedule("none"), "sized": loaded.schedule("tome", r=8)}
+    schedules["plain"] = loaded.schedule("tome", r=8, prop_attn=False)
+    for name, schedule in schedules.items():
+        export_onnx(loaded, schedule, folder / f"{name}.onnx", batch=1, plugin=name != "dense")
+    return {name: folder / f"{name}.onnx" for name in schedules}
+
+
+def layers_of(path, **options):
+    """Layers of the network that TensorRT-RTX parses from a file, by kind."""
+    from tokexport.engines.tensorrt.build import build_engine
+
+    result = build_engine(path, dry_run=True, builder="rtx", **options)
+    return {kind: sum(types.values()) for kind, types in result.layers.items()}
+
+
+@pytest.mark.parametrize("name, most", [("plain", 1.05), ("sized", 1.08)])
+def test_with_the_plugin_a_network_is_hardly_larger_than_the_dense_one(cached, files, name, most):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    with_it, bodies, dense = layers_of(files[name], plugin=True), layers_of(files[name]), layers_of(files["dense"])
+    assert with_it["PLUGIN_V3"] == 6 and "PLUGIN_V3" not in bodies
+    assert sum(with_it.values()) <= most * sum(dense.values()) < sum(bodies.values())
+
+
+def test_an_engine_with_the_plugin_says_so_beside_it(cached, files, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    from tokexport.engines.tensorrt.build import build_engine
+    from tokexport.engines.tensorrt.sidecar import read_sidecar
+    from tokexport.export.files import sha256_of
+
+    sizes = {}
+    for embedded in (False, True):
+        path = tmp_path / f"{embedded}.plan"
+        options = {"precision": "fp16", "capabilities": ("80", "89"), "decisions": True, "builder": "rtx"}
+        build_engine(files["sized"], path, plugin=True, embed_plugin=embedded, **options)
+        engine = read_sidecar(path)
+        assert (engine.plugin.sha256, engine.plugin.embedded) == (sha256_of(cached), embedded)
+        assert engine.layers["PLUGIN_V3"] == {"HALF": 6} and "block0.dst" in engine.output_names
+        sizes[embedded] = engine.size
+    assert sizes[True] > sizes[False] + cached.stat().st_size / 2
+
+
+def test_an_engine_with_the_plugin_is_refused_where_it_cannot_run(cached, files):
+    from tokexport.engines.tensorrt.build import build_engine
+    from tokexport.export.errors import UsageError
+
+    refuse = lambda words: pytest.raises(UsageError, match=words)
+    with refuse("embed-plugin goes with plugin"):
+        build_engine(files["sized"], dry_run=True, builder="rtx", embed_plugin=True)
+    with refuse("compute-capability 75: the plugin has no kernels for it"):
+        build_engine(files["sized"], dry_run=True, builder="rtx", plugin=True, capabilities=("75",))
+    with refuse("has no TokenReduce nodes"):
+        build_engine(files["dense"], dry_run=True, builder="rtx", plugin=True)
+    cached.unlink()
+    with refuse("TensorRT is not built"):
+        build_engine(files["sized"], dry_run=True, builder="rtx", plugin=True)

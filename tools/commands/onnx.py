@@ -39,6 +39,12 @@ from .model_options import file_stem, load, model_options, split
     is_flag=True,
     help="Add output sources [B, N0]: the final row of every input token, -1 when it is gone.",
 )
+@click.option(
+    "--plugin",
+    is_flag=True,
+    help="Write every reduction as one node, TokenReduce, its operators beside it as a function: a runtime with the "
+    "native library (`tokexport plugin`) runs that, any other the operators.",
+)
 @click.option("-o", "--output", metavar="FILE", help="Default: MODEL.METHOD.onnx in this directory.")
 @click.option("--force", is_flag=True, help="Replace the output file.")
 @click.option("--json", "as_json", is_flag=True, help="The summary as JSON on stdout.")
@@ -50,6 +56,7 @@ def command(
     opset,
     simplify,
     sources,
+    plugin,
     output,
     force,
     as_json,
@@ -90,6 +97,7 @@ def command(
                 opset=opset,
                 simplify=simplify,
                 sources=sources,
+                plugin=plugin,
             )
     notes = [*loaded.notes, *schedule.notes]
     if learned and not loaded.heads:

@@ -20,6 +20,9 @@ def _precision_flags(function):
     return function
 
 
+FLAGS = {name.replace("-", "_"): name for name in precisions.TABLE}  # as click calls the parameters
+
+
 @click.command("trt")
 @click.argument("file")
 @click.option("-o", "--output", metavar="PLAN", help="Default: the file's name with .plan.")
@@ -51,26 +54,16 @@ def _precision_flags(function):
 @click.option(
     "--decisions", is_flag=True, help="The engine gives the merge decisions too, so that verify can judge them."
 )
+@click.option(
+    "--plugin",
+    is_flag=True,
+    help="Nodes TokenReduce of the file run as the plugin (`tokexport plugin build`), not as plain operators.",
+)
+@click.option("--embed-plugin", is_flag=True, help="With --plugin: the engine carries the library in itself.")
 @click.option("--dry-run", is_flag=True, help="Parse and report only; needs no GPU.")
 @click.option("--force", is_flag=True, help="Replace the engine.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON on stdout.")
-def command(
-    file,
-    output,
-    calib,
-    builder,
-    compute_capability,
-    batch,
-    timing_cache,
-    opt_level,
-    workspace,
-    version_compatible,
-    decisions,
-    dry_run,
-    force,
-    as_json,
-    **flags,
-):
+def command(file, output, calib, compute_capability, batch, workspace, as_json, **options):
     """Build a TensorRT engine from FILE, made by `tokexport onnx`; PLAN.json beside it says what it is.
 
     tokexport trt vit.onnx --fp16 --compute-capability 86,89
@@ -78,24 +71,19 @@ def command(
     from ...engines.tensorrt.build import build_engine
     from ..show.terminal import bar, console, print_json
 
+    flags = {name: options.pop(name) for name in list(options) if name in FLAGS}
     out = console()
     with bar(out) as progress:
         result = build_engine(
             file,
             output,
             precision=_one(flags),
-            builder=builder,
             capabilities=_capabilities(compute_capability),
             profile=_sizes(batch),
             calibration=list(calib),
-            decisions=decisions,
-            opt_level=opt_level,
             workspace=_bytes(workspace),
-            timing_cache=timing_cache,
-            version_compatible=version_compatible,
-            dry_run=dry_run,
-            force=force,
             progress=progress,
+            **options,
         )
     if as_json:
         print_json(_data(result))
@@ -111,8 +99,7 @@ def _capabilities(text: str | None) -> tuple[str, ...]:
 
 def _one(flags: dict[str, bool]) -> str | None:
     """The precision that is asked for; None for the file's own. Raises: UsageError for more than one."""
-    names = {name.replace("-", "_"): name for name in precisions.TABLE}  # as click calls the parameters
-    asked = [names[flag] for flag, given in flags.items() if given]
+    asked = [FLAGS[flag] for flag, given in flags.items() if given]
     if len(asked) > 1:
         raise UsageError(
             f"{' '.join(f'--{name}' for name in sorted(asked))}: an engine has one precision, give one of them"
