@@ -58,6 +58,11 @@ def test_the_python_example_works(tmp_path, monkeypatch, capsys):
     assert "passed" in capsys.readouterr().out
 
 
+def test_the_cpp_example_is_the_one_that_is_built():
+    (code,) = blocks("cpp")
+    assert code in (ROOT / "engines/cpp/example/main.cpp").read_text()
+
+
 @pytest.mark.slow
 def test_the_demo_does_all_it_says(tmp_path, monkeypatch):
     """What `make demo` runs: files verified on real weights and photos, timed on both runtimes, and drawn."""
