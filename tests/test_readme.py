@@ -71,7 +71,7 @@ def test_the_demo_does_all_it_says(tmp_path, monkeypatch):
     assert code == 0, err
     figures = json.loads(out)
     assert all(report["passed"] for report in figures["verify"].values())
-    assert {row["runtime"] for row in figures["speed"]} == {"ONNX Runtime", "OpenVINO"}
+    assert {row["runtime"] for row in figures["speed"]} == {"ort", "openvino"}
     assert all((tmp_path / picture).stat().st_size > 10_000 for picture in figures["pictures"])
 
 
