@@ -116,7 +116,6 @@ def reduction_times(
     Returns:
         "kernel", "eager", "compiled" and "copy".
     """
-    from ...kernels.triton import launch
 
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     schedule = Schedule.parse("tome", **ModelSize(n, 1, 1)._asdict(), r=r)
