@@ -74,7 +74,7 @@ def no_log_size(graph):
         if stages.of_node(node.name) == "block3.attn" and node.op_type == "Add":
             for k in range(2):
                 source = made.get(node.input[k])
-                if source is not None and stages.of_node(source.name) == "block3.match":
+                if source is not None and stages.of_node(source.name) == "block2.merge":
                     node.input[k] = "no.bias"
                     graph.initializer.append(numpy_helper.from_array(np.zeros((1, 1, 1, 1), np.float32), "no.bias"))
                     return
