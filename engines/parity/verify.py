@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -131,13 +131,13 @@ def _chunk_size(provenance: Provenance, batches: list[int | None]) -> int:
 
 def _check_comparable(path, provenance: Provenance, against, other: Provenance) -> None:
     """Raises: UsageError when two files do not compute the same."""
+    shared = {*provenance.outputs} & {*other.outputs}
     same = {
         "model": (provenance.model, provenance.model_kwargs) == (other.model, other.model_kwargs),
         "weights": provenance.weights["sha256"] == other.weights["sha256"],
         "method, options or token counts": provenance.schedule == other.schedule,
-        "outputs": not {*provenance.outputs}.isdisjoint(other.outputs),
-        "form of them": replace(provenance.emission, emit=("pooled",), layers=(), norm_layers=False)
-        == replace(other.emission, emit=("pooled",), layers=(), norm_layers=False),
+        "outputs": bool(shared),
+        "forms of outputs": _form(provenance, shared) == _form(other, shared),
         "input": provenance.input == other.input,
     }
     wrong = [what for what, equal in same.items() if not equal]
@@ -146,6 +146,13 @@ def _check_comparable(path, provenance: Provenance, against, other: Provenance) 
             f"against {against}: it has other {' and other '.join(wrong)} than {path}; wanted the same model under the "
             f"same schedule (verify each by itself shows what reduction costs)"
         )
+
+
+def _form(provenance: Provenance, names: set[str]) -> tuple:
+    """What decides how these outputs look, beside their names."""
+    emission = provenance.emission
+    patches = any(name.partition("_")[0] == "patches" for name in names)
+    return (emission.layout, emission.dropped) if patches else (), emission.layers and emission.norm_layers
 
 
 def _compare(job: _Job, reference, names: list[str], chunks: Chunks) -> Comparison:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import click
 
-from ...export.outputs import DROPPED, PARTS, row_of
+from ...export.outputs import DROPPED, PARTS, parse_emission, row_of
 from ...export.pixels import INPUTS, input_shape
+from .method_options import as_flags
 
 NAMES = ["emit", "sources", "layers", "norm_layers", "layout", "dropped", "input"]
 OPTIONS = (
@@ -32,9 +33,15 @@ def output_options(command: Callable) -> Callable:
 
 
 def split_outputs(options: dict) -> dict:
-    """Take those options out of a command's; what was not typed is left to the library."""
+    """Take those options out of a command's; what was not typed is left to the library.
+
+    Raises: UsageError when they do not go together.
+    """
     values = {name: options.pop(name) for name in NAMES}
-    return {name: value for name, value in values.items() if value is not None}
+    values = {name: value for name, value in values.items() if value is not None}
+    with as_flags(NAMES):
+        parse_emission(**{name: value for name, value in values.items() if name != "input"})
+    return values
 
 
 def input_words(provenance, batch) -> str:
