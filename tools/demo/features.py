@@ -78,7 +78,9 @@ def _cost(loaded, photo: Path, folder: Path, seconds: float) -> list[str]:
         files[name] = str(export_onnx(loaded, schedule, folder / f"{name}.onnx", batch=1, **asked).path)
     pairs = tuple((files[name], files["pooled"]) for name in FILES if name != "pooled")
     image = (3, *loaded.preprocess.size)
-    times = measure(Job("ort", 1, 1, seconds, image, tuple(files.values()), pairs)).seconds
+    times = measure(
+        Job("ort", 1, threads=1, seconds=seconds, image=image, files=tuple(files.values()), pairs=pairs)
+    ).seconds
     lines = []
     for (path, pooled), name in zip(pairs, [name for name in FILES if name != "pooled"]):
         cost = ratio(times[path], times[pooled])
