@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..export.errors import EngineError
+from ..export.errors import EngineError, UsageError
 from .files import inspect_file
-from .images import find_images, load_images
+from .images import find_images
+from .inputs import load_inputs
 from .outputs import TOP, ClassScore, class_scores, score_words
 from .runners import in_batches, open_runner
 
@@ -89,7 +90,7 @@ def predict(
         small = provenance.precision == "fp16"
         advice = ": fp16 may be too small for this model, try bf16 or fp32" if small else ""
         raise EngineError(f"{path} gives values that are not finite{advice}")
-    if provenance.outputs[0] == "logits":
+    if provenance.pooled == "logits":
         scores = class_scores(values, provenance.activation, labels=provenance.labels, top=TOP)
         identity = provenance.activation, values.shape[1]
         return [ImageClasses(str(photo), tuple(row), *identity) for photo, row in zip(paths, scores)]
@@ -97,24 +98,31 @@ def predict(
 
 
 def outputs_of(path: str | Path, photos: list[Path], *, runtime: str, progress: Callable[[str], None]) -> np.ndarray:
-    """A file's first output [images, values] of photos, a batch at a time.
+    """A file's pooled output [images, values] of photos, a batch at a time.
 
     Args:
         path: an ONNX file or an engine.
         photos: image files.
         runtime: what runs an ONNX file.
         progress: told how far it is.
+    Raises:
+        UsageError: it has none.
     """
     import numpy as np
 
     provenance, parts = inspect_file(path).provenance, []
+    if provenance.pooled is None:
+        raise UsageError(
+            f"{path} gives {', '.join(provenance.outputs)} and neither classes nor features of an image: make it with pooled "
+            f"in emit too, or read those with open_runner(...).run"
+        )
     progress("opening the file")
     with open_runner(path, runtime) as runner:
         size = runner.inputs["image"][0] or 8
         for start in range(0, len(photos), size):
             progress(f"image {start + 1} of {len(photos)}")
-            pixels = load_images(photos[start : start + size], provenance.preprocess)
-            parts.append(in_batches(runner, pixels)[provenance.outputs[0]])
+            images = load_inputs(photos[start : start + size], provenance)
+            parts.append(in_batches(runner, images)[provenance.pooled])
     return np.concatenate(parts)
 
 

@@ -19,7 +19,8 @@ from ..export.files import aside, check_output, read_model, write_model
 from ..export.graph import calls, precision, stages
 from ..export.inspection import Inspection, inspect
 from ..export.provenance import store
-from .images import find_images, load_images
+from .images import find_images
+from .inputs import load_inputs
 
 STAGES = ("attn", "mlp")
 
@@ -150,7 +151,7 @@ def _reader(photos: list[Path], inspection: Inspection):
             start = next(self.starts, None)
             if start is None:
                 return None
-            image = load_images(photos[start : start + size], inspection.provenance.preprocess)
+            image = load_inputs(photos[start : start + size], inspection.provenance)
             short = size - len(image)
             return {"image": np.concatenate([image, np.repeat(image[-1:], short, 0)]) if short else image}
 

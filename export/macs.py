@@ -11,12 +11,13 @@ def count(dims: dict, schedule: Schedule) -> int:
 
     Args:
         dims: of `PlainViT`: width, attn_width, mlp [(inputs, outputs), ...], gate, classes, heads (classifiers), patches,
-            patch_values (inputs of a patch's embedding), pool, metric_width (features of a metric layer).
+            patch_values (inputs of a patch's embedding), pool, metric_width (features of a metric layer), blocks (those that are
+            computed, where not all are).
         schedule: of the same model.
     """
     c, a = dims["width"], dims["attn_width"]
     total = dims["patches"] * dims["patch_values"] * c
-    for n, m in schedule.tokens_per_block():
+    for n, m in schedule.tokens_per_block()[: dims.get("blocks")]:
         total += (
             n * c * (3 + dims.get("gate", 0)) * a + 2 * n * n * a + n * a * c + m * sum(i * o for i, o in dims["mlp"])
         )

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from . import macs, precisions
 from .errors import UsageError
+from .outputs import POOLED, Emission, is_pooled
 from .records import from_document, parse, to_document
 from .schedule import Schedule
 
@@ -59,6 +60,7 @@ class Provenance:
         opset: of the graph.
         precision: a name of `precisions.TABLE`.
         outputs: names, in order.
+        emission: what was asked for, from which the names follow.
         dims: sizes of the model that the MACs are counted from (`macs.count`), and "channels" of the image.
         labels: class names when known.
         decisions: names of the graph's values that hold the merge plans.
@@ -88,6 +90,7 @@ class Provenance:
     activation: Literal["softmax", "sigmoid", "none"] | None = None
     input: Literal["float32", "uint8-nhwc", "uint8-nchw"] = "float32"
     tail: Literal["full", "class"] = "full"
+    emission: Emission = POOLED
 
     def __post_init__(self):
         precisions.get(self.precision)
@@ -96,7 +99,22 @@ class Provenance:
             raise UsageError(f"weights: wanted source ({', '.join(WEIGHT_SOURCES)}), its seed or file, and sha256")
         if not 1 <= self.schedule.depth <= 10_000:
             raise UsageError(f"schedule: {self.schedule.depth} blocks, wanted 1 to 10000")
+        pooled = next((name for name in self.outputs if is_pooled(name)), "features")
+        if self.outputs != self.emission.resolved(self.schedule.depth).names(pooled):
+            raise UsageError(
+                f"outputs: {', '.join(self.outputs)[:200]}, which is not what was asked for ({self.emission})"
+            )
         self._check_dims()
+
+    @property
+    def pooled(self) -> str | None:
+        """Name of the pooled output; None without one."""
+        return next(filter(is_pooled, self.outputs), None)
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks that are computed: those behind the last one that an output depends on are left out."""
+        return self.emission.last_block(self.schedule.depth) + 1
 
     def _check_dims(self) -> None:
         whole = lambda v: type(v) is int and v >= 0

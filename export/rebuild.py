@@ -10,6 +10,7 @@ from .provenance import Provenance
 
 if TYPE_CHECKING:
     from .models.load import LoadedModel
+    from .reference import ReducedViT
 
 FAMILIES = ("timm",)  # whose models can be made again
 
@@ -57,6 +58,29 @@ def rebuild(
             f"{weights['sha256'][:16]}... ({', '.join(f'{k} {v}' for k, v in source.items())})"
         )
     return loaded
+
+
+def reference_of(
+    provenance: Provenance,
+    path: Path,
+    *,
+    checkpoint: str | Path | None = None,
+    predictor: str | Path | None = None,
+) -> ReducedViT:
+    """The eager reference of a file: it takes the file's images, as they are, and gives its outputs.
+
+    Args:
+        provenance, path, checkpoint, predictor: see `rebuild`.
+    Raises:
+        UsageError: as `rebuild`.
+    """
+    from .models.learned_layers import learned_layers
+    from .pixels import pixels_of
+    from .reference import ReducedViT
+
+    loaded = rebuild(provenance, path, checkpoint=checkpoint, predictor=predictor)
+    options = {"emission": provenance.emission, "pixels": pixels_of(provenance.input, provenance.preprocess)}
+    return ReducedViT(loaded.module, provenance.schedule, learned_layers(loaded, provenance.schedule), **options)
 
 
 def _find_weights(stored: str, path: Path, argument: str) -> Path:

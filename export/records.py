@@ -25,7 +25,9 @@ FEATURES = {
     "activation": "its outputs are not to be read through a softmax",
     "plugin": "it runs native code that has to be brought along",
 }
-UNDERSTOOD: frozenset[str] = frozenset({"activation", "plugin"})  # the features that this version can serve
+UNDERSTOOD: frozenset[str] = frozenset(
+    {"activation", "plugin", "uint8_input"}
+)  # the features that this version can serve
 
 R = TypeVar("R")
 

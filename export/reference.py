@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,14 @@ from .margins import RowMargins, nothing_decided
 from .models import as_plain
 from .models.plain_vit import BlockParts, PlainViT
 from .models.score_head import head_scores
+from .outputs import POOLED, Emission
 from .plan import ATTENTION_SIGNALS, MergePlan, Signals
 from .schedule import Schedule
 from .step import Step
+from .trail import Trail
+
+if TYPE_CHECKING:
+    from .pixels import Pixels
 
 
 @dataclass
@@ -36,6 +41,7 @@ class ReferenceResult:
         regrets: with replayed decisions, per step [B]: how far they are from the reference's own (see the reducer).
         departs: with observed tokens, per stage [B]: how far they are from what the reference makes of those before them.
         margins: when they were asked for, per step: how clear each row's part of the decision is.
+        outputs: every output that the model emits, by name [B, ...].
     """
 
     output: Tensor
@@ -46,6 +52,7 @@ class ReferenceResult:
     regrets: list[Tensor] = field(default_factory=list)
     departs: dict[str, Tensor] = field(default_factory=dict)
     margins: list[RowMargins] | None = None
+    outputs: dict[str, Tensor] = field(default_factory=dict)
 
 
 class TokenState(NamedTuple):
@@ -101,12 +108,15 @@ class Observed:
 
 
 class Run(NamedTuple):
-    """What one run of the reference carries along: decisions to replay, tokens observed, what is computed, the rotary table."""
+    """What one run of the reference carries along: decisions to replay, tokens observed, what is computed, the rotary table, where the
+    tokens went.
+    """
 
     replay: list[MergePlan] | None
     seen: Observed
     result: ReferenceResult
     rope: Tensor | None
+    trail: Trail
 
 
 class ReducedViT(nn.Module):
@@ -119,6 +129,8 @@ class ReducedViT(nn.Module):
         schedule: of the same model.
         heads: score heads, one a stage, of the methods that have them (see `score_heads`).
         lowering: see `reduce_model`.
+        emission: which outputs are given beside the pooled one (`ReferenceResult.outputs`).
+        pixels: what images are made of, where they are not normalised already (see `pixels.Pixels`).
     """
 
     def __init__(
@@ -128,6 +140,8 @@ class ReducedViT(nn.Module):
         heads: nn.ModuleList | None = None,
         *,
         lowering: str = "eager",
+        emission: Emission = POOLED,
+        pixels: Pixels | None = None,
     ):
         super().__init__()
         if lowering not in LOWERINGS:
@@ -136,9 +150,18 @@ class ReducedViT(nn.Module):
         self.plain.check_schedule(schedule, heads)
         self.model, self.schedule, self.heads = self.plain.module.eval(), schedule, heads
         self.triton = TritonReductions.of(self.plain, schedule) if lowering == "triton" else None
+        self.emission, self.pixels = emission.resolved(schedule.depth), pixels
 
     def forward(self, image: Tensor) -> Tensor:
         return self.run(image).output
+
+    @torch.no_grad()
+    def dense(self, image: Tensor) -> Tensor:
+        """The pooled output of the model without a reduction, by its own code. image: as `run`."""
+        return self.model(self._normalised(image))
+
+    def _normalised(self, image: Tensor) -> Tensor:
+        return image if self.pixels is None else self.pixels.normalised(image)
 
     @torch.no_grad()
     def run(
@@ -152,7 +175,7 @@ class ReducedViT(nn.Module):
         """Compute, deciding itself or under given decisions.
 
         Args:
-            image: [B, channels, H, W], on the model's device.
+            image: [B, channels, H, W], on the model's device; or pixels.
             replay: plans to apply instead of its own, one per step; their regret is measured.
             observed: tokens behind stages, as somebody else has them, by stage name (see `stages`; any shape of B N C values). Each
                 is compared with what the reference makes of the tokens before it, and goes on in its place: errors do not add up.
@@ -161,13 +184,13 @@ class ReducedViT(nn.Module):
             margins: also measure how clear every decision is (see `margins`).
         """
         plain, steps = self.plain, self.schedule.by_site
-        x = plain.embed(image)
+        x = plain.embed(self._normalised(image))
         batch, n, _ = x.shape
         rows = torch.arange(n, device=x.device).expand(batch, n)
         state = TokenState(x, x.new_ones(batch, n, 1), rows, rows)
         result = ReferenceResult(x, x, rows, state.size[..., 0], margins=[] if margins else None)
         seen = Observed(observed or {}, rounding, result.departs)
-        run = Run(replay, seen, result, plain.rotary())
+        run = Run(replay, seen, result, plain.rotary(), self._trail(x))
         state = state._replace(x=seen.replace("embed", x))
         for i, block in enumerate(plain.blocks()):
             if (i, "pre_block") in steps:
@@ -180,10 +203,20 @@ class ReducedViT(nn.Module):
                 state = self._reduce(behind, state, block=block, run=run, attention=attention)
             x = state.x + _scaled(block.mlp(block.norm2(state.x)), block.gamma2)
             state = state._replace(x=seen.replace(f"block{i}.mlp", x, added_to=state.x))
+            if i in self.emission.layers:
+                result.outputs |= run.trail.outputs(state, i)
         result.tokens = plain.norm(state.x)
         result.output = self._head(result.tokens, state.size)
         result.sources, result.size = state.sources, state.size[..., 0]
+        last = {} if self.emission.layers else run.trail.outputs(state, None)
+        pooled = {plain.output_name: result.output} if "pooled" in self.emission.emit else {}
+        result.outputs |= last | pooled
         return result
+
+    def _trail(self, x: Tensor) -> Trail:
+        plain = self.plain
+        grid = plain.grid if self.emission.needs_grid else (0, 0)
+        return Trail(self.emission, grid=grid, n_prefix=plain.n_prefix, norm=plain.norm, x=x)
 
     def _head(self, tokens: Tensor, size: Tensor) -> Tensor:
         pooling, p = self.plain.pooling, self.plain.n_prefix
@@ -245,7 +278,9 @@ class ReducedViT(nn.Module):
         place = torch.cat([place, place.new_full((len(place), plan.n_extra), self.schedule.n_tokens)], 1)
         squeezes = reducers.get(self.schedule.method).squeezes
         x = run.seen.replace(f"block{step.block}.merge", x)
-        return TokenState(x, size, follow(plan, state.sources, step.n_in, squeezes=squeezes), place)
+        after = TokenState(x, size, follow(plan, state.sources, step.n_in, squeezes=squeezes), place)
+        run.trail.step(state, after)
+        return after
 
 
 class Attended(NamedTuple):
@@ -331,6 +366,7 @@ def reduce_model(
     heads: nn.ModuleList | None = None,
     *,
     lowering: str = "eager",
+    emission: Emission = POOLED,
 ) -> ReducedViT:
     """The eager reference of a model under a schedule.
 
@@ -341,8 +377,9 @@ def reduce_model(
         lowering: "eager", PyTorch's operators, which is what files are proven against; or "triton", the same reductions by kernels
             on an NVIDIA GPU, and fused attention where its weights decide nothing. A reduction that no kernel takes stays in
             PyTorch's operators, and a warning says so.
+        emission: which outputs are given beside the pooled one, from `outputs.parse_emission`.
     Raises:
         UsageError: the model is no plain ViT, or the schedule or the heads are for another one; an unknown lowering.
         MissingPackageError: lowering "triton" without Triton.
     """
-    return ReducedViT(model, schedule, heads, lowering=lowering)
+    return ReducedViT(model, schedule, heads, lowering=lowering, emission=emission)

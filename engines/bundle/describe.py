@@ -7,20 +7,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ...export import precisions
-from ...export.errors import UsageError
 from ...export.files import weight_files
+from ...export.outputs import row_of
 from ...export.provenance import KEY, Provenance
 from ..files import is_engine
 from ..outputs import activation_of
 from .folder import entry_of
 from .manifest import Builder, DecisionEntry, FileEntry, Manifest, OutputEntry, Preprocessing, ProofEntry, TensorEntry
 
-MEANINGS = {
-    "logits": "a value for each class, before the activation",
-    "features": "the image's feature",
-    "sources": "for each input token the row of the token it ended up in, -1 where it was dropped",
-}
-BY_ROW = ("sources",)
 # Methods that partition tokens by where they stand: without a class token, which keeps them in place, order decides.
 BY_POSITION = ("tome", "tofu", "dtem")
 # What a file in a precision may differ from what it gave itself when it was bundled, where that is not its output limit.
@@ -57,8 +51,8 @@ def describe(path: Path, provenance: Provenance, *, runtime: str, has_class_toke
         inputs=(TensorEntry(image, pixels.partition("-")[0], tuple(shape), _input_words(preprocessing)),),
         outputs=tuple(_output(name, shapes[name], batch, provenance) for name in provenance.outputs),
         preprocessing=preprocessing,
-        classes=provenance.dims["classes"],
-        labels=provenance.labels if len(provenance.labels) == provenance.dims["classes"] else (),
+        classes=_n_classes(provenance),
+        labels=provenance.labels if len(provenance.labels) == _n_classes(provenance) else (),
         activation=_activation(provenance),
         precision=provenance.precision,
         decisions=decision_entries(provenance),
@@ -103,25 +97,22 @@ def decision_entries(provenance: Provenance) -> tuple[DecisionEntry, ...]:
 
 
 def _output(name: str, shape: tuple, batch: int | None, provenance: Provenance) -> OutputEntry:
-    kind = name.partition("_")[0]
-    if kind not in MEANINGS:
-        raise UsageError(f"output {name!r}: bundles hold {', '.join(MEANINGS)}")
-    exact, precision = kind == "sources", provenance.precision
-    limit = 0.0 if exact else precisions.get(precision).output_limit
-    own = 0.0 if exact else OWN_LIMITS.get(precision, limit)
+    row, precision = row_of(name), provenance.precision
+    limit = 0.0 if row.exact else precisions.get(row.precision or precision).output_limit
+    own = 0.0 if row.exact else OWN_LIMITS.get(row.precision or precision, limit)
     last = {
-        "logits": provenance.dims["classes"],
-        "features": provenance.dims["width"],
-        "sources": provenance.schedule.n_tokens,
+        "classes": provenance.dims["classes"],
+        "width": provenance.dims["width"],
+        "inputs": provenance.schedule.n_tokens,
     }
     return OutputEntry(
         name=name,
-        type="int64" if exact else "float32",
-        shape=(batch, *shape[1:-1], shape[-1] or last[kind]),
-        meaning=MEANINGS[kind],
-        kind=kind,
-        exact=exact,
-        by_row=kind in BY_ROW,
+        type="int64" if row.whole else "float32",
+        shape=(batch, *shape[1:-1], shape[-1] or last.get(row.axes[-1])),
+        meaning=row.meaning,
+        kind=name.partition("_")[0],
+        exact=row.whole,  # of float32 ones a limit of 0 says the same
+        by_row=row.by_row,
         limit=limit,
         own_limit=own,
     )
@@ -147,8 +138,13 @@ def _input_words(p: Preprocessing) -> str:
     return f"{'RGB' if p.channels == 3 else 'grey'} images, resized and cropped: {what}"
 
 
+def _n_classes(provenance: Provenance) -> int:
+    """Classes of the file's logits; 0 without any."""
+    return provenance.dims["classes"] if provenance.pooled == "logits" else 0
+
+
 def _activation(provenance: Provenance) -> str:
-    n_classes = provenance.dims["classes"]
+    n_classes = _n_classes(provenance)
     return activation_of(provenance.activation, n_classes) if n_classes else "none"
 
 

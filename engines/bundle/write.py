@@ -12,7 +12,6 @@ import numpy as np
 
 from ...export.errors import UsageError
 from ...export.margins import RowMargins
-from ...export.provenance import Provenance
 from ..files import inspect_file
 from . import folder as folders
 from .decisions import read_fates
@@ -103,6 +102,7 @@ def write_bundle(
         RefusedError: the file does not pass verify; nothing was written.
         StorageError: the disk is full or failed; nothing was left behind.
     """
+    from ...export.rebuild import reference_of
     from ..images import find_images
     from ..parity.verify import verify
 
@@ -117,7 +117,7 @@ def write_bundle(
     report = verify(source, paths, runtime=runtime, checkpoint=checkpoint, predictor=predictor, progress=progress)
     if not report.passed:
         raise RefusedError(file, report)
-    reference = _reference(source, provenance, checkpoint=checkpoint, predictor=predictor)
+    reference = reference_of(provenance, source, checkpoint=checkpoint, predictor=predictor)
     manifest = describe(source, provenance, runtime=runtime, has_class_token=reference.plain.has_class_token)
     runs = _runs(source, manifest, paths, runtime=runtime, reference=reference, progress=progress)
     runs = _choose(runs, min(n_images, len(paths)))
@@ -140,16 +140,6 @@ def _fill(new: Path, manifest: Manifest, source: Path, runs: list[_Run]) -> Mani
     return manifest
 
 
-def _reference(source: Path, provenance: Provenance, *, checkpoint, predictor):
-    """The eager reference that a file was made from."""
-    from ...export.models.learned_layers import learned_layers
-    from ...export.rebuild import rebuild
-    from ...export.reference import ReducedViT
-
-    loaded = rebuild(provenance, source, checkpoint=checkpoint, predictor=predictor)
-    return ReducedViT(loaded.module, provenance.schedule, learned_layers(loaded, provenance.schedule))
-
-
 def _runs(source: Path, manifest: Manifest, paths: list[Path], *, runtime: str, reference, progress) -> list[_Run]:
     """A run for every photo."""
     from ..runners import in_batches, open_runner
@@ -168,14 +158,13 @@ def _runs(source: Path, manifest: Manifest, paths: list[Path], *, runtime: str, 
 
 
 def _against_reference(path: Path, photo, values: dict, manifest: Manifest, provenance, reference) -> _Run:
-    from ..parity.outputs import floor_of, kind_of
+    from ..parity.outputs import kind_of
     from ..parity.sides import read_side, run_with_reach
 
     plans = read_side(values, provenance).plans if manifest.decisions else None
     result, reach = run_with_reach(reference, values["input"], replay=plans, margins=True)
-    wanted = {o.name: getattr(result, kind_of(o.name).field).numpy() for o in manifest.outputs}
-    floor = {o.name: float(floor_of(reach)[0]) if o.kind == "logits" else 0.0 for o in manifest.outputs}
-    scale = {name: max(float(np.abs(value).max()), floor[name]) for name, value in wanted.items()}
+    wanted = {o.name: result.outputs[o.name].numpy() for o in manifest.outputs}
+    scale = {name: float(kind_of(name).scales(value, reach)[0]) for name, value in wanted.items()}
     decided = [m for m, s in zip(result.margins, provenance.schedule.steps) if s.n_in > 1]
     clear = [min(m.fate.min(), m.host.min()) / s.near_tie for m, s in zip(decided, manifest.decisions)]
     pixels = np.asarray(photo)

@@ -14,11 +14,12 @@ import numpy as np
 from ...export.errors import UsageError
 from ...export.inspection import Inspection
 from ..files import inspect_file, is_engine
+from ..inputs import noise_inputs
 from ..runners import in_batches, open_runner, require
 from ..runners.table import ENGINES
 from .candidates import Candidate, Sweep, check_comparable, collect, image_of
 from .environment import machine
-from .jobs import Job, Times, measure_in_processes, noise
+from .jobs import Job, Times, measure_in_processes
 from .latency import PERCENTILES, LatencyReport, LatencyRow, Profile
 from .timing import Ratio, ratio
 
@@ -194,21 +195,25 @@ def _over_processes(spreads: list[Ratio]) -> Ratio:
     return Ratio(float(np.mean(middles)), min(middles), max(middles))
 
 
-def agreement(path: str | Path, dense: str | Path, *, runtime: str, images: np.ndarray) -> tuple[float, float | None]:
-    """How alike the outputs of a file and of a dense one are.
+def agreement(
+    path: str | Path, dense: str | Path, *, runtime: str, images: np.ndarray
+) -> tuple[float | None, float | None]:
+    """How alike the pooled outputs of a file and of a dense one are.
 
     Args:
         path, dense: the two files.
         runtime: what runs them.
-        images: [B, 3, H, W] float32.
+        images: [B, 3, H, W] float32, or what the files take.
     Returns:
-        The mean cosine, and the share of images with the same likeliest class (None without classes).
+        The mean cosine (None without a pooled output), and the share of images with the same likeliest class (None without classes).
     """
     from ..parity.outputs import cosines, top
 
     outputs = []
     for file in (path, dense):
-        name = inspect_file(file).provenance.outputs[0]
+        name = inspect_file(file).provenance.pooled
+        if name is None:
+            return None, None
         with open_runner(file, runtime) as runner:
             outputs.append(in_batches(runner, images)[name].astype(np.float64))
     return float(cosines(*outputs).mean()), float(np.mean(top(*outputs, 1))) if name == "logits" else None
@@ -219,7 +224,7 @@ def _with_agreement(rows: list[LatencyRow], candidates: list[Candidate], runtime
     alike = {}
     for c in candidates:
         if not c.is_dense:
-            some = noise(8, image_of(c.inspection)) if images is None else images
+            some = noise_inputs(8, c.inspection.provenance) if images is None else images
             alike[c.label] = agreement(c.path, c.dense, runtime=runtime, images=some)
     return [
         replace(row, cosine=alike[row.file][0], top1=alike[row.file][1]) if row.file in alike else row for row in rows
@@ -234,6 +239,8 @@ def _profiles(candidates: list[Candidate], jobs: list[Job], *, progress) -> list
         for job in jobs:
             if job.runtime in profiled() and c.path in job.files:
                 progress(f"profiling {c.inspection.path.name} in {job.runtime}, batch {job.batch}")
-                times = stage_times(c.path, job.runtime, noise(job.batch, job.image), threads=job.threads)
+                times = stage_times(
+                    c.path, job.runtime, noise_inputs(job.batch, c.inspection.provenance), threads=job.threads
+                )
                 profiles.append(Profile(job.runtime, job.batch, c.label, by_part(times), times))
     return profiles

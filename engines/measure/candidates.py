@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from ...export import reducers
 from ...export.errors import UsageError
 from ...export.inspection import Inspection, inspect
+from ...export.outputs import POOLED, Emission
 from ..files import inspect_file, is_engine
 
 MODEL = "deit_small_patch16_224"  # of a benchmark without files, with random weights: they decide nothing about speed
@@ -21,6 +22,8 @@ class ExportSettings(NamedTuple):
     batch: int | None = None
     opset: int = 20
     precision: str = "fp32"
+    input: str = "float32"
+    emission: Emission = POOLED
 
 
 class Sweep(NamedTuple):
@@ -61,7 +64,8 @@ class Candidate:
 
 def settings_of(inspection: Inspection) -> ExportSettings:
     """How a file was exported."""
-    return ExportSettings(inspection.batch, inspection.provenance.opset, inspection.provenance.precision)
+    p = inspection.provenance
+    return ExportSettings(inspection.batch, p.opset, p.precision, p.input, p.emission)
 
 
 def image_of(inspection: Inspection) -> tuple[int, int, int]:
@@ -188,16 +192,21 @@ class _Exporter:
                 "an int8 file is compared with a dense int8 file that was calibrated on the same images: give it as dense"
             )
         values = ".".join(f"{k}={v}" for k, v in options.items() if k in reducers.swept()).replace("/", "_")
-        numbers = [str(settings.batch or "dynamic"), str(settings.opset), settings.precision]
+        numbers = [str(settings.batch or "dynamic"), str(settings.opset), settings.precision, settings.input]
+        numbers.append(f"{hash(settings.emission) & 0xFFFFFFFF:08x}")
         path = self.folder / ".".join(filter(None, [method, values, *numbers, "onnx"]))
         if path.exists():
             return path
         self.progress(f"exporting {method} {values}")
         loaded = self._model()
         schedule = loaded.schedule(method, **options)
-        return export_onnx(
-            loaded, schedule, path, batch=settings.batch, opset=settings.opset, dtype=settings.precision
-        ).path
+        options = {
+            "batch": settings.batch,
+            "opset": settings.opset,
+            "dtype": settings.precision,
+            "input": settings.input,
+        }
+        return export_onnx(loaded, schedule, path, **options, **asdict(settings.emission)).path
 
     def _model(self):
         """The model, with the file's weights when they can be found: they decide nothing about speed."""

@@ -143,9 +143,10 @@ def evaluate(
 
 def check_classifier(inspection: Inspection) -> None:
     """Raises: UsageError when a file gives no classes."""
-    output = inspection.provenance.outputs[0]
-    if output != "logits":
-        raise UsageError(f"{inspection.path} has no classes (its output is {output}): eval needs a classifier")
+    provenance = inspection.provenance
+    if provenance.pooled != "logits":
+        outputs = ", ".join(provenance.outputs)
+        raise UsageError(f"{inspection.path} has no classes (its output is {outputs}): eval needs a classifier")
 
 
 def check_same_classes(inspections: list[Inspection]) -> None:
@@ -213,17 +214,14 @@ def _eager_models(inspection: Inspection, *, reference: bool, dense: bool, check
     progress("loading torch")
     import torch
 
-    from ...export.models.learned_layers import learned_layers
-    from ...export.rebuild import rebuild
-    from ...export.reference import ReducedViT
+    from ...export.rebuild import reference_of
 
-    schedule = inspection.provenance.schedule
-    loaded = rebuild(inspection.provenance, inspection.path, checkpoint=checkpoint, predictor=predictor)
-    models = {}
+    schedule, models = inspection.provenance.schedule, {}
+    eager = reference_of(inspection.provenance, inspection.path, checkpoint=checkpoint, predictor=predictor)
     if reference and schedule.steps:
-        models[f"reference, {schedule.method}"] = ReducedViT(loaded.module, schedule, learned_layers(loaded, schedule))
+        models[f"reference, {schedule.method}"] = eager
     if dense or not schedule.steps:  # of a dense file the two are one
-        models["reference, dense"] = loaded.module
+        models["reference, dense"] = eager.dense
 
     def on_arrays(model):
         def call(pixels):
@@ -241,7 +239,7 @@ def _predictions(
     """(labels [B], {name: logits [B, classes]}), a batch at a time: memory does not grow with the images."""
     import numpy as np
 
-    from ..images import load_images
+    from ..inputs import load_inputs
     from ..runners import in_batches, open_runner
 
     provenance = inspection.provenance
@@ -252,8 +250,8 @@ def _predictions(
         for start in range(0, len(images), size):
             progress(f"{inspection.path.name}: image {start + 1} of {len(images)}")
             some = images[start : start + size]
-            pixels = load_images([image.path for image in some], provenance.preprocess)
-            logits = {str(inspection.path): in_batches(runner, pixels)[provenance.outputs[0]]}
+            pixels = load_inputs([image.path for image in some], provenance)
+            logits = {str(inspection.path): in_batches(runner, pixels)[provenance.pooled]}
             logits |= {name: model(pixels) for name, model in models.items()}
             yield np.array([image.label for image in some]), logits
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from ...export.errors import EngineError, FailureError, UsageError
+from ..inputs import noise
 from ..runners import open_runner
 from ..runners.base import stopwatch
 from .timing import Timer, interleaved_until_precise
@@ -69,19 +70,9 @@ class Times:
     errors: dict[str, str]
 
 
-def noise(size: int, image: tuple[int, int, int]) -> np.ndarray:
-    """Images [size, C, H, W] of seeded noise, float32.
-
-    Args:
-        size: how many.
-        image: channels, height, width.
-    """
-    return np.random.default_rng(0).standard_normal((size, *image)).astype(np.float32)
-
-
 def measure(job: Job) -> Times:
     """Time a job's files in this process, interleaved. A file that fails has an error, the others their times."""
-    feeds = {"image": noise(job.batch, job.image)}
+    feeds: dict[str, dict] = {}
     errors: dict[str, str] = {}
     runners: dict = {}
     timers: dict[str, Timer] = {}
@@ -90,16 +81,26 @@ def measure(job: Job) -> Times:
             try:
                 runner = open_runner(file, job.runtime, threads=job.threads, batch=job.batch, cuda_graph=job.cuda_graph)
                 runners[file] = stack.enter_context(runner)
-                timers[file] = runner.timer(feeds)
+                feeds[file] = _feeds(runner, job)
+                timers[file] = runner.timer(feeds[file])
             except (UsageError, FailureError) as e:
                 errors[file] = str(e)
         if not timers:
             return Times({}, {}, {}, errors)
         pairs = [pair for pair in job.pairs if set(pair) <= set(timers)]
         alone = interleaved_until_precise(timers, pairs, seconds=job.seconds * (1 - END_TO_END))
-        whole = {file: stopwatch(lambda r=runners[file]: r.run(feeds)) for file in timers}
+        whole = {file: stopwatch(lambda f=file: runners[f].run(feeds[f])) for file in timers}
         end_to_end = interleaved_until_precise(whole, [], seconds=job.seconds * END_TO_END, fewest=3)
     return Times(alone, end_to_end, {file: runners[file].timed for file in timers}, errors)
+
+
+def _feeds(runner, job: Job) -> dict[str, np.ndarray]:
+    """Noise in the form of the opened file's own input: float32 or pixels, channels first or last."""
+    name, shape = next(iter(runner.inputs.items()))
+    channels, height, width = job.image
+    last = shape[-1] == channels and shape[1:3] == (height, width)
+    image = (height, width, channels) if last else job.image
+    return {name: noise((job.batch, *image), runner.input_types[name])}
 
 
 def measure_in_processes(

@@ -168,7 +168,8 @@ def stage_parity(
         reference, worst.images, replay=worst.side.plans, observed=tokens, rounding=precision.rounding
     )
     errors = {stage: float(error.max()) for stage, error in result.departs.items()}
-    errors["head"] = _head_error(worst.side, provenance.outputs[0], result, reach)
+    if provenance.pooled is not None:
+        errors["head"] = _head_error(worst.side, provenance.pooled, result, reach)
     rows = [StageParity(stage, error, precision.stage_limit) for stage, error in errors.items()]
     for step, regret in zip(schedule.steps, result.regrets, strict=True):
         limit = near_tie_limit(precision.name, step)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ...export.outputs import is_pooled
 from ...export.provenance import Provenance
 from ...export.schedule import Schedule
 from .decisions import decided_alike, near_tie_limit, token_maps
@@ -93,7 +94,9 @@ class Comparison:
         self._other_outputs = [OutputSum(name, kind_of(name), precision) for name in outputs]
         self._blocks = [BlockSum(s.block, float(limit)) for s, limit in zip(schedule.steps, self.limits)]
         self._images, self._flips, self._chunks = Worst(KEPT), Worst(KEPT), Worst(1)
-        self._costs = {name: CostSum(kind_of(outputs[0]).classes) for name in ("reference", "dense")}
+        self.pooled = next(filter(is_pooled, outputs), None)
+        classes = self.pooled is not None and kind_of(self.pooled).classes
+        self._costs = {name: CostSum(classes) for name in ("reference", "dense")}
         self._faults: list[str] = []
         self._not_finite: list[str] = []
 
@@ -119,7 +122,7 @@ class Comparison:
         self._note_not_finite(chunk.names, wanted)
         for k, block in enumerate(self._blocks):
             block.add(judged.alike[:, k], judged.margins[:, k])
-        rel = np.max([e.max_rel for s, e in zip(self._outputs, errors) if not s.kind.exact], 0)
+        rel = np.max([np.where(s.kind.exact, 0.0, e.max_rel) for s, e in zip(self._outputs, errors)], 0)
         cosine = np.min([e.cosine for e in errors], 0)
         maps = _Maps(self.schedule, (side, wanted))
         for i in range(len(chunk.names)):
@@ -128,14 +131,14 @@ class Comparison:
         self._chunks.add(worst, WorstChunk(chunk.images, side))
 
     def add_cost(self, name: str, side: Side, wanted: np.ndarray) -> None:
-        """The file's main output for a chunk against another model's.
+        """The file's pooled output for a chunk against another model's.
 
         Args:
             name: "reference" or "dense".
             side: what the file made of the chunk.
             wanted: [B, classes or C] what the model did.
         """
-        self._costs[name].add(side.outputs[self.names[0]], wanted)
+        self._costs[name].add(side.outputs[self.pooled], wanted)
 
     def _judge(self, reference, images: np.ndarray, side: Side, wanted: Side) -> Judged:
         """Compare decisions; where they differ the reference says what that gives away, and computes under them."""
@@ -184,7 +187,8 @@ class Comparison:
             self._images.add(badness, (row, maps(i)))
 
     def _note_not_finite(self, names: list[str], wanted: Side) -> None:
-        finite = np.isfinite(wanted.outputs[self.names[0]]).reshape(len(names), -1).all(1)
+        values = [wanted.outputs[name].reshape(len(names), -1) for name in self.names]
+        finite = np.all([np.isfinite(v).all(1) for v in values], 0)
         self._not_finite += [n for n, ok in zip(names, finite) if not ok][: NAMED - len(self._not_finite)]
 
     def add_fault(self, words: str) -> None:

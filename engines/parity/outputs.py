@@ -1,4 +1,4 @@
-"""How each kind of output is judged: one row a kind. Imports no torch.
+"""How each kind of output (`export/outputs.py`) is judged. Imports no torch.
 
 Limits are of one image: an error is divided by the image's own largest value, so that neither more images nor louder
 ones beside it loosen them. A single logit near zero would then make an alarm of nothing, so logits are divided by no
@@ -7,15 +7,18 @@ less than FLOOR of the largest that the classifier's rows could give for the ima
 Example: a classifier of one class has row w, |w| = 2, and bias 0.1; an image's feature f has |f| = 10. Its logit can
 be 20.1 at most and is 0.004, since w and f are almost at right angles. A difference of 0.001 is divided by 0.01 *
 20.1 = 0.2 and not by 0.004: 0.5 % and not 25 %.
+
+Of tokens and patches every row is judged by its own largest value, no less than FLOOR of the image's: some tokens of a ViT
+are a hundred times as long as others, beside which a wrong one would be nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...export import precisions
+from ...export import outputs, precisions
 from ...export.errors import UsageError
 
 FLOOR = 0.01
@@ -44,19 +47,24 @@ class OutputKind:
     """One kind of output.
 
     Attributes:
-        field: of the reference's result, where its values are.
-        exact: entries must be equal (indices); else the largest difference over the image's scale is judged.
-        classes: values are logits: their probabilities and likeliest classes are compared as well, and their scale
-            has a floor.
+        row: what it is.
     """
 
-    field: str
-    exact: bool = False
-    classes: bool = False
+    row: outputs.OutputRow
+
+    @property
+    def exact(self) -> bool:
+        """Whether entries must be equal; else the largest difference over the image's scale is judged."""
+        return self.row.exact
+
+    @property
+    def classes(self) -> bool:
+        """Whether values are logits: probabilities and likeliest classes are compared too, and their scale has a floor."""
+        return self.row.classes
 
     def limit(self, precision: str) -> float:
         """The largest error an image may have in a precision."""
-        return 0.0 if self.exact else precisions.get(precision).output_limit
+        return 0.0 if self.exact else precisions.get(self.row.precision or precision).output_limit
 
     def errors(self, values: np.ndarray, wanted: np.ndarray, reach: np.ndarray) -> ImageErrors:
         """Errors of every image.
@@ -73,16 +81,27 @@ class OutputKind:
         if self.exact:
             share = (values != wanted).reshape(len(values), -1).mean(1)
             return ImageErrors(share, share, 1.0 - share)
-        floor = floor_of(reach) if self.classes else np.zeros(len(values))
-        return _relative(values, wanted, floor=floor, classes=self.classes)
+        floor = floor_of(reach) if self.classes else np.full(len(values), self.row.unit)
+        errors = _relative(values, wanted, floor=floor, classes=self.classes)
+        if not self.row.each:
+            return errors
+        axis = 1 if values.ndim == 4 else -1  # [B, C, rows, columns]
+        return replace(
+            errors, max_rel=_worst_row(*(np.moveaxis(v, axis, -1) for v in (values, wanted)), errors.max_rel)
+        )
+
+    def scales(self, wanted: np.ndarray, reach: np.ndarray) -> np.ndarray:
+        """What an image's errors are divided by, where it is one number for all of it [B].
+
+        Args:
+            wanted, reach: see `errors`.
+        """
+        largest = np.abs(wanted.reshape(len(wanted), -1)).max(1)
+        return np.maximum(largest, floor_of(reach) if self.classes else self.row.unit)
 
 
 # By name of the output; what follows an underscore ("tokens_5") is a block and changes nothing.
-KINDS = {
-    "logits": OutputKind("output", classes=True),
-    "features": OutputKind("output"),
-    "sources": OutputKind("sources", exact=True),
-}
+KINDS = {name: OutputKind(row) for name, row in outputs.TABLE.items()}
 
 
 def kind_of(name: str) -> OutputKind:
@@ -96,6 +115,20 @@ def kind_of(name: str) -> OutputKind:
 def floor_of(reach: np.ndarray) -> np.ndarray:
     """The least that an image's logits are divided by. reach: [B], see `sides.run_with_reach`. Returns: [B]."""
     return np.where(np.isfinite(reach), FLOOR * reach, 0.0)  # an infinite one would pass anything
+
+
+def _worst_row(values: np.ndarray, wanted: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Largest error of any row [.., C] over the row's own scale, of every image.
+
+    whole: [B] errors over the image's scale, infinite where a value is not finite.
+    """
+    n = len(values)
+    a, b = (v.reshape(n, -1, v.shape[-1]).astype(np.float64) for v in (values, wanted))
+    length = np.abs(b).max(2)
+    scale = np.maximum(np.maximum(length, FLOOR * length.max(1, keepdims=True)), 1e-30)
+    with np.errstate(invalid="ignore"):
+        worst = (np.abs(a - b).max(2) / scale).max(1)
+    return np.where(np.isfinite(whole), worst, np.inf)
 
 
 def _relative(values: np.ndarray, wanted: np.ndarray, *, floor: np.ndarray, classes: bool) -> ImageErrors:

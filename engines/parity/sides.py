@@ -13,7 +13,7 @@ from ...export.provenance import Provenance
 from ..files import inspect_file, is_engine
 from ..runners import in_batches, open_runner, require
 from .decisions import DecisionError, check_parts, of_images, read_plans
-from .outputs import KINDS, kind_of
+from .outputs import kind_of
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,8 @@ def replay(reference, images: np.ndarray, *, plans: list) -> Replay:
 
 
 def _outputs(result) -> dict[str, np.ndarray]:
-    """A reference's result under every name that an output of its kind can have."""
-    return {name: getattr(result, kind.field).numpy() for name, kind in KINDS.items()}
+    """Every output of a reference's result, by name."""
+    return {name: value.numpy() for name, value in result.outputs.items()}
 
 
 def run_with_reach(reference, images: np.ndarray, **options):
@@ -191,7 +191,7 @@ def run_with_reach(reference, images: np.ndarray, **options):
 
 
 def run_dense(reference, images: np.ndarray) -> np.ndarray:
-    """The dense model's main output.
+    """The dense model's pooled output.
 
     Args:
         reference: the eager model.
@@ -201,5 +201,4 @@ def run_dense(reference, images: np.ndarray) -> np.ndarray:
     """
     import torch
 
-    with torch.no_grad():
-        return reference.model(torch.from_numpy(images)).numpy()
+    return reference.dense(torch.from_numpy(images)).numpy()

@@ -13,8 +13,9 @@ import numpy as np
 from ...export import precisions
 from ...export.errors import UsageError
 from ...export.provenance import Provenance
-from ...export.rebuild import rebuild
+from ...export.rebuild import reference_of
 from ..files import inspect_file, is_engine
+from ..inputs import load_inputs, noise_inputs
 from ..prefetch import read_ahead
 from .bisect import first_not_finite, stage_parity
 from .compare import Chunk, Comparison
@@ -99,7 +100,7 @@ def verify(
     job = _job(path, runtime, against, bisect, progress)
     names, chunks = _chunks(images, job.provenance, size=job.chunk)
     progress("rebuilding the reference", 0.0)
-    reference = _reference(job, checkpoint, predictor)
+    reference = reference_of(job.provenance, job.path, checkpoint=checkpoint, predictor=predictor)
     comparison = _compare(job, reference, names, chunks)
     return _report(job, comparison, n_images=len(names), stages=_bisect(job, reference, comparison))
 
@@ -130,11 +131,14 @@ def _chunk_size(provenance: Provenance, batches: list[int | None]) -> int:
 
 def _check_comparable(path, provenance: Provenance, against, other: Provenance) -> None:
     """Raises: UsageError when two files do not compute the same."""
+    shared = {*provenance.outputs} & {*other.outputs}
     same = {
         "model": (provenance.model, provenance.model_kwargs) == (other.model, other.model_kwargs),
         "weights": provenance.weights["sha256"] == other.weights["sha256"],
         "method, options or token counts": provenance.schedule == other.schedule,
-        "main output": provenance.outputs[0] == other.outputs[0],
+        "outputs": bool(shared),
+        "forms of outputs": _form(provenance, shared) == _form(other, shared),
+        "input": provenance.input == other.input,
     }
     wrong = [what for what, equal in same.items() if not equal]
     if wrong:
@@ -144,13 +148,11 @@ def _check_comparable(path, provenance: Provenance, against, other: Provenance) 
         )
 
 
-def _reference(job: _Job, checkpoint, predictor):
-    """The eager model a file was made from."""
-    from ...export.models.learned_layers import learned_layers
-    from ...export.reference import ReducedViT
-
-    loaded = rebuild(job.provenance, job.path, checkpoint=checkpoint, predictor=predictor)
-    return ReducedViT(loaded.module, job.provenance.schedule, learned_layers(loaded, job.provenance.schedule))
+def _form(provenance: Provenance, names: set[str]) -> tuple:
+    """What decides how these outputs look, beside their names."""
+    emission = provenance.emission
+    patches = any(name.partition("_")[0] == "patches" for name in names)
+    return (emission.layout, emission.dropped) if patches else (), emission.layers and emission.norm_layers
 
 
 def _compare(job: _Job, reference, names: list[str], chunks: Chunks) -> Comparison:
@@ -173,9 +175,9 @@ def _compare(job: _Job, reference, names: list[str], chunks: Chunks) -> Comparis
                 break
             chunk = Chunk(start, names[start : start + len(images)], images)
             comparison.add(reference, chunk, side=side, wanted=wanted, reach=reach)
-            main = job.outputs[0]
-            comparison.add_cost("reference", side, own.outputs[main])
-            comparison.add_cost("dense", side, run_dense(reference, images))
+            if comparison.pooled is not None:
+                comparison.add_cost("reference", side, own.outputs[comparison.pooled])
+                comparison.add_cost("dense", side, run_dense(reference, images))
     return comparison
 
 
@@ -223,11 +225,10 @@ def _report(job: _Job, comparison: Comparison, *, n_images: int, stages: list[St
 def _chunks(images, provenance: Provenance, *, size: int) -> tuple[list[str], Chunks]:
     """Names of the images, and the images in chunks."""
     if images is None:
-        shape = (NOISE, provenance.dims["channels"], *provenance.preprocess.size)
-        noise = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        noise = noise_inputs(NOISE, provenance)
         return [f"noise {i}" for i in range(NOISE)], ((start, noise) for start in (0,))
-    from ..images import find_images, load_images
+    from ..images import find_images
 
     paths = find_images(images)
-    load = partial(load_images, preprocess=provenance.preprocess)
+    load = partial(load_inputs, provenance=provenance)
     return [str(p) for p in paths], read_ahead(paths, load, chunk=size)

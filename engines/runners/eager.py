@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from ...export.errors import UsageError
+from ...export.outputs import POOLED
+from ...export.pixels import input_shape
 from .base import Runner, RunnerOptions
 from .table import Runtime
 
@@ -15,16 +17,12 @@ from .table import Runtime
 def open_file(path: Path, runtime: Runtime, options: RunnerOptions) -> EagerRunner:
     """The reference of an ONNX file. Raises: UsageError for inner values, or weights that cannot be found."""
     from ...export.inspection import inspect
-    from ...export.models.learned_layers import learned_layers
-    from ...export.rebuild import rebuild
-    from ...export.reference import ReducedViT
+    from ...export.rebuild import reference_of
 
     if options.outputs:
         raise UsageError("the eager reference has no inner values to give")
     inspection = inspect(path)
-    provenance = inspection.provenance
-    loaded = rebuild(provenance, path)
-    reference = ReducedViT(loaded.module, provenance.schedule, learned_layers(loaded, provenance.schedule))
+    reference = reference_of(inspection.provenance, path)
     return EagerRunner(runtime, reference, inspection=inspection, threads=options.threads)
 
 
@@ -36,11 +34,13 @@ class EagerRunner(Runner):
     def __init__(self, runtime: Runtime, reference, *, inspection, threads: int):
         self._reference, self._threads = reference, threads
         self._provenance = provenance = inspection.provenance
+        shape = input_shape(provenance.input, provenance.preprocess, provenance.dims["channels"])
         super().__init__(
             runtime.name,
             runtime.words,
-            inputs={"image": (inspection.batch, provenance.dims["channels"], *provenance.preprocess.size)},
+            inputs={"image": (inspection.batch, *shape)},
             outputs={name: (inspection.batch, None) for name in provenance.outputs},
+            input_types={"image": provenance.input.partition("-")[0]},
         )
 
     def _run(self, feeds: dict) -> dict:
@@ -49,11 +49,10 @@ class EagerRunner(Runner):
         image = torch.from_numpy(np.ascontiguousarray(feeds["image"]))
         names = self._provenance.outputs
         with _torch_threads(self._threads), torch.no_grad():
-            if not self._provenance.schedule.steps and "sources" not in names:
-                return {names[0]: self._reference.model(image).numpy()}
+            if not self._provenance.schedule.steps and self._provenance.emission == POOLED:
+                return {names[0]: self._reference.dense(image).numpy()}
             result = self._reference.run(image)
-        sources = {"sources": result.sources.numpy()} if "sources" in names else {}
-        return {names[0]: result.output.numpy(), **sources}
+        return {name: result.outputs[name].numpy() for name in names}
 
     def _release(self) -> None:
         self._reference = None

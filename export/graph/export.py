@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -16,6 +17,8 @@ from ..models import as_plain
 from ..models.learned_layers import learned_layers
 from ..models.load import LoadedModel
 from ..models.plain_vit import PlainViT
+from ..outputs import POOLED, Emission, parse_emission
+from ..pixels import input_form, input_shape, pixels_of
 from ..provenance import KEY, Provenance
 from ..schedule import Schedule
 from . import calls, checks, passes, precision
@@ -57,16 +60,17 @@ def export_onnx(
     batch: int | None = None,
     opset: int = 20,
     simplify: bool = True,
-    sources: bool = False,
+    input: str = "float32",
     force: bool = False,
     dtype: str = "fp32",
     plugin: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
+    **outputs: Any,
 ) -> ExportResult:
     """Write a model under a schedule as an ONNX file that carries its provenance.
 
-    Input `image` [B, channels, H, W] float32; output `logits` or `features`. Over 2 GB the weights go to PATH.data. The file is
-    written aside and renamed.
+    Input `image` [B, channels, H, W] float32; output `logits` or `features`, or what is asked for. Over 2 GB the weights go to
+    PATH.data. The file is written aside and renamed.
 
     Args:
         loaded, schedule: from `load_model` and `loaded.schedule`.
@@ -74,22 +78,27 @@ def export_onnx(
         batch: images per run, None for any number.
         opset: 20 to 23.
         simplify: let onnxsim look at the graph too.
-        sources: add output `sources` [B, N0], the final row of every input token, -1 when gone.
+        input: "float32", or pixels: "uint8" [B, H, W, channels] or "uint8-nchw"; their normalisation is folded into the weights.
         force: replace the file.
         dtype: of the trunk, a graph precision (see `precision`); input and outputs stay float32.
         plugin: write every reduction as one node whose body is a function of the file (see `calls`).
         progress: called with the name of each stage.
+        outputs: emit, layers, norm_layers, layout, dropped and sources, see `outputs.parse_emission`: emit="pooled,patches".
     Raises:
         UsageError: wrong options or an unwritable path, before anything is written; GraphError: the graph came out wrong.
     """
     path, plain = check_output(path, force), as_plain(loaded.module)
+    emission = parse_emission(**outputs).resolved(schedule.depth)
+    schedule, form = computed(schedule, emission), input_form(input)
     _check_request(plain, schedule, batch=batch, opset=opset, dtype=dtype)
-    heads = learned_layers(loaded, schedule)
-    dims = cost_dims(plain, heads)
-    provenance = _provenance(loaded, schedule, opset=opset, sources=sources, dtype=dtype, dims=dims)
+    heads, pixels = learned_layers(loaded, schedule), pixels_of(form, loaded.preprocess)
+    dims = cost_dims(plain, heads, emission)
+    more = {"emission": emission, "input": form, "dtype": dtype, "dims": dims}
+    provenance = _provenance(loaded, schedule, opset=opset, **more)
     progress("tracing")
-    static, n_outputs = StaticViT(plain, schedule, batch, sources, heads, calls=plugin).eval(), len(provenance.outputs)
-    model = trace(static, plain.preprocess.size, batch=batch, opset=opset)
+    static = StaticViT(plain, schedule, batch, heads, emission=emission, pixels=pixels, calls=plugin).eval()
+    n_outputs, shape = len(provenance.outputs), input_shape(form, plain.preprocess, plain.dims["channels"])
+    model = trace(static, shape, batch=batch, opset=opset)
     decisions = [o.name for o in model.graph.outputs[n_outputs:] if o.name not in static.edges]
     progress("simplifying")
     graph = passes.finish(model, n_outputs=n_outputs, batch=batch, simplify=simplify, keep_inner=plugin)
@@ -97,7 +106,7 @@ def export_onnx(
     there = {o for n in proto.graph.node for o in n.output}
     provenance = replace(provenance, decisions=tuple(d for d in decisions if d in there))
     progress("checking")
-    checks.check_graph(proto, schedule)
+    checks.check_graph(proto, schedule, provenance.n_blocks)
     checks.check_decisions(provenance.decisions, schedule)
     if plugin:
         shaped, by_score = precision.with_shapes(proto, weights), not plain.has_class_token
@@ -106,6 +115,17 @@ def export_onnx(
     cost = {"macs": macs.count(dims, schedule), "macs_dense": macs.count(dims, macs.dense(schedule))}
     progress("writing")
     return ExportResult(path, provenance, len(proto.graph.node), write_model(proto, weights, path), **cost)
+
+
+def computed(schedule: Schedule, emission: Emission) -> Schedule:
+    """A schedule without the steps behind the last block that an output depends on.
+
+    Args:
+        schedule: of the model.
+        emission: which outputs are given.
+    """
+    steps = tuple(s for s in schedule.steps if s.block <= emission.last_block(schedule.depth))
+    return schedule if len(steps) == len(schedule.steps) else replace(schedule, steps=steps)
 
 
 def _check_request(plain: PlainViT, schedule: Schedule, *, batch: int | None, opset: int, dtype: str) -> None:
@@ -141,19 +161,23 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def cost_dims(plain: PlainViT, layers: nn.ModuleList | None) -> dict:
+def cost_dims(plain: PlainViT, layers: nn.ModuleList | None, emission: Emission = POOLED) -> dict:
     """What MACs are counted from (see `macs.count`), with the width of metric layers.
 
     Args:
         plain: the model.
         layers: from `learned_layers`.
+        emission: which outputs are given: what none depends on is not counted.
     """
     metric = {"metric_width": layers[0].out_features} if layers is not None and isinstance(layers[0], nn.Linear) else {}
-    return plain.dims | metric
+    n_blocks = emission.last_block(plain.n_blocks) + 1
+    blocks = {"blocks": n_blocks} if n_blocks < plain.n_blocks else {}
+    head = {} if "pooled" in emission.emit else {"heads": 0, "pool": "none"}
+    return plain.dims | metric | blocks | head
 
 
 def _provenance(
-    loaded: LoadedModel, schedule: Schedule, *, opset: int, sources: bool, dtype: str, dims: dict
+    loaded: LoadedModel, schedule: Schedule, *, opset: int, emission: Emission, input: str, dtype: str, dims: dict
 ) -> Provenance:
     from importlib.metadata import version
 
@@ -167,7 +191,9 @@ def _provenance(
         preprocess=loaded.preprocess,
         opset=opset,
         precision=dtype,
-        outputs=(plain.output_name, *(["sources"] if sources else [])),
+        outputs=emission.names(plain.output_name),
+        emission=emission,
+        input=input,
         dims=dims,
         labels=loaded.labels or (() if loaded.weights["source"] == "random" else plain.labels()),
         activation=loaded.activation,

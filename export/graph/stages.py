@@ -1,6 +1,7 @@
 """Names for the parts of a graph: every node is called STAGE/OPERATOR_NUMBER, so that errors, precision and profiles can speak of it.
 
-Stages: embed, blockI.attn, blockI.match (metrics, scores and decisions), blockI.merge (applying them), blockI.mlp, head.
+Stages: embed, blockI.attn, blockI.match (metrics, scores and decisions), blockI.merge (applying them), blockI.mlp, head, and
+outputs.merge (tokens and patches that are given beside the pooled output).
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ def of_scopes(scopes: list[str], before: str) -> str:
         return f"block{path[1]}.merge"
     if path[0] in ("signals", "score_heads"):  # keyed by the block that they stand in
         return f"block{path[1]}.match"
+    if path[0] == "outputs":
+        return "outputs.merge"
     if path[0] == "share":  # of tokens in a pool by size
         return "head.merge"
     return "head" if path[0] in ("head", "norm") else "embed"

@@ -20,12 +20,15 @@ from ..models import as_plain
 from ..models.plain_vit import PlainViT
 from ..models.score_head import StaticScoreHead
 from ..nodes import follows_sizes
+from ..outputs import POOLED, Emission
+from ..pixels import Pixels
 from ..plan import ATTENTION_SIGNALS, MergePlan, Signals, StaticLayout
 from ..schedule import Schedule
 from ..step import Step
 from .calls import boundaries
 from .static_block import Stage, StaticBlock, StaticMetric, StaticSignal, halves, size_bias
 from .static_head import StaticHead
+from .static_outputs import StaticOutputs, StaticTrail
 
 
 class StaticViT(nn.Module):
@@ -35,8 +38,9 @@ class StaticViT(nn.Module):
         model: a plain ViT, or a PlainViT; its weights are shared where they are not folded.
         schedule: of the same model.
         batch: images per run, None for any number (one image needs no batch axis).
-        sources: also give the map of input tokens.
         heads: layers that were trained for the schedule's signal, see `learned_layers`.
+        emission: which outputs are given.
+        pixels: what images are made of, None for normalised ones.
         calls: name the values that go into and come out of every reduction, so that it can become one node (see `calls`).
     """
 
@@ -45,18 +49,22 @@ class StaticViT(nn.Module):
         model: nn.Module | PlainViT,
         schedule: Schedule,
         batch: int | None = None,
-        sources: bool = False,
         heads: nn.ModuleList | None = None,
+        *,
+        emission: Emission = POOLED,
+        pixels: Pixels | None = None,
         calls: bool = False,
     ):
         super().__init__()
         plain = as_plain(model)
         plain.check_schedule(schedule, heads)
-        self.schedule, self.single, self.sources, self.any_batch = schedule, batch == 1, sources, batch is None
+        self.schedule, self.single, self.any_batch, self.pixels = schedule, batch == 1, batch is None, pixels
+        self.emission = emission.resolved(schedule.depth)
+        self.n_blocks = self.emission.last_block(schedule.depth) + 1
         self.batch_kind = "dynamic" if batch is None else "single" if batch == 1 else "fixed"
         self.n_prefix, self.has_class, self.output_name = plain.n_prefix, plain.has_class_token, plain.output_name
         self.patch, self.patch_norm, self.norm_pre, self.norm = (
-            plain.patch,
+            plain.patch if pixels is None else pixels.folded(plain.patch),
             plain.patch_norm,
             plain.norm_pre,
             plain.norm,
@@ -83,23 +91,25 @@ class StaticViT(nn.Module):
         self.bias = nn.ModuleDict({str(s.block): Stage(self._bias) for s in schedule.steps})
         self.ones = nn.ModuleDict({str(s.block): Stage(self._ones) for s in schedule.steps})
         self.boundaries = boundaries(schedule) if calls else {}
-        self.drops = self.reducer.squeezes or any(s.n_kept + s.n_folded < s.n_in for s in schedule.steps)
+        options = {"single": self.single, "any_batch": self.any_batch, "squeezes": self.reducer.squeezes}
+        grid = plain.grid if self.emission.needs_grid else (0, 0)
+        self.outputs = StaticOutputs(self.emission, schedule, grid=grid, **options)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """Everything the graph gives, by name: logits or features, sources if asked for, the decisions, block3.keep, ..., and with
-        `calls` the boundaries of the reductions.
+        """Everything the graph gives, by name: the outputs that are asked for, the decisions, block3.keep, ..., and with `calls` the
+        boundaries of the reductions.
 
         Args:
-            image: [B, channels, H, W].
+            image: [B, channels, H, W], or pixels.
         """
         n, c = self.schedule.n_tokens, self.pos.shape[-1]
-        x = self.patch(image)
+        x = self.patch(image if self.pixels is None else self.pixels.planes(image).to(self.pos.dtype))
         x = ops.reshape(x, [c, -1]).t() if self.single else ops.reshape(x, [-1, c, n - self.n_prefix]).transpose(1, 2)
         x = self.patch_norm(x)
         x = F.pad(x, (0, 0, self.n_prefix, 0)) + self.pos if self.n_prefix else x + self.pos
         x = self.norm_pre(ops.reshape(x, [-1, c]))
-        steps, state = self.schedule.by_site, TokenState()
-        for i, block in enumerate(self.blocks):
+        steps, state, results = self.schedule.by_site, TokenState(), {}
+        for i, block in enumerate(self.blocks[: self.n_blocks]):
             before, behind = steps.get((i, "pre_block")), steps.get((i, "post_attn"))
             if before is not None:
                 x, n = self._reduce(before, x, n, self._in_front(before, x, n, state), state)
@@ -108,12 +118,19 @@ class StaticViT(nn.Module):
             if behind is not None:
                 x, n = self._reduce(behind, x, n, offered, state)
             x = x + block.mlp(block.norm2(x))
-        rows = self._rows(x, n)
-        share = None if not self.by_size or state.size is None else self.share(state.size)
-        results = {self.output_name: self.head(self.norm, rows, self.single, share)}
-        if self.sources:
-            results["sources"] = self._source_rows(state.sources, rows)
+            if i in self.emission.layers:
+                results |= self._outputs(x, n, state, i)
+        if not self.emission.layers:
+            results |= self._outputs(x, n, state, None)
+        if "pooled" in self.emission.emit:
+            share = None if not self.by_size or state.size is None else self.share(state.size)
+            results = {self.output_name: self.head(self.norm, self._rows(x, n), self.single, share), **results}
         return {**results, **state.decisions, **state.boundaries}
+
+    def _outputs(self, x, n: int, state, block: int | None) -> dict:
+        if not self.outputs.follows:
+            return {}
+        return self.outputs(self._rows(x, n), state.sources, state.trail, self.norm, block)
 
     @property
     def edges(self) -> set[str]:
@@ -166,15 +183,17 @@ class StaticViT(nn.Module):
         state.bias = self.bias[key](state.size, step.n_out) if to_attention and state.size is not None else None
         if self.boundaries and plan.layout is not None:  # an order is inside the node, which gives its two parts
             plan = replace(plan, layout=replace(plan.layout, order=None))
-        if self.sources:
-            state.sources = self._follow(plan, state.sources, step)
         if self.rotary is not None:
             state.place = self._places(plan, state.place)
         state.decisions |= {f"block{step.block}.{name}": value for name, value in decisions_of(plan).items()}
         if place is not None:
             values = (x_in, signals.score if keys is None else keys, rows, state.size, state.bias)
             state.boundaries |= {name: value for name, value in zip(place, values) if value is not None}
-        return rows if self.single else ops.reshape(rows, [-1, x.shape[-1]]), step.n_out
+        flat = rows if self.single else ops.reshape(rows, [-1, x.shape[-1]])
+        if self.outputs.follows:
+            self.outputs.note(state.trail, plan, step, x=x_in, x_out=rows, before=state.sources)
+            state.sources = self._follow(plan, state.sources, step)
+        return flat, step.n_out
 
     def _follow(self, plan: MergePlan, sources, step):
         """The source map [.., N0, 1] after one more plan (None: every token at its own place). Row n_out stands for gone."""
@@ -189,10 +208,10 @@ class StaticViT(nn.Module):
             row_of = torch.cat([row_of, host], -2)
         if order is None:
             order = plan.keep if plan.src is None else torch.cat([plan.keep, plan.src], -2)
-        table = ops.put_rows(fill([step.n_out] * (step.n_in + 1)) if self.drops else order, order, row_of)
+        table = ops.put_rows(fill([step.n_out] * (step.n_in + 1)) if self.outputs.drops else order, order, row_of)
         if sources is not None:
             return ops.take_rows(table, sources)
-        return ops.fixed_rows(table, list(range(step.n_in))) if self.drops else table
+        return ops.fixed_rows(table, list(range(step.n_in))) if self.outputs.drops else table
 
     def _places(self, plan, place):
         """Where tokens stand in the image [.., n, 1] after one more plan; one made of others stands nowhere."""
@@ -200,14 +219,6 @@ class StaticViT(nn.Module):
         if not plan.n_extra:
             return place
         return torch.cat([place, constant([self.schedule.n_tokens], plan.keep, any_batch=self.any_batch)], -2)
-
-    def _source_rows(self, sources, rows):
-        """[B, N0], -1 for what is gone."""
-        n0 = self.schedule.n_tokens
-        if sources is None:  # nothing is reduced: every token stays where it is
-            sources = constant(range(n0), (rows[..., :1] * 0).to(torch.int64), any_batch=self.any_batch)
-        sources = ops.reshape(sources, [1 if self.single else -1, n0])
-        return torch.where(sources == self.schedule.n_final, -1, sources) if self.drops else sources
 
 
 @dataclass
@@ -221,6 +232,7 @@ class TokenState:
         bias: what proportional attention adds to the logits [B, 1, 1, n]; None while every size is 1, or where nothing reads it.
         decisions: what was decided, by name.
         boundaries: what goes into and comes out of the reductions that become nodes, by name.
+        trail: what the outputs need to know of the steps.
     """
 
     size: Tensor | None = None
@@ -229,6 +241,7 @@ class TokenState:
     bias: Tensor | None = None
     decisions: dict[str, Tensor] = field(default_factory=dict)
     boundaries: dict[str, Tensor] = field(default_factory=dict)
+    trail: StaticTrail = field(default_factory=StaticTrail)
 
 
 def decisions_of(plan: MergePlan) -> dict[str, Tensor]:

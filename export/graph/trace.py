@@ -16,20 +16,21 @@ from .static_vit import StaticViT
 TRACED = 2  # images in a trace; for any batch, `ops.reshape` keeps this number out of the graph
 
 
-def trace(static: StaticViT, image_size: tuple[int, int], *, batch: int | None, opset: int):
+def trace(static: StaticViT, image: tuple[int, int, int], *, batch: int | None, opset: int):
     """The onnx_ir.Model of a static ViT; its outputs have their names, the decisions stand last.
 
     A batch that is to be free is traced as a number as well: tracing with a symbol takes three times as long.
 
     Args:
         static: in eval mode.
-        image_size: height and width.
+        image: axes of one image, as the graph takes it.
         batch: images per run, None for any number.
         opset: of ONNX.
     """
-    image = torch.zeros(batch or TRACED, static.patch.in_channels, *image_size)
+    kind = torch.float32 if static.pixels is None else torch.uint8
+    example = torch.zeros(batch or TRACED, *image, dtype=kind)
     with ops.compared_one_hots() if static.boundaries else contextlib.nullcontext():
-        program = translate(static, (image,), opset=opset)
+        program = translate(static, (example,), opset=opset)
     values = program.model.graph.outputs
     names = program.exported_program.call_spec.out_spec.unflatten(list(range(len(values))))
     for name, i in names.items():

@@ -160,6 +160,19 @@ class PlainViT:
         return self.dims["width"]
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        patch, size = self.patch, self.preprocess.size
+        padding = (0, 0) if isinstance(patch.padding, str) else patch.padding
+        rows, columns = ((s + 2 * p - k) // d + 1 for s, k, d, p in zip(size, patch.kernel_size, patch.stride, padding))
+        if rows * columns != self.n_tokens - self.n_prefix:
+            raise UsageError(
+                f"patches: {rows} rows of {columns} at {size[0]} x {size[1]} pixels, the model has "
+                f"{self.n_tokens - self.n_prefix}: they are no grid"
+            )
+        return rows, columns
+
+    @property
     def output_name(self) -> str:
         """ "logits", or "features" when the model has no classes."""
         return "logits" if self.dims["classes"] > 0 else "features"

@@ -116,10 +116,9 @@ def test_one_failed_image_fails_a_file(exported, tmp_path):
 
 
 def reference_of(path):
-    from tokexport.export.rebuild import rebuild
+    from tokexport.export import rebuild
 
-    provenance = inspect(path).provenance
-    return ReducedViT(rebuild(provenance, path).module, provenance.schedule)
+    return rebuild.reference_of(inspect(path).provenance, path)
 
 
 def test_a_logit_near_zero_is_no_false_alarm():
@@ -161,13 +160,23 @@ WRONG = {
     "logits": (np.float32([[1, 2, 3, 4, 5, 6]]), np.float32([[6, 5, 4, 3, 2, 1]])),
     "features": (np.float32([[1, 2, 3]]), np.float32([[1, 2, 3.5]])),
     "sources": (np.int64([[0, 1, 1]]), np.int64([[0, 1, 2]])),
+    "tokens": (np.float32([[[900, 1], [1, 20]]]), np.float32([[[900, 1], [12, 20]]])),
+    "sizes": (np.float32([[1, 2, 1]]), np.float32([[1, 1, 2]])),
+    "positions": (np.float32([[[-1, -1], [0.5, 1]]]), np.float32([[[-1, -1], [0.5, 1.01]]])),
+    "patches": (np.float32([[[900, 1], [1, 20]]]), np.float32([[[900, 1], [12, 20]]])),
+    "honesty": (np.float32([[0.3, 0.1, 0.02]]), np.float32([[0.3, 0.1, 0.7]])),
+    "mask": (np.float32([[1, 1, 1]]), np.float32([[1, 1, 0]])),
 }
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_output_tells_right_from_wrong(name):
     right, wrong = WRONG[name]
-    bad = [wrong, right[:, :-1], *([] if name == "sources" else [right * np.float32(v) for v in (np.nan, np.inf)])]
+    bad = [
+        wrong,
+        right[:, :-1],
+        *([] if right.dtype == np.int64 else [right * np.float32(v) for v in (np.nan, np.inf)]),
+    ]
     for precision in precisions.TABLE:
         same = OutputSum(name, kind_of(name), precision)
         assert not same.add(right, right, np.zeros(1)).failed.any() and same.parity().passed
@@ -176,6 +185,23 @@ def test_every_kind_of_output_tells_right_from_wrong(name):
                 total = OutputSum(name, kind_of(name), "fp32")
                 assert total.add(*pair, np.zeros(1)).failed.all() and not total.parity().passed
     assert kind_of(f"{name}_5") is KINDS[name]
+
+
+def test_loud_tokens_do_not_hide_others():
+    """A register of 900 beside which the others' errors are nothing: rows are judged by their own length, in either layout."""
+    wanted = np.ones((1, 2, 3), np.float32)
+    wanted[0, 0] = 900
+    wrong = wanted.copy()
+    wrong[0, 1, 2] += 0.9  # a thousandth of the image's largest, a tenth of the row's floor of a hundredth
+    for values, right in ((wrong, wanted), (wrong.transpose(0, 2, 1)[..., None], wanted.transpose(0, 2, 1)[..., None])):
+        errors = kind_of("patches").errors(values, right, np.zeros(1))
+        assert errors.max_rel[0] == pytest.approx(0.1, rel=1e-3)
+    assert kind_of("features").errors(wrong, wanted, np.zeros(1)).max_rel[0] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_of_an_honesty_map_of_nothing_rounding_is_no_error():
+    errors = kind_of("honesty").errors(np.full((1, 4), 1e-7, np.float32), np.zeros((1, 4), np.float32), np.zeros(1))
+    assert errors.max_rel[0] == pytest.approx(1e-7)
 
 
 def test_an_output_nobody_can_judge_is_refused(exported):
@@ -226,7 +252,7 @@ class Judge:
         n = len(image)
         regrets = [torch.full((n,), self.margin if k == 0 else 0.0) for k in range(self.n_steps)]
         output = self.output[:n]
-        return SimpleNamespace(plans=replay, output=output, sources=torch.zeros(n, 1), regrets=regrets)
+        return SimpleNamespace(plans=replay, output=output, outputs={"logits": output}, regrets=regrets)
 
 
 def flipped(margin, n_images=2):

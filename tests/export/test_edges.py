@@ -7,6 +7,7 @@ from tokexport.export.checkpoints.score_heads import random_heads
 from tokexport.export.graph.static_vit import StaticViT
 from tokexport.export.models import as_plain
 from tokexport.export.models.learned_layers import learned_layers
+from tokexport.export.outputs import WITH_SOURCES
 from tokexport.export.reducers import TABLE as METHODS
 from tokexport.tools.show.terminal import tokens_words
 
@@ -106,7 +107,7 @@ def test_any_image_and_patch_size(size, method, relative):
     heads = learned_layers(loaded, s)
     image = torch.randn(2, 3, *as_plain(model).preprocess.size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        got = StaticViT(model, s, None, True, heads)(image)
+        got = StaticViT(model, s, None, heads, emission=WITH_SOURCES)(image)
     wanted = reduce_model(model, s, heads).run(image)
     assert relative(got["logits"], wanted.output) <= 1e-4 and torch.equal(got["sources"], wanted.sources)
     assert s.n_tokens == 1 + model.patch_embed.num_patches and (method == "none") == (s.n_final == s.n_tokens)

@@ -10,6 +10,7 @@ from tokexport.export.graph.static_vit import StaticViT
 from tokexport.export.models import as_plain
 from tokexport.export.models.load import LoadedModel
 from tokexport.export.models.plain_vit import BlockParts, PlainViT, Pooling, linear
+from tokexport.export.outputs import WITH_SOURCES
 from tokexport.export.provenance import Preprocess
 from torch import nn
 
@@ -139,7 +140,7 @@ def test_a_toy_family_is_reduced_and_exported(toy, method, asked, relative, run_
     if method == "none":
         assert relative(wanted.output, toy.module(image)) <= 1e-5
     with torch.no_grad():
-        static = StaticViT(toy.module, schedule, None, True, heads)(image)
+        static = StaticViT(toy.module, schedule, None, heads, emission=WITH_SOURCES)(image)
     assert relative(static["logits"], wanted.output) <= 1e-5 and torch.equal(static["sources"], wanted.sources)
     export_onnx(toy, schedule, tmp_path / "toy.onnx", sources=True)
     got = run_onnx(tmp_path / "toy.onnx", image)

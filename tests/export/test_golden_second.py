@@ -13,6 +13,7 @@ import torch
 from tokexport.export import reducers
 from tokexport.export.graph.static_vit import StaticViT
 from tokexport.export.models.learned_layers import learned_layers
+from tokexport.export.outputs import WITH_SOURCES
 from tokexport.export.plan import Signals
 from tokexport.export.reducers import pitome
 from tokexport.export.step import Step
@@ -110,7 +111,7 @@ def test_the_reference_decides_as_the_published_code(name, computed):
 @pytest.mark.parametrize("name", CASES)
 def test_the_static_graph_computes_the_same(name, batch, computed, golden, relative):
     _, _, robust, loaded, schedule, trained, out = computed(name)
-    static = StaticViT(loaded.module, schedule, batch, True, trained)
+    static = StaticViT(loaded.module, schedule, batch, trained, emission=WITH_SOURCES)
     with torch.no_grad():
         parts = [static(part) for part in golden.image[robust].split(1 if batch else 3)]
     assert relative(torch.cat([p["logits"] for p in parts]), out.output[robust]) <= TOLERANCE

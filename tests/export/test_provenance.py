@@ -11,6 +11,7 @@ import pytest
 from tokexport.engines.tensorrt.runtime import Gpu
 from tokexport.engines.tensorrt.sidecar import Builder, EngineFile, Plugin, Tensor
 from tokexport.export import records
+from tokexport.export.outputs import Emission
 from tokexport.export.provenance import Preprocess, Provenance
 from tokexport.export.rebuild import rebuild
 from tokexport.export.records import decode, encode, from_document, to_document
@@ -19,7 +20,7 @@ from tokexport.export.schedule import Schedule, Step
 from tokexport import UsageError, inspect
 
 DOCS = Path(__file__).parents[2] / "docs" / "format.md"
-RECORDS = (Provenance, Preprocess, Schedule, Step, EngineFile, Plugin, Builder, Gpu, Tensor)
+RECORDS = (Provenance, Preprocess, Emission, Schedule, Step, EngineFile, Plugin, Builder, Gpu, Tensor)
 
 
 @pytest.fixture(scope="module")

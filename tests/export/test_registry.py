@@ -13,6 +13,7 @@ from tokexport.export.graph.static_vit import StaticViT
 from tokexport.export.models import as_plain
 from tokexport.export.models.learned_layers import learned_layers
 from tokexport.export.models.load import LoadedModel
+from tokexport.export.outputs import WITH_SOURCES
 from tokexport.kernels import ops
 
 from tokexport import UsageError, export_onnx, reduce_model
@@ -180,7 +181,7 @@ def differences(name, relative):
                 if not relative(wanted.output, model(image(model))) <= 1e-9:
                     wrong["the reference is not timm's model"] = relative(wanted.output, model(image(model)))
         for batch in (1, None):
-            static = StaticViT(model, plan, batch, True, heads)
+            static = StaticViT(model, plan, batch, heads, emission=WITH_SOURCES)
             with torch.no_grad():
                 parts = [static(part) for part in image(model).split(1 if batch else 2)]
             worst = relative(torch.cat([p[static.output_name] for p in parts]), wanted.output)
@@ -224,7 +225,7 @@ def test_a_model_that_differs_is_seen(double, relative):
     model = small("eva02_tiny_patch14_224")
     plan = schedule(model, "tome")
     wanted = reduce_model(model, plan).run(image(model))
-    static = StaticViT(model, plan, None, True)
+    static = StaticViT(model, plan, None, emission=WITH_SOURCES)
     static.rotary.tables[0].data[5] += 0.1
     with torch.no_grad():
         assert relative(static(image(model))[static.output_name], wanted.output) > 1e-7

@@ -7,6 +7,7 @@ import torch
 from tokexport.export import macs, reducers
 from tokexport.export.graph.static_vit import StaticViT
 from tokexport.export.models.learned_layers import learned_layers
+from tokexport.export.outputs import WITH_SOURCES
 from tokexport.export.plan import SIGNALS, MergePlan
 from tokexport.export.reducers import dynamicvit, evit, tome
 from tokexport.export.reducers.base import Counts, Reducer
@@ -93,7 +94,7 @@ def test_every_signal_at_every_site_is_reproduced(kind, signal, site, use, relat
     image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     wanted = reduce_model(loaded.module, schedule, heads).run(image)
     for batch in (1, 2, None):
-        static = StaticViT(loaded.module, schedule, batch, True, heads)
+        static = StaticViT(loaded.module, schedule, batch, heads, emission=WITH_SOURCES)
         with torch.no_grad():
             parts = [static(part) for part in image.split(1 if batch == 1 else 2)]
         assert relative(torch.cat([p[static.output_name] for p in parts]), wanted.output) <= 1e-5

@@ -12,6 +12,7 @@ import torch
 from tokexport.export import apply, reducers
 from tokexport.export.graph import static_vit
 from tokexport.export.graph.trace import quiet
+from tokexport.export.outputs import WITH_SOURCES
 from tokexport.export.plan import MergePlan, Signals, StaticLayout
 from tokexport.export.reducers import tome
 from tokexport.export.schedule import Step
@@ -117,7 +118,9 @@ def _compare(model, schedule, kind, relative):
     worst, equal, wrong = 0.0, True, []
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(static_vit, "lay_out", lambda *a, **how: seen.append(lay_out(*a, **how)) or seen[-1])
-        static = static_vit.StaticViT(model, schedule, {"single": 1, "fixed": 2, "dynamic": None}[kind], sources=True)
+        static = static_vit.StaticViT(
+            model, schedule, {"single": 1, "fixed": 2, "dynamic": None}[kind], emission=WITH_SOURCES
+        )
         for part in image.split(1 if kind == "single" else 2):
             seen.clear()
             wanted, got = reduce_model(model, schedule).run(part), static(part)

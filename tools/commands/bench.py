@@ -148,8 +148,9 @@ def _picture(plot: str | None, *, force: bool, inputs: list) -> Path | None:
 def _pixels(files, images):
     """The photos that a sweep's files are compared on, as the first file takes them."""
     from ...engines.files import inspect_file
-    from ...engines.images import find_images, load_images
+    from ...engines.images import find_images
+    from ...engines.inputs import load_inputs
 
     if not files:
         raise UsageError("--images needs a FILE, which says how images are prepared")
-    return load_images(find_images(list(images)), inspect_file(files[0]).provenance.preprocess)
+    return load_inputs(find_images(list(images)), inspect_file(files[0]).provenance)

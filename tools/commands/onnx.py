@@ -9,6 +9,7 @@ from ...export.errors import UsageError
 from ...export.plan import SIGNALS
 from .method_options import as_flags, method_options
 from .model_options import file_stem, load, model_options, split
+from .output_options import input_words, output_options, output_words, split_outputs
 
 
 @click.command("onnx")
@@ -34,11 +35,7 @@ from .model_options import file_stem, load, model_options, split
 )
 @click.option("--opset", default=20, show_default=True, help="ONNX opset, 20 to 23.")
 @click.option("--simplify/--no-simplify", default=True, show_default=True, help="Let onnxsim look at the graph too.")
-@click.option(
-    "--sources",
-    is_flag=True,
-    help="Add output sources [B, N0]: the final row of every input token, -1 when it is gone.",
-)
+@output_options
 @click.option(
     "--plugin",
     is_flag=True,
@@ -55,7 +52,6 @@ def command(
     calib,
     opset,
     simplify,
-    sources,
     plugin,
     output,
     force,
@@ -70,7 +66,8 @@ def command(
     from ...export.files import check_output
     from ..show.terminal import console, print_json, stages
 
-    images, (model, options) = _batch(batch), split(options)
+    images, outputs = _batch(batch), split_outputs(options)
+    model, options = split(options)
     check_precision(dtype, calib)
     inputs = [model["checkpoint"], model["predictor"], *calib]
     path = check_output(f"{file_stem(model)}.{method}.onnx" if output is None else output, force, inputs)
@@ -84,7 +81,7 @@ def command(
         loaded = load(model)
         with as_flags(options):
             schedule = loaded.schedule(method, **options)
-        with as_flags((*options, "opset", "dtype", "batch", "predictor")):
+        with as_flags((*options, *outputs, "opset", "dtype", "batch", "predictor")):
             result = export_onnx(
                 loaded,
                 schedule,
@@ -96,8 +93,8 @@ def command(
                 batch=images,
                 opset=opset,
                 simplify=simplify,
-                sources=sources,
                 plugin=plugin,
+                **outputs,
             )
     notes = [*loaded.notes, *schedule.notes]
     if learned and not loaded.heads:
@@ -144,6 +141,8 @@ def _data(result, notes) -> dict:
         "nodes": result.nodes,
         "size": result.size,
         "outputs": list(p.outputs),
+        "emission": asdict(p.emission),
+        "input": p.input,
         "preprocess": asdict(p.preprocess),
         "activation": p.activation,
         "weights": p.weights,
@@ -156,16 +155,15 @@ def _print(out, result, notes, batch) -> None:
     from ..show.terminal import macs_words, size_words, tokens_words
 
     p = result.provenance
-    h, w = p.preprocess.size
     out.print(str(result.path), style="bold", end="", markup=False)
     out.print(f"  {p.model}, {p.schedule.method}, batch {batch}, {p.precision}, opset {p.opset}", markup=False)
     out.print(f"  tokens   {tokens_words(p.schedule.n_tokens, result.tokens)}")
     out.print(f"  MACs     {macs_words(result.macs, result.macs_dense)}")
     out.print(
-        f"  graph    {result.nodes} nodes, {size_words(result.size)}; input image [{batch}, {p.dims['channels']}, {h}, {w}], "
-        f"output {', '.join(p.outputs)}",
-        markup=False,
+        f"  graph    {result.nodes} nodes, {size_words(result.size)}; input {input_words(p, batch)}", markup=False
     )
+    for line in output_words(p, batch):
+        out.print(f"  output   {line}", markup=False)
     out.print(f"  photos   {words(p.preprocess)}", markup=False)
     for note in notes:
         out.print("  note     ", style="yellow", end="", markup=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,25 +41,47 @@ def token_rows(
         UsageError: the file's decisions are no plan.
     """
     from ...engines.files import inspect_file
-    from ...engines.images import crop, normalise
-    from ...engines.parity.decisions import token_maps
-    from ...engines.parity.sides import open_side
 
     provenance, rows = inspect_file(file).provenance, []
     schedule, grid = provenance.schedule, grid_of(provenance)
+    for photo, image, maps in patch_maps(file, photos, runtime=runtime, progress=progress):
+        patches = [maps[i] for i in steps]
+        pictures = [draw_sources(image, grid, sources) for sources in patches]
+        captions = [
+            f"{step_words(schedule.steps[i])}: {len(np.setdiff1d(sources, [-1]))} of {grid[0] * grid[1]}"
+            for i, sources in zip(steps, patches)
+        ]
+        rows.append(side_by_side([image.resize(pictures[0].size), *pictures], [photo.stem[:CAPTION], *captions]))
+    return rows
+
+
+def patch_maps(
+    file, photos: list[Path], *, runtime: str = "ort", progress: Callable[[str], None] = lambda stage: None
+) -> Iterator[tuple]:
+    """Where every patch of a photo is after each step of a file.
+
+    Args:
+        file: a reduced ONNX file, or an engine with its decisions.
+        photos: image files.
+        runtime: what runs an ONNX file.
+        progress: told which photo is drawn.
+    Yields:
+        (photo, PIL image as the model saw it, maps [steps][N], -1 for what is gone).
+    Raises:
+        UsageError: the file's decisions are no plan.
+    """
+    from ...engines.files import inspect_file
+    from ...engines.images import crop
+    from ...engines.inputs import load_inputs
+    from ...engines.parity.decisions import token_maps
+    from ...engines.parity.sides import open_side
+
+    provenance = inspect_file(file).provenance
     with open_side(file, runtime) as run:
         for photo in photos:
             progress(f"drawing {photo.name}")
-            image = crop(photo, provenance.preprocess)
-            maps = token_maps(run(normalise(image, provenance.preprocess)[None]).plans, schedule)
-            patches = [maps[i][0, schedule.n_prefix :] for i in steps]
-            pictures = [draw_sources(image, grid, sources) for sources in patches]
-            captions = [
-                f"{step_words(schedule.steps[i])}: {len(np.setdiff1d(sources, [-1]))} of {grid[0] * grid[1]}"
-                for i, sources in zip(steps, patches)
-            ]
-            rows.append(side_by_side([image.resize(pictures[0].size), *pictures], [photo.stem[:CAPTION], *captions]))
-    return rows
+            maps = token_maps(run(load_inputs([photo], provenance)).plans, provenance.schedule)
+            yield photo, crop(photo, provenance.preprocess), [m[0, provenance.schedule.n_prefix :] for m in maps]
 
 
 def step_words(step) -> str:

@@ -1,0 +1,54 @@
+"""The options of `onnx` that say what a file takes and gives, as typed."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from tokexport.export.inspection import inspect
+from tokexport.tools.cli import group
+
+from tokexport import UsageError
+
+TINY = ["--model", "vit_tiny_patch16_224"]
+for pair in ("img_size=32", "patch_size=8", "embed_dim=32", "depth=3", "num_heads=2", "num_classes=5"):
+    TINY += ["--model-kwargs", pair]
+
+
+def run(*args):
+    return CliRunner().invoke(group, list(map(str, args)))
+
+
+def test_a_file_as_typed_says_what_it_takes_and_gives(tmp_path):
+    path = tmp_path / "v.onnx"
+    asked = ["--emit", "patches,tokens", "--layers", "-2", "--layout", "nchw", "--dropped", "zero", "--input", "uint8"]
+    out = run("onnx", *TINY, "--method", "evit", "--at", "1", "--no-fuse", *asked, "-o", path, "--json")
+    assert out.exit_code == 0, out.output
+    data = json.loads(out.stdout)
+    kinds = ["tokens", "sizes", "sources", "positions", "patches", "honesty", "mask"]
+    assert data["outputs"] == [f"{k}_1" for k in kinds] and data["input"] == "uint8-nhwc"
+    assert data["emission"]["layers"] == [1] == list(inspect(path).provenance.emission.layers)
+
+
+def test_the_summary_names_every_output(tmp_path):
+    out = run(
+        "onnx", *TINY, "--method", "tome", "--r", 2, "--sources", "--input", "uint8-nchw", "-o", tmp_path / "v.onnx"
+    )
+    assert out.exit_code == 0 and "image [dynamic, 3, 32, 32] of uint8 pixels" in out.output
+    assert "logits [dynamic, 5], a value" in out.output and "sources [dynamic, 17], for each input token" in out.output
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--emit", "pool"], "--emit pool: wanted some of pooled, tokens, patches, sources"),
+        (["--layers", "2"], "--layers give tokens or patches"),
+        (["--emit", "tokens", "--layers", "2,x"], "--layers '2,x': wanted numbers of blocks"),
+        (["--emit", "tokens", "--norm-layers"], "--norm-layers says how layers are given"),
+        (["--layout", "nchw"], "add patches to emit"),
+        (["--emit", "tokens", "--layers", "7"], "--layers 7: the model has 3 blocks"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line_in_flags(args, words, tmp_path):
+    error = run("onnx", *TINY, *args, "-o", tmp_path / "v.onnx").exception
+    assert isinstance(error, UsageError) and words in str(error) and "\n" not in str(error)
+    assert not list(tmp_path.iterdir())
