@@ -21,6 +21,7 @@ class ExportSettings(NamedTuple):
     batch: int | None = None
     opset: int = 20
     precision: str = "fp32"
+    target: str = "portable"
 
 
 class Sweep(NamedTuple):
@@ -61,7 +62,8 @@ class Candidate:
 
 def settings_of(inspection: Inspection) -> ExportSettings:
     """How a file was exported."""
-    return ExportSettings(inspection.batch, inspection.provenance.opset, inspection.provenance.precision)
+    p = inspection.provenance
+    return ExportSettings(inspection.batch, p.opset, p.precision, p.target)
 
 
 def image_of(inspection: Inspection) -> tuple[int, int, int]:
@@ -116,7 +118,9 @@ def collect(
 
 def dense_label(inspection: Inspection) -> str:
     """What a dense file is called in the report."""
-    return f"dense, batch {inspection.batch or 'dynamic'}, {inspection.provenance.precision}"
+    p = inspection.provenance
+    target = "" if p.target == "portable" else f", for {p.target}"
+    return f"dense, batch {inspection.batch or 'dynamic'}, {p.precision}{target}"
 
 
 def check_comparable(files: list[Inspection], dense: Inspection | None, *, sweep: Sweep | None, bound: bool) -> None:
@@ -188,7 +192,7 @@ class _Exporter:
                 "an int8 file is compared with a dense int8 file that was calibrated on the same images: give it as dense"
             )
         values = ".".join(f"{k}={v}" for k, v in options.items() if k in reducers.swept()).replace("/", "_")
-        numbers = [str(settings.batch or "dynamic"), str(settings.opset), settings.precision]
+        numbers = [str(settings.batch or "dynamic"), str(settings.opset), settings.precision, settings.target]
         path = self.folder / ".".join(filter(None, [method, values, *numbers, "onnx"]))
         if path.exists():
             return path
@@ -196,7 +200,7 @@ class _Exporter:
         loaded = self._model()
         schedule = loaded.schedule(method, **options)
         return export_onnx(
-            loaded, schedule, path, batch=settings.batch, opset=settings.opset, dtype=settings.precision
+            loaded, schedule, path, batch=settings.batch, opset=settings.opset, dtype=settings.precision, target=settings.target
         ).path
 
     def _model(self):

@@ -16,9 +16,10 @@ from ..models import as_plain
 from ..models.learned_layers import learned_layers
 from ..models.load import LoadedModel
 from ..models.plain_vit import PlainViT
-from ..provenance import KEY, Provenance
+from ..provenance import KEY, TARGETS, Provenance
 from ..schedule import Schedule
 from . import calls, checks, passes, precision
+from .for_tensorrt import widen_parameters
 from .static_vit import StaticViT
 from .trace import TRACED, trace
 
@@ -60,6 +61,7 @@ def export_onnx(
     sources: bool = False,
     force: bool = False,
     dtype: str = "fp32",
+    target: str = "portable",
     plugin: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> ExportResult:
@@ -77,16 +79,17 @@ def export_onnx(
         sources: add output `sources` [B, N0], the final row of every input token, -1 when gone.
         force: replace the file.
         dtype: of the trunk, a graph precision (see `precision`); input and outputs stay float32.
+        target: what it is written for, one of `provenance.TARGETS`; portable: conventional ONNX, for any tool.
         plugin: write every reduction as one node whose body is a function of the file (see `calls`).
         progress: called with the name of each stage.
     Raises:
         UsageError: wrong options or an unwritable path, before anything is written; GraphError: the graph came out wrong.
     """
     path, plain = check_output(path, force), as_plain(loaded.module)
-    _check_request(plain, schedule, batch=batch, opset=opset, dtype=dtype)
+    _check_request(plain, schedule, batch=batch, opset=opset, dtype=dtype, target=target)
     heads = learned_layers(loaded, schedule)
     dims = cost_dims(plain, heads)
-    provenance = _provenance(loaded, schedule, opset=opset, sources=sources, dtype=dtype, dims=dims)
+    provenance = _provenance(loaded, schedule, opset=opset, sources=sources, dtype=dtype, target=target, dims=dims)
     progress("tracing")
     static, n_outputs = StaticViT(plain, schedule, batch, sources, heads, calls=plugin).eval(), len(provenance.outputs)
     model = trace(static, plain.preprocess.size, batch=batch, opset=opset)
@@ -94,10 +97,13 @@ def export_onnx(
     progress("simplifying")
     graph = passes.finish(model, n_outputs=n_outputs, batch=batch, simplify=simplify, keep_inner=plugin)
     proto, weights = precision.convert(*graph, dtype)
+    if target == "tensorrt":
+        widen_parameters(proto, weights)
+    passes.set_least_ir_version(proto)
     there = {o for n in proto.graph.node for o in n.output}
     provenance = replace(provenance, decisions=tuple(d for d in decisions if d in there))
     progress("checking")
-    checks.check_graph(proto, schedule)
+    checks.check_graph(proto, schedule, target=target)
     checks.check_decisions(provenance.decisions, schedule)
     if plugin:
         shaped, by_score = precision.with_shapes(proto, weights), not plain.has_class_token
@@ -108,11 +114,15 @@ def export_onnx(
     return ExportResult(path, provenance, len(proto.graph.node), write_model(proto, weights, path), **cost)
 
 
-def _check_request(plain: PlainViT, schedule: Schedule, *, batch: int | None, opset: int, dtype: str) -> None:
+def _check_request(
+    plain: PlainViT, schedule: Schedule, *, batch: int | None, opset: int, dtype: str, target: str
+) -> None:
     if opset not in OPSETS:
         raise UsageError(f"opset {opset}: wanted {OPSETS[0]} to {OPSETS[-1]}")
     if dtype not in precision.graph_precisions():
         raise UsageError(f"dtype {dtype}: wanted one of {', '.join(precision.graph_precisions())}")
+    if target not in TARGETS:
+        raise UsageError(f"target {target}: wanted one of {', '.join(TARGETS)}")
     if batch is not None and batch < 1:
         raise UsageError(f"batch {batch}: wanted 1 or more, or None for any number")
     wanted, there = tracing_bytes(plain, schedule, batch=batch), memory_bytes()
@@ -153,7 +163,7 @@ def cost_dims(plain: PlainViT, layers: nn.ModuleList | None) -> dict:
 
 
 def _provenance(
-    loaded: LoadedModel, schedule: Schedule, *, opset: int, sources: bool, dtype: str, dims: dict
+    loaded: LoadedModel, schedule: Schedule, *, opset: int, sources: bool, dtype: str, target: str, dims: dict
 ) -> Provenance:
     from importlib.metadata import version
 
@@ -171,4 +181,5 @@ def _provenance(
         dims=dims,
         labels=loaded.labels or (() if loaded.weights["source"] == "random" else plain.labels()),
         activation=loaded.activation,
+        target=target,
     )

@@ -7,6 +7,7 @@ import click
 from ...export import reducers
 from ...export.errors import UsageError
 from ...export.plan import SIGNALS
+from ...export.provenance import TARGETS
 from .method_options import as_flags, method_options
 from .model_options import file_stem, load, model_options, split
 
@@ -27,7 +28,15 @@ from .model_options import file_stem, load, model_options, split
     type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
     default="fp32",
     show_default=True,
-    help="Of the trunk; decisions, sizes and merging, input and outputs stay fp32. int8: linear layers, the rest fp16.",
+    help="Of the trunk; decisions, sizes and merging, input and outputs stay fp32. int8: linear layers; needs --for.",
+)
+@click.option(
+    "--for",
+    "target",
+    type=click.Choice(TARGETS),
+    default="portable",
+    show_default=True,
+    help="What the file is written for: portable, conventional ONNX for any tool; cpu, ONNX Runtime and OpenVINO; tensorrt.",
 )
 @click.option(
     "--calib", multiple=True, metavar="IMAGES", help="Files or folders that int8 is calibrated on; repeatable."
@@ -52,6 +61,7 @@ def command(
     method,
     batch,
     dtype,
+    target,
     calib,
     opset,
     simplify,
@@ -71,7 +81,7 @@ def command(
     from ..show.terminal import console, print_json, stages
 
     images, (model, options) = _batch(batch), split(options)
-    check_precision(dtype, calib)
+    check_precision(dtype, calib, target=target)
     inputs = [model["checkpoint"], model["predictor"], *calib]
     path = check_output(f"{file_stem(model)}.{method}.onnx" if output is None else output, force, inputs)
     out = console()
@@ -90,6 +100,7 @@ def command(
                 schedule,
                 path,
                 dtype=dtype,
+                target=target,
                 calibration=calib,
                 force=force,
                 progress=progress,
@@ -143,6 +154,7 @@ def _data(result, notes) -> dict:
         "macs_dense": result.macs_dense,
         "nodes": result.nodes,
         "size": result.size,
+        "target": p.target,
         "outputs": list(p.outputs),
         "preprocess": asdict(p.preprocess),
         "activation": p.activation,
@@ -158,7 +170,7 @@ def _print(out, result, notes, batch) -> None:
     p = result.provenance
     h, w = p.preprocess.size
     out.print(str(result.path), style="bold", end="", markup=False)
-    out.print(f"  {p.model}, {p.schedule.method}, batch {batch}, {p.precision}, opset {p.opset}", markup=False)
+    out.print(f"  {p.model}, {p.schedule.method}, batch {batch}, {p.precision}, for {p.target}, opset {p.opset}", markup=False)
     out.print(f"  tokens   {tokens_words(p.schedule.n_tokens, result.tokens)}")
     out.print(f"  MACs     {macs_words(result.macs, result.macs_dense)}")
     out.print(
