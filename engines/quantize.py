@@ -5,7 +5,8 @@ symmetric, as TensorRT wants them. Embedding, decisions, merging and head are le
 
 What makes a runtime multiply in int8 differs, so a file is for one of two:
 - cpu: the rest stays float32, and a bias is an Add behind its product. With a float bias inside, or an fp16 rest, ONNX Runtime
-  dequantizes and multiplies floats; with an int32 bias, which it takes too, OpenVINO refuses the file.
+  dequantizes and multiplies floats; with an int32 bias, which it takes too, OpenVINO refuses the file. Weights have seven bits:
+  processors with AVX2 or AVX-512 but no VNNI add two products of 8 bits in 16, and both runtimes let the sum saturate there.
 - tensorrt: the rest is fp16, biases stay inside.
 """
 
@@ -74,7 +75,7 @@ def quantize(
             if proto is not original[0]:  # the quantizer knows plain operators only
                 source = new.parent / "plain.onnx"
                 write_model(proto, weights, source)
-            _insert_scales(replace(inspection, path=source), raw, layers, photos)
+            _insert_scales(replace(inspection, path=source), raw, layers, photos, target=target)
             progress("writing")
             return _for_target(*read_model(raw), target)
 
@@ -104,7 +105,9 @@ def _check_target(inspection: Inspection, target: str) -> None:
         raise UsageError(f"{inspection.path} is for {own}: wanted a portable file, or one for {target}")
 
 
-def _insert_scales(inspection: Inspection, output: Path, layers: list[str], photos: list[Path]) -> None:
+def _insert_scales(
+    inspection: Inspection, output: Path, layers: list[str], photos: list[Path], *, target: str
+) -> None:
     """Write a file with the named layers between quantizing nodes, their scales measured on photos."""
     try:
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
@@ -120,6 +123,7 @@ def _insert_scales(inspection: Inspection, output: Path, layers: list[str], phot
                 op_types_to_quantize=["Gemm"],
                 nodes_to_quantize=layers,
                 per_channel=True,
+                reduce_range=target == "cpu",
                 activation_type=QuantType.QInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod.MinMax,
