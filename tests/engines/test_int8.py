@@ -149,10 +149,10 @@ def _check_types(path, target="tensorrt"):
             }, node.name
 
 
-@pytest.mark.parametrize("runtime", ["ort", "openvino"])
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target, runtime", [("cpu", "ort"), ("cpu", "openvino"), ("tensorrt", "ort")])
 @BY_METHOD
-def test_it_passes_its_own_tolerance_and_not_that_of_fp16(runtime, target, method, method_cases, quantised):
+def test_it_passes_its_own_tolerance_and_not_that_of_fp16(target, runtime, method, method_cases, quantised):
+    """Not with eight-bit weights in OpenVINO, where sums saturate on processors without VNNI."""
     report = verify(quantised(target, method=method, **method_cases[method]), samples.sample_photos(), runtime=runtime)
     assert report.passed and report.precision == "int8" and report.outputs[0].max_rel > 8e-3, report.summary()
 
