@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..errors import GraphError, UsageError
+from ..reducers.matching import MOST_SORTED
 from ..schedule import Schedule
 from . import stages
 
@@ -26,7 +27,6 @@ SCATTER_WORDS = {
     "ScatterND": "TensorRT-RTX and every TensorRT refuse it",
     "Scatter": "TensorRT-RTX and every TensorRT refuse it",
 }
-TOPK_LIMIT = 3840  # of TensorRT and TensorRT-RTX; ONNX Runtime and OpenVINO have none
 
 
 def refusals(
@@ -52,8 +52,8 @@ def refusals(
                     f"{SCATTER_WORDS[node.op_type]}"
                 )
         k = sorts.get(node.output[0], 0) if node.output else 0
-        if k > TOPK_LIMIT and not sorts_any:
-            reasons.append(f"{what}: k = {k}, TensorRT and TensorRT-RTX take at most {TOPK_LIMIT}")
+        if k > MOST_SORTED and not sorts_any:
+            reasons.append(f"{what}: k = {k}, TensorRT and TensorRT-RTX take at most {MOST_SORTED}")
         if node.domain not in ("", "ai.onnx") and (node.domain, node.op_type) not in functions:
             reasons.append(f"{what}: operator of domain {node.domain!r}")
         for a in node.attribute:
@@ -120,9 +120,9 @@ def check_graph(model, schedule: Schedule, *, target: str = "portable") -> None:
         GraphError: lists everything else that is wrong.
     """
     largest = max(sort_sizes(model.graph).values(), default=0)
-    if largest > TOPK_LIMIT and target == "tensorrt":
+    if largest > MOST_SORTED and target == "tensorrt":
         raise UsageError(
-            f"a block sorts {largest} tokens, more than TensorRT and TensorRT-RTX can ({TOPK_LIMIT}): give a smaller image "
+            f"a block sorts {largest} tokens, more than TensorRT and TensorRT-RTX can ({MOST_SORTED}): give a smaller image "
             f"or a larger patch, or write it for another target"
         )
     wrong = refusals(model.graph, sorts_any=target != "tensorrt")

@@ -19,11 +19,12 @@ from ..models.plain_vit import PlainViT
 from ..provenance import KEY, TARGETS, Provenance
 from ..schedule import Schedule
 from . import calls, checks, passes, precision
+from .conventional import TRACED_OPSET, conventional
 from .for_tensorrt import widen_parameters
 from .static_vit import StaticViT
 from .trace import TRACED, trace
 
-OPSETS = range(20, 24)
+OPSETS = range(17, 24)
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def export_onnx(
         loaded, schedule: from `load_model` and `loaded.schedule`.
         path: of the file.
         batch: images per run, None for any number.
-        opset: 20 to 23.
+        opset: 17 to 23; older runtimes take older ones (TensorRT 8.6: 17).
         simplify: let onnxsim look at the graph too.
         sources: add output `sources` [B, N0], the final row of every input token, -1 when gone.
         force: replace the file.
@@ -92,11 +93,12 @@ def export_onnx(
     provenance = _provenance(loaded, schedule, opset=opset, sources=sources, dtype=dtype, target=target, dims=dims)
     progress("tracing")
     static, n_outputs = StaticViT(plain, schedule, batch, sources, heads, calls=plugin).eval(), len(provenance.outputs)
-    model = trace(static, plain.preprocess.size, batch=batch, opset=opset)
+    model = trace(static, plain.preprocess.size, batch=batch, opset=max(opset, TRACED_OPSET))
     decisions = [o.name for o in model.graph.outputs[n_outputs:] if o.name not in static.edges]
     progress("simplifying")
     graph = passes.finish(model, n_outputs=n_outputs, batch=batch, simplify=simplify, keep_inner=plugin)
-    proto, weights = precision.convert(*graph, dtype)
+    proto = conventional(*graph, opset=opset, target=target)
+    proto, weights = precision.convert(proto, graph.weights, dtype)
     if target == "tensorrt":
         widen_parameters(proto, weights)
     passes.set_least_ir_version(proto)

@@ -41,7 +41,7 @@ from .model_options import file_stem, load, model_options, split
 @click.option(
     "--calib", multiple=True, metavar="IMAGES", help="Files or folders that int8 is calibrated on; repeatable."
 )
-@click.option("--opset", default=20, show_default=True, help="ONNX opset, 20 to 23.")
+@click.option("--opset", default=20, show_default=True, help="ONNX opset, 17 to 23.")
 @click.option("--simplify/--no-simplify", default=True, show_default=True, help="Let onnxsim look at the graph too.")
 @click.option(
     "--sources",
