@@ -30,6 +30,7 @@ from .images import find_images, load_images
 
 STAGES = ("attn", "mlp")
 TARGETS = ("cpu", "tensorrt")
+LEAST_OPSET = 19  # in which DequantizeLinear gives float16, as the rest of a file for TensorRT is
 
 
 def quantize(
@@ -103,6 +104,12 @@ def _check_target(inspection: Inspection, target: str) -> None:
         raise UsageError(f"target {target}: wanted {' or '.join(TARGETS)}, what will run the int8 file")
     if own not in ("portable", target):
         raise UsageError(f"{inspection.path} is for {own}: wanted a portable file, or one for {target}")
+    opset = inspection.provenance.opset
+    if target == "tensorrt" and opset < LEAST_OPSET:
+        raise UsageError(
+            f"{inspection.path} has opset {opset}: int8 for tensorrt wants {LEAST_OPSET} or more, since DequantizeLinear gives "
+            f"no float16 before"
+        )
 
 
 def _insert_scales(

@@ -1,4 +1,4 @@
-"""What older and stricter tools want of a file: operators of an older set, and norms that every shape inference knows.
+"""What older and stricter tools want of a file: operators of an older set, and reductions that every shape inference knows.
 
 These are passes over a finished float32 graph. Nodes that they write are named as those of a trace, STAGE/OPERATOR_VALUE.
 """
@@ -18,7 +18,7 @@ GELU = 20  # the opset that has it
 SPLIT_COUNTS = 18  # the opset from which a Split of equal parts says how many
 
 
-def conventional(proto, weights: dict, *, opset: int, target: str):
+def conventional(proto, weights: dict, *, opset: int, target: str, batch: int | None):
     """A graph as it was traced in the operator set that is asked for, and in the form that its target wants.
 
     Args:
@@ -26,6 +26,7 @@ def conventional(proto, weights: dict, *, opset: int, target: str):
         weights: those, {name: onnx_ir tensor}.
         opset: 17 or more.
         target: what it is written for, one of `provenance.TARGETS`.
+        batch: images per run, None for any number.
     Returns:
         onnx.ModelProto with all shapes.
     Raises:
@@ -33,37 +34,72 @@ def conventional(proto, weights: dict, *, opset: int, target: str):
     """
     if opset < TRACED_OPSET:
         lower_opset(proto, opset)
-    if target == "portable" and opset >= AXES_ARE_INPUTS:
-        spell_norms(proto)
+    if target == "portable" and batch == 1 and opset >= AXES_ARE_INPUTS:
+        spell_reductions(proto)
     return with_shapes(proto, weights)
 
 
-def spell_norms(proto) -> None:
-    """Every ReduceL2 as Mul, ReduceSum and Sqrt, which is what TensorRT makes of it as well.
+def spell_reductions(proto) -> None:
+    """Reductions whose axes are an input, as operators that do the same: ReduceL2 as Mul, ReduceSum and Sqrt (TensorRT makes the same of
+    it), ReduceMax over one axis as the first of a TopK.
 
-    ONNX Runtime's symbolic shape inference (1.32), which its preparation for quantising starts with, does not read the axes of a
-    ReduceL2 from opset 18 on and stops; those of a ReduceSum it reads. Can go when `SymbolicShapeInference` takes ReduceL2.
+    ONNX Runtime's symbolic shape inference (1.32), with which its preparation for quantising starts, reads the axes of ReduceSum and
+    ReduceMean alone from opset 18 on, and stops at others. Can go when `SymbolicShapeInference` takes ReduceL2 and ReduceMax. Files for
+    more images than one gain nothing: it does not read the `batch_dims` of their GatherND either, and no form without is as fast.
 
     Args:
         proto: onnx.ModelProto, changed in place.
     """
+    nodes, constants = [], {i.name: i for i in proto.graph.initializer}
+    for node in proto.graph.node:
+        if node.op_type == "ReduceL2":
+            nodes += _norm(node)
+        elif node.op_type == "ReduceMax" and _one_axis(node, constants) is not None:
+            nodes.append(_largest(node, _one_axis(node, constants), constants))
+        else:
+            nodes.append(node)
+    replace_items(proto.graph.node, nodes)
+    _keep_read(proto, constants)
+
+
+def _norm(node) -> list:
     from onnx import helper
 
-    nodes = []
-    for node in proto.graph.node:
-        if node.op_type != "ReduceL2":
-            nodes.append(node)
-            continue
-        stage, result = stages.of_node(node.name), node.output[0]
-        square, total = f"{result}.square", f"{result}.total"
-        keep = next((a.i for a in node.attribute if a.name == "keepdims"), 1)
-        x, *axes = node.input
-        nodes += [
-            helper.make_node("Mul", [x, x], [square], name=f"{stage}/Mul_{square}"),
-            helper.make_node("ReduceSum", [square, *axes], [total], name=f"{stage}/ReduceSum_{total}", keepdims=keep),
-            helper.make_node("Sqrt", [total], [result], name=f"{stage}/Sqrt_{result}"),
-        ]
-    replace_items(proto.graph.node, nodes)
+    stage, result, (x, *axes) = stages.of_node(node.name), node.output[0], node.input
+    square, total = f"{result}.square", f"{result}.total"
+    keep = next((a.i for a in node.attribute if a.name == "keepdims"), 1)
+    return [
+        helper.make_node("Mul", [x, x], [square], name=f"{stage}/Mul_{square}"),
+        helper.make_node("ReduceSum", [square, *axes], [total], name=f"{stage}/ReduceSum_{total}", keepdims=keep),
+        helper.make_node("Sqrt", [total], [result], name=f"{stage}/Sqrt_{result}"),
+    ]
+
+
+def _one_axis(node, constants: dict) -> int | None:
+    """The axis of a reduction that keeps it, where it is one."""
+    from onnx import numpy_helper
+
+    keeps = next((a.i for a in node.attribute if a.name == "keepdims"), 1)
+    if not keeps or len(node.input) < 2 or node.input[1] not in constants:
+        return None
+    axes = numpy_helper.to_array(constants[node.input[1]]).reshape(-1).tolist()
+    return axes[0] if len(axes) == 1 else None
+
+
+def _largest(node, axis: int, constants: dict):
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    stage, result = stages.of_node(node.name), node.output[0]
+    constants.setdefault("constant_one_row", numpy_helper.from_array(np.array([1], np.int64), "constant_one_row"))
+    inputs, outputs = [node.input[0], "constant_one_row"], [result, f"{result}.at"]
+    return helper.make_node("TopK", inputs, outputs, name=f"{stage}/TopK_{result}", axis=axis, largest=1, sorted=1)
+
+
+def _keep_read(proto, constants: dict) -> None:
+    """The constants that something reads, as the graph's initializers."""
+    read = {name for node in proto.graph.node for name in node.input} | {o.name for o in proto.graph.output}
+    replace_items(proto.graph.initializer, [i for name, i in constants.items() if name in read])
 
 
 def lower_opset(proto, opset: int) -> None:
@@ -88,8 +124,7 @@ def lower_opset(proto, opset: int) -> None:
     for node in nodes:
         _fit(node, opset)
     replace_items(proto.graph.node, nodes)
-    read = {name for node in proto.graph.node for name in node.input} | {o.name for o in proto.graph.output}
-    replace_items(proto.graph.initializer, [i for name, i in constants.items() if name in read])
+    _keep_read(proto, constants)
     for entry in proto.opset_import:
         if entry.domain in ("", "ai.onnx"):
             entry.version = opset

@@ -97,7 +97,7 @@ def export_onnx(
     decisions = [o.name for o in model.graph.outputs[n_outputs:] if o.name not in static.edges]
     progress("simplifying")
     graph = passes.finish(model, n_outputs=n_outputs, batch=batch, simplify=simplify, keep_inner=plugin)
-    proto = conventional(*graph, opset=opset, target=target)
+    proto = conventional(*graph, opset=opset, target=target, batch=batch)
     proto, weights = precision.convert(proto, graph.weights, dtype)
     if target == "tensorrt":
         widen_parameters(proto, weights)
