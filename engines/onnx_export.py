@@ -23,6 +23,7 @@ def export_onnx(
     path: str | Path,
     *,
     dtype: str = "fp32",
+    target: str = "portable",
     calibration: str | Path | Sequence[str | Path] = (),
     force: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
@@ -35,6 +36,7 @@ def export_onnx(
         schedule: token counts.
         path: of the file, written aside and renamed.
         dtype: a precision that a file can be in (`precisions.IN_FILES`).
+        target: what will run it: "portable" (conventional ONNX, for any tool), "cpu" or "tensorrt"; int8 needs one of the latter.
         calibration: images or folders that int8's scales are measured on; of int8 only.
         force: replace what is at path.
         progress: called with the name of each stage.
@@ -47,15 +49,15 @@ def export_onnx(
     """
     from ..export.graph.export import export_onnx as export
 
-    if not check_precision(dtype, calibration):
-        return export(loaded, schedule, path, dtype=dtype, force=force, progress=progress, **options)
+    if not check_precision(dtype, calibration, target=target):
+        return export(loaded, schedule, path, dtype=dtype, target=target, force=force, progress=progress, **options)
     from .images import find_images
     from .quantize import quantize
 
     photos, path = find_images(calibration), check_output(path, force)  # known before the export
     with aside_folder(path.parent, f"output {path}") as folder:
         result = export(loaded, schedule, folder / path.name, progress=progress, **options)
-        inspection = quantize(result.path, path, calibration=photos, force=force, progress=progress)
+        inspection = quantize(result.path, path, calibration=photos, target=target, force=force, progress=progress)
     return replace(
         result,
         path=path,
@@ -65,14 +67,15 @@ def export_onnx(
     )
 
 
-def check_precision(dtype: str, calibration: str | Path | Sequence[str | Path]) -> bool:
+def check_precision(dtype: str, calibration: str | Path | Sequence[str | Path], *, target: str) -> bool:
     """Whether a precision takes a run over images.
 
     Args:
         dtype: name of a precision.
         calibration: the images; they are not looked at.
+        target: what the file is written for.
     Raises:
-        UsageError: there is no such precision in files, or it does not go with the images.
+        UsageError: there is no such precision in files, or it does not go with the images or the target.
     """
     row = precisions.get(dtype)
     if not row.in_file:
@@ -85,4 +88,9 @@ def check_precision(dtype: str, calibration: str | Path | Sequence[str | Path]) 
             "wanted calib too, some tens of images like those the model will see" if quantised else "leave calib out"
         )
         raise UsageError(f"dtype {dtype}: {wanted}")
+    if quantised and target not in ("cpu", "tensorrt"):
+        raise UsageError(
+            f"dtype {dtype} for {target}: wanted for cpu or for tensorrt (target): no one form runs in int8 on both. Runtimes on CPUs "
+            f"fall back to floats where a bias is inside a quantised product or the rest is fp16, TensorRT wants both"
+        )
     return quantised

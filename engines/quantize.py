@@ -1,7 +1,13 @@
-"""Int8 files: linear layers of attention and MLP between QuantizeLinear and DequantizeLinear, the rest in fp16.
+"""Int8 files: linear layers of attention and MLP between QuantizeLinear and DequantizeLinear.
 
 Scales are measured on photos (ONNX Runtime's quantizer): one an activation, one an output channel for weights, all
 symmetric, as TensorRT wants them. Embedding, decisions, merging and head are left alone.
+
+What makes a runtime multiply in int8 differs, so a file is for one of two:
+- cpu: the rest stays float32, and a bias is an Add behind its product. With a float bias inside, or an fp16 rest, ONNX Runtime
+  dequantizes and multiplies floats; with an int32 bias, which it takes too, OpenVINO refuses the file. Weights have seven bits:
+  processors with AVX2 or AVX-512 but no VNNI add two products of 8 bits in 16, and both runtimes let the sum saturate there.
+- tensorrt: the rest is fp16, biases stay inside.
 """
 
 from __future__ import annotations
@@ -16,13 +22,16 @@ import numpy as np
 
 from ..export.errors import EngineError, MissingPackageError, UsageError
 from ..export.files import aside, check_output, read_model, write_model
-from ..export.graph import calls, precision, stages
+from ..export.graph import calls, passes, precision, stages
+from ..export.graph.for_tensorrt import widen_parameters
 from ..export.inspection import Inspection, inspect
 from ..export.provenance import store
 from .images import find_images
 from .inputs import load_inputs
 
 STAGES = ("attn", "mlp")
+TARGETS = ("cpu", "tensorrt")
+LEAST_OPSET = 19  # in which DequantizeLinear gives float16, as the rest of a file for TensorRT is
 
 
 def quantize(
@@ -30,6 +39,7 @@ def quantize(
     output: str | Path,
     *,
     calibration: str | Path | Sequence[str | Path],
+    target: str,
     force: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> Inspection:
@@ -39,12 +49,13 @@ def quantize(
         path: of the fp32 file.
         output: where the int8 file goes; it is written aside and renamed.
         calibration: images or folders that the scales are measured on; tens to hundreds like those the model will see.
+        target: what will run it, "cpu" or "tensorrt".
         force: replace what is at output.
         progress: called with the name of each stage.
     Returns:
         What the new file is.
     Raises:
-        UsageError: no fp32 file, images that cannot be read, or a path that cannot be written.
+        UsageError: no fp32 file, one for another target, images that cannot be read, or a path that cannot be written.
         EngineError, StorageError: ONNX Runtime's quantizer or the disk failed; nothing is written.
     """
     inspection, output = inspect(path), check_output(output, force, [path])
@@ -52,6 +63,7 @@ def quantize(
         raise UsageError(
             f"{path} is {inspection.provenance.precision} already: int8 needs the fp32 file it could be made from"
         )
+    _check_target(inspection, target)
     photos = find_images(calibration)
     layers = _linear(inspection.path)
     if not layers:
@@ -65,19 +77,43 @@ def quantize(
             if proto is not original[0]:  # the quantizer knows plain operators only
                 source = new.parent / "plain.onnx"
                 write_model(proto, weights, source)
-            _insert_scales(replace(inspection, path=source), raw, layers, photos)
+            _insert_scales(replace(inspection, path=source), raw, layers, photos, target=target)
             progress("writing")
-            proto, weights = read_model(raw)
-            _name_by_stage(proto.graph)
-            return precision.convert(proto, weights, "fp16")
+            return _for_target(*read_model(raw), target)
 
         proto, weights = calls.converted(*original, convert, inspection.provenance.schedule)
-        store(proto, replace(inspection.provenance, precision="int8", calibration=len(photos)))
+        passes.set_least_ir_version(proto)
+        store(proto, replace(inspection.provenance, precision="int8", target=target, calibration=len(photos)))
         write_model(proto, weights, new)
     return inspect(output)
 
 
-def _insert_scales(inspection: Inspection, output: Path, layers: list[str], photos: list[Path]) -> None:
+def _for_target(proto, weights: dict, target: str) -> tuple:
+    """A file as the quantizer leaves it, in the form that its runtime multiplies in int8: (onnx.ModelProto, weights)."""
+    _name_by_stage(proto.graph)
+    if target == "cpu":
+        _separate_biases(proto.graph)
+        return precision.with_shapes(proto, weights), weights
+    proto, weights = precision.convert(proto, weights, "fp16")
+    widen_parameters(proto, weights)
+    return proto, weights
+
+
+def _check_target(inspection: Inspection, target: str) -> None:
+    own = inspection.provenance.target
+    if target not in TARGETS:
+        raise UsageError(f"target {target}: wanted {' or '.join(TARGETS)}, what will run the int8 file")
+    if own not in ("portable", target):
+        raise UsageError(f"{inspection.path} is for {own}: wanted a portable file, or one for {target}")
+    opset = inspection.provenance.opset
+    if target == "tensorrt" and opset < LEAST_OPSET:
+        raise UsageError(
+            f"{inspection.path} has opset {opset}: int8 for tensorrt wants {LEAST_OPSET} or more, since DequantizeLinear gives "
+            f"no float16 before"
+        )
+
+
+def _insert_scales(inspection: Inspection, output: Path, layers: list[str], photos: list[Path], *, target: str) -> None:
     """Write a file with the named layers between quantizing nodes, their scales measured on photos."""
     try:
         from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
@@ -93,6 +129,7 @@ def _insert_scales(inspection: Inspection, output: Path, layers: list[str], phot
                 op_types_to_quantize=["Gemm"],
                 nodes_to_quantize=layers,
                 per_channel=True,
+                reduce_range=target == "cpu",
                 activation_type=QuantType.QInt8,
                 weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod.MinMax,
@@ -158,10 +195,24 @@ def _reader(photos: list[Path], inspection: Inspection):
     return Reader()
 
 
+def _separate_biases(graph) -> None:
+    """The bias of every product of dequantized values as an Add behind it."""
+    from onnx import helper
+
+    dequantized = {n.output[0] for n in graph.node if n.op_type == "DequantizeLinear"}
+    nodes = []
+    for node in graph.node:
+        nodes.append(node)
+        if node.op_type == "Gemm" and len(node.input) == 3 and dequantized.issuperset(node.input[:2]):
+            bias, name = node.input.pop(), node.output[0]
+            node.output[0] = f"{name}.product"
+            label = f"{stages.of_node(node.name)}/Add_{name}"
+            nodes.append(helper.make_node("Add", [node.output[0], bias], [name], name=label))
+    _replace_nodes(graph, nodes)
+
+
 def _name_by_stage(graph) -> None:
     """Quantizing nodes get the stage of the layer that reads them, and stand before it."""
-    import onnx
-
     made = {n.output[0]: n for n in graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")}
     nodes = []
 
@@ -177,6 +228,13 @@ def _name_by_stage(graph) -> None:
             for name in node.input:
                 put(name, stages.of_node(node.name))
             nodes.append(node)
-    nodes = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
+    _replace_nodes(graph, nodes)
+
+
+def _replace_nodes(graph, nodes: list) -> None:
+    """Put nodes, some of which lie in the graph, in the place of all that it has."""
+    import onnx
+
+    copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
     del graph.node[:]
-    graph.node.extend(nodes)
+    graph.node.extend(copies)

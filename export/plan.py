@@ -73,6 +73,7 @@ class Signals:
         metric: of a signal of that kind, [.., N, D].
         score: of a signal of that kind, [.., N, 1]; prefix tokens are lifted above all others.
         any_batch: the batch is free in the graph that is traced; constants cannot be repeated over it.
+        many: a step of the model keeps more rows than every runtime can sort (`matching.MOST_SORTED`): the few that go are sorted.
     """
 
     x: Tensor
@@ -82,6 +83,7 @@ class Signals:
     metric: Tensor | None = None
     score: Tensor | None = None
     any_batch: bool = False
+    many: bool = False
 
 
 COMBINE = {

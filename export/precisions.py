@@ -3,7 +3,7 @@
 To add a precision, add a row. Limits are judged by `engines/parity`; how a graph gets its types is `graph/precision`.
 
 TF32 has the mantissa of fp16. For fp16 and bf16 the limits are 16, 32 and 128 times their rounding (2^-11, 2^-8); the most seen on
-DINOv2 with real photos is 9, 18 and 75 times. For int8 they are three times the most seen: its scales, not its arithmetic, decide.
+DINOv2 with real photos is 9, 18 and 75 times. For int8 they are three times the most seen: its scales, not its arithmetic, decide, in either form.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ class Precision:
 
     Attributes:
         name: as typed by a user: "fp32", "tf32", "fp16", "bf16" or "int8".
-        onnx_type: name of the `onnx.TensorProto` type that the trunk's tensors have ("FLOAT", "FLOAT16", "BFLOAT16").
+        onnx_type: name of the `onnx.TensorProto` type that the trunk's tensors have ("FLOAT", "FLOAT16", "BFLOAT16"); an int8 file for
+            CPUs has "FLOAT" instead.
         tensorrt_type: name of the `tensorrt.DataType` that the trunk's layers have in a strongly typed network.
         product_type: the same for the products of linear layers ("INT8" in int8).
         in_file: whether an ONNX file can be in it (TF32 is a way to multiply float32, chosen when an engine is built).
@@ -92,7 +93,7 @@ TABLE = {
             4e-1,
             _near_tie(1.2e-1, 2.5),
             3e-1,
-            "linear layers in int8, the rest of the trunk in fp16",
+            "linear layers in int8, the rest of the trunk in fp16, on CPUs in float32",
         ),
     )
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from . import macs, precisions
 from .errors import UsageError
@@ -12,6 +12,8 @@ from .outputs import POOLED, Emission, is_pooled
 from .records import from_document, parse, to_document
 from .schedule import Schedule
 
+Target = Literal["portable", "cpu", "tensorrt"]
+TARGETS = get_args(Target)
 KEY = "tokexport"  # of the entry in an ONNX file's metadata
 WEIGHT_SOURCES = {"random": "seed", "checkpoint": "file", "pretrained": "file"}  # and what of `weights` names them
 
@@ -66,7 +68,7 @@ class Provenance:
         decisions: names of the graph's values that hold the merge plans.
         calibration: images that int8's scales were measured on.
         family: whose model it is: "timm".
-        target: what the graph was written for.
+        target: what the graph was written for: any tool, runtimes on CPUs, or TensorRT.
         activation: what makes probabilities of the classifier's outputs; null: not said, a softmax is taken.
         input: of the graph: normalised float32 images, or uint8 ones of either layout.
         tail: whether the last block computes all tokens or the class token alone.
@@ -86,7 +88,7 @@ class Provenance:
     decisions: tuple[str, ...] = ()
     calibration: int = 0
     family: str = "timm"
-    target: Literal["portable", "cpu", "tensorrt"] = "portable"
+    target: Target = "portable"
     activation: Literal["softmax", "sigmoid", "none"] | None = None
     input: Literal["float32", "uint8-nhwc", "uint8-nchw"] = "float32"
     tail: Literal["full", "class"] = "full"

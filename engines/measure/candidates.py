@@ -24,6 +24,7 @@ class ExportSettings(NamedTuple):
     precision: str = "fp32"
     input: str = "float32"
     emission: Emission = POOLED
+    target: str = "portable"
 
 
 class Sweep(NamedTuple):
@@ -65,7 +66,7 @@ class Candidate:
 def settings_of(inspection: Inspection) -> ExportSettings:
     """How a file was exported."""
     p = inspection.provenance
-    return ExportSettings(inspection.batch, p.opset, p.precision, p.input, p.emission)
+    return ExportSettings(inspection.batch, p.opset, p.precision, p.input, p.emission, p.target)
 
 
 def image_of(inspection: Inspection) -> tuple[int, int, int]:
@@ -120,7 +121,9 @@ def collect(
 
 def dense_label(inspection: Inspection) -> str:
     """What a dense file is called in the report."""
-    return f"dense, batch {inspection.batch or 'dynamic'}, {inspection.provenance.precision}"
+    p = inspection.provenance
+    target = "" if p.target == "portable" else f", for {p.target}"
+    return f"dense, batch {inspection.batch or 'dynamic'}, {p.precision}{target}"
 
 
 def check_comparable(files: list[Inspection], dense: Inspection | None, *, sweep: Sweep | None, bound: bool) -> None:
@@ -192,7 +195,13 @@ class _Exporter:
                 "an int8 file is compared with a dense int8 file that was calibrated on the same images: give it as dense"
             )
         values = ".".join(f"{k}={v}" for k, v in options.items() if k in reducers.swept()).replace("/", "_")
-        numbers = [str(settings.batch or "dynamic"), str(settings.opset), settings.precision, settings.input]
+        numbers = [
+            str(settings.batch or "dynamic"),
+            str(settings.opset),
+            settings.precision,
+            settings.input,
+            settings.target,
+        ]
         numbers.append(f"{hash(settings.emission) & 0xFFFFFFFF:08x}")
         path = self.folder / ".".join(filter(None, [method, values, *numbers, "onnx"]))
         if path.exists():
@@ -205,6 +214,7 @@ class _Exporter:
             "opset": settings.opset,
             "dtype": settings.precision,
             "input": settings.input,
+            "target": settings.target,
         }
         return export_onnx(loaded, schedule, path, **options, **asdict(settings.emission)).path
 

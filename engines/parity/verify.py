@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from ..prefetch import read_ahead
 from .bisect import first_not_finite, stage_parity
 from .compare import Chunk, Comparison
 from .decisions import DecisionError
+from .overflow import has_fp16_trunk, overflow_words, watch_range
 from .report import ParityReport, StageParity
 from .sides import open_side, run_dense, run_reference, verifiable
 
@@ -157,13 +158,15 @@ def _form(provenance: Provenance, names: set[str]) -> tuple:
 
 def _compare(job: _Job, reference, names: list[str], chunks: Chunks) -> Comparison:
     """All images, up to the first chunk whose decisions are no plan."""
-    two_files = job.against is not None
+    two_files, largest = job.against is not None, {}
+    watched = any(has_fp16_trunk(p) for p in (job.provenance, job.against_provenance) if p)
     comparison = Comparison(job.provenance, job.precision, outputs=job.outputs, other_file=two_files)
     share = (1 - BISECTION if job.bisect else 1.0) / len(names)
     with closing(chunks), open_side(job.path, job.runtime) as run, open_side(job.against, job.runtime) as run_other:
         for start, images in chunks:
             job.progress(f"comparing image {start + 1} of {len(names)}", start * share)
-            own, reach = run_reference(reference, images)
+            with watch_range(reference, largest) if watched else nullcontext():
+                own, reach = run_reference(reference, images)
             try:
                 side = run(images)
                 wanted = run_other(images) if two_files else own
@@ -178,6 +181,9 @@ def _compare(job: _Job, reference, names: list[str], chunks: Chunks) -> Comparis
             if comparison.pooled is not None:
                 comparison.add_cost("reference", side, own.outputs[comparison.pooled])
                 comparison.add_cost("dense", side, run_dense(reference, images))
+    overflow = overflow_words(largest)
+    if overflow:
+        comparison.add_fault(overflow)
     return comparison
 
 

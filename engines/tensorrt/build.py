@@ -71,6 +71,7 @@ def build_engine(
     inspection, asked = inspect(path), BuildOptions(**options)
     if inspection.refusals:
         raise UsageError(f"{path} is no file to build engines from: " + "; ".join(inspection.refusals[:5]))
+    _check_target(inspection)
     images = _calibration_images(inspection, asked)
     request = make_request(inspection, asked, images=images, dry_run=dry_run)
     place = Path(path).with_suffix(".plan") if output is None else Path(output)
@@ -150,20 +151,22 @@ class _Job:
         return typed if model is None else nodes.write_copy(model, typed, folder)
 
     def _typed(self, folder: Path) -> Path:
-        """The file itself, or a copy in the precision of the request in a folder."""
-        source, wanted = self.inspection.path, precisions.get(self.request.precision)
+        """The file itself, or a copy in a folder, in the precision of the request and the form that TensorRT likes."""
+        source, own = self.inspection.path, self.inspection.provenance
+        name = self.request.precision if precisions.get(self.request.precision).in_file else own.precision
         self.progress("typing the graph", 0.0)
-        if not wanted.in_file or wanted.name == self.inspection.provenance.precision:
+        if name == own.precision and own.target == "tensorrt":
             return source.resolve()
         typed = folder / "typed.onnx"
         if self.images:
             from ..quantize import quantize
 
-            quantize(source, typed, calibration=self.images, progress=lambda stage: self.progress(stage, 0.0))
+            report = lambda stage: self.progress(stage, 0.0)
+            quantize(source, typed, calibration=self.images, target="tensorrt", progress=report)
         else:
             from ...export.graph.precision import write_as
 
-            write_as(source, typed, wanted.name)
+            write_as(source, typed, name, target="tensorrt")
         return typed
 
     def _engine_file(
@@ -189,6 +192,16 @@ class _Job:
             source_sha256=source_sha256,
             warnings=warnings,
             plugin=Plugin(request.plugin, request.embed_plugin) if request.plugin else None,
+        )
+
+
+def _check_target(inspection: Inspection) -> None:
+    """Raises: UsageError for int8 in the form that runtimes on CPUs want, of which TensorRT would make something else."""
+    own = inspection.provenance
+    if own.target == "cpu" and precisions.get(own.precision).product_type == "INT8":
+        raise UsageError(
+            f"{inspection.path} is {own.precision} for CPUs (the rest of it is float32, biases stand behind the products): an engine "
+            f"needs the {own.precision} file for tensorrt, or the fp32 file and calib"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..errors import GraphError, UsageError
+from ..reducers.matching import MOST_SORTED
 from ..schedule import Schedule
 from . import stages
 
@@ -26,15 +27,15 @@ SCATTER_WORDS = {
     "ScatterND": "TensorRT-RTX and every TensorRT refuse it",
     "Scatter": "TensorRT-RTX and every TensorRT refuse it",
 }
-TOPK_LIMIT = 3840  # of TensorRT and TensorRT-RTX; ONNX Runtime and OpenVINO have none
 
 
-def refusals(graph, functions: frozenset[tuple[str, str]] = frozenset()) -> list[str]:
+def refusals(graph, functions: frozenset[tuple[str, str]] = frozenset(), *, sorts_any: bool = False) -> list[str]:
     """Reasons, one per node, why TensorRT-RTX or a TensorRT would refuse a graph; empty when none would.
 
     Args:
         graph: onnx.GraphProto, or the onnx.FunctionProto that is the body of a node.
         functions: (domain, name) of the functions that nodes may call.
+        sorts_any: leave their limit of rows that one node may sort out; other runtimes have none.
     """
     reasons, sorts = [], sort_sizes(graph)
     for node in graph.node:
@@ -49,13 +50,13 @@ def refusals(graph, functions: frozenset[tuple[str, str]] = frozenset()) -> list
                     f"{SCATTER_WORDS[node.op_type]}"
                 )
         k = sorts.get(node.output[0], 0) if node.output else 0
-        if k > TOPK_LIMIT:
-            reasons.append(f"{what}: k = {k}, TensorRT and TensorRT-RTX take at most {TOPK_LIMIT}")
+        if k > MOST_SORTED and not sorts_any:
+            reasons.append(f"{what}: k = {k}, TensorRT and TensorRT-RTX take at most {MOST_SORTED}")
         if node.domain not in ("", "ai.onnx") and (node.domain, node.op_type) not in functions:
             reasons.append(f"{what}: operator of domain {node.domain!r}")
         for a in node.attribute:
             for sub in [a.g] if a.HasField("g") else list(a.graphs):
-                reasons += refusals(sub, functions)
+                reasons += refusals(sub, functions, sorts_any=sorts_any)
     return reasons
 
 
@@ -105,24 +106,25 @@ def attention_tokens(model) -> list[int]:
     return list(tokens.values())
 
 
-def check_graph(model, schedule: Schedule, n_blocks: int | None = None) -> None:
+def check_graph(model, schedule: Schedule, n_blocks: int | None = None, *, target: str = "portable") -> None:
     """Make sure an exported graph is static, free of banned nodes, and has the schedule's token counts.
 
     Args:
         model: onnx.ModelProto with shapes.
         schedule: it was made under.
         n_blocks: blocks that are in it, None for all.
+        target: what it is written for.
     Raises:
-        UsageError: a block sorts more tokens than TensorRT can.
+        UsageError: it is for TensorRT, and a block sorts more tokens than TensorRT can.
         GraphError: lists everything else that is wrong.
     """
     largest = max(sort_sizes(model.graph).values(), default=0)
-    if largest > TOPK_LIMIT:
+    if largest > MOST_SORTED and target == "tensorrt":
         raise UsageError(
-            f"a block sorts {largest} tokens, more than TensorRT and TensorRT-RTX can ({TOPK_LIMIT}): give a smaller image "
-            f"or a larger patch"
+            f"a block sorts {largest} tokens, more than TensorRT and TensorRT-RTX can ({MOST_SORTED}): give a smaller image "
+            f"or a larger patch, or write it for another target"
         )
-    wrong = refusals(model.graph)
+    wrong = refusals(model.graph, sorts_any=target != "tensorrt")
     wanted = [n for n, _ in schedule.tokens_per_block()][:n_blocks]
     tokens = attention_tokens(model)
     if tokens != wanted:

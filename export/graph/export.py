@@ -19,13 +19,15 @@ from ..models.load import LoadedModel
 from ..models.plain_vit import PlainViT
 from ..outputs import POOLED, Emission, parse_emission
 from ..pixels import input_form, input_shape, pixels_of
-from ..provenance import KEY, Provenance
+from ..provenance import KEY, TARGETS, Provenance
 from ..schedule import Schedule
 from . import calls, checks, passes, precision
+from .conventional import TRACED_OPSET, conventional
+from .for_tensorrt import widen_parameters
 from .static_vit import StaticViT
 from .trace import TRACED, trace
 
-OPSETS = range(20, 24)
+OPSETS = range(17, 24)
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ def export_onnx(
     input: str = "float32",
     force: bool = False,
     dtype: str = "fp32",
+    target: str = "portable",
     plugin: bool = False,
     progress: Callable[[str], None] = lambda stage: None,
     **outputs: Any,
@@ -76,11 +79,12 @@ def export_onnx(
         loaded, schedule: from `load_model` and `loaded.schedule`.
         path: of the file.
         batch: images per run, None for any number.
-        opset: 20 to 23.
+        opset: 17 to 23; older runtimes take older ones (TensorRT 8.6: 17).
         simplify: let onnxsim look at the graph too.
         input: "float32", or pixels: "uint8" [B, H, W, channels] or "uint8-nchw"; their normalisation is folded into the weights.
         force: replace the file.
         dtype: of the trunk, a graph precision (see `precision`); input and outputs stay float32.
+        target: what it is written for, one of `provenance.TARGETS`; portable: conventional ONNX, for any tool.
         plugin: write every reduction as one node whose body is a function of the file (see `calls`).
         progress: called with the name of each stage.
         outputs: emit, layers, norm_layers, layout, dropped and sources, see `outputs.parse_emission`: emit="pooled,patches".
@@ -90,23 +94,27 @@ def export_onnx(
     path, plain = check_output(path, force), as_plain(loaded.module)
     emission = parse_emission(**outputs).resolved(schedule.depth)
     schedule, form = computed(schedule, emission), input_form(input)
-    _check_request(plain, schedule, batch=batch, opset=opset, dtype=dtype)
+    _check_request(plain, schedule, batch=batch, opset=opset, dtype=dtype, target=target)
     heads, pixels = learned_layers(loaded, schedule), pixels_of(form, loaded.preprocess)
     dims = cost_dims(plain, heads, emission)
-    more = {"emission": emission, "input": form, "dtype": dtype, "dims": dims}
+    more = {"emission": emission, "input": form, "dtype": dtype, "target": target, "dims": dims}
     provenance = _provenance(loaded, schedule, opset=opset, **more)
     progress("tracing")
     static = StaticViT(plain, schedule, batch, heads, emission=emission, pixels=pixels, calls=plugin).eval()
     n_outputs, shape = len(provenance.outputs), input_shape(form, plain.preprocess, plain.dims["channels"])
-    model = trace(static, shape, batch=batch, opset=opset)
+    model = trace(static, shape, batch=batch, opset=max(opset, TRACED_OPSET))
     decisions = [o.name for o in model.graph.outputs[n_outputs:] if o.name not in static.edges]
     progress("simplifying")
     graph = passes.finish(model, n_outputs=n_outputs, batch=batch, simplify=simplify, keep_inner=plugin)
-    proto, weights = precision.convert(*graph, dtype)
+    proto = conventional(*graph, opset=opset, target=target, batch=batch)
+    proto, weights = precision.convert(proto, graph.weights, dtype)
+    if target == "tensorrt":
+        widen_parameters(proto, weights)
+    passes.set_least_ir_version(proto)
     there = {o for n in proto.graph.node for o in n.output}
     provenance = replace(provenance, decisions=tuple(d for d in decisions if d in there))
     progress("checking")
-    checks.check_graph(proto, schedule, provenance.n_blocks)
+    checks.check_graph(proto, schedule, provenance.n_blocks, target=target)
     checks.check_decisions(provenance.decisions, schedule)
     if plugin:
         shaped, by_score = precision.with_shapes(proto, weights), not plain.has_class_token
@@ -128,11 +136,15 @@ def computed(schedule: Schedule, emission: Emission) -> Schedule:
     return schedule if len(steps) == len(schedule.steps) else replace(schedule, steps=steps)
 
 
-def _check_request(plain: PlainViT, schedule: Schedule, *, batch: int | None, opset: int, dtype: str) -> None:
+def _check_request(
+    plain: PlainViT, schedule: Schedule, *, batch: int | None, opset: int, dtype: str, target: str
+) -> None:
     if opset not in OPSETS:
         raise UsageError(f"opset {opset}: wanted {OPSETS[0]} to {OPSETS[-1]}")
     if dtype not in precision.graph_precisions():
         raise UsageError(f"dtype {dtype}: wanted one of {', '.join(precision.graph_precisions())}")
+    if target not in TARGETS:
+        raise UsageError(f"target {target}: wanted one of {', '.join(TARGETS)}")
     if batch is not None and batch < 1:
         raise UsageError(f"batch {batch}: wanted 1 or more, or None for any number")
     wanted, there = tracing_bytes(plain, schedule, batch=batch), memory_bytes()
@@ -177,7 +189,15 @@ def cost_dims(plain: PlainViT, layers: nn.ModuleList | None, emission: Emission 
 
 
 def _provenance(
-    loaded: LoadedModel, schedule: Schedule, *, opset: int, emission: Emission, input: str, dtype: str, dims: dict
+    loaded: LoadedModel,
+    schedule: Schedule,
+    *,
+    opset: int,
+    emission: Emission,
+    input: str,
+    dtype: str,
+    target: str,
+    dims: dict,
 ) -> Provenance:
     from importlib.metadata import version
 
@@ -197,4 +217,5 @@ def _provenance(
         dims=dims,
         labels=loaded.labels or (() if loaded.weights["source"] == "random" else plain.labels()),
         activation=loaded.activation,
+        target=target,
     )

@@ -33,8 +33,7 @@ def _free(shape, first: str | None) -> list | None:
 
 
 def finish(model, *, n_outputs: int, batch: int | None, simplify: bool, keep_inner: bool = False) -> Graph:
-    """Decisions become inner values, unread nodes go, parameters get the shapes TensorRT takes as they are, nodes the names of their
-    stages, the batch becomes free.
+    """Decisions become inner values, unread nodes go, nodes get the names of their stages, the batch becomes free.
 
     Args:
         model: onnx_ir.Model, as traced.
@@ -53,7 +52,6 @@ def finish(model, *, n_outputs: int, batch: int | None, simplify: bool, keep_inn
     del model.graph.outputs[n_outputs:]
     if not keep_inner:
         common.RemoveUnusedNodesPass()(model)
-    widen_parameters(model)
     name_by_stage(model)
     model.producer_name = "tokexport"
     weights = {v.name: v.const_value for v in model.graph.initializers.values() if v.const_value.nbytes > LARGE}
@@ -75,19 +73,6 @@ def name_by_stage(model) -> None:
         node.metadata_props.clear()  # stack traces with paths of the machine it was traced on
 
 
-def widen_parameters(model) -> None:
-    """Shape [C] to [1, C] for biases of Gemm and both parameters of LayerNormalization: TensorRT then needs no broadcast layers."""
-    import onnx_ir as ir
-
-    wide = {"Gemm": (2,), "LayerNormalization": (1, 2)}
-    for value in model.graph.initializers.values():
-        uses = value.uses()
-        if len(value.shape) == 1 and uses and all(u.idx in wide.get(u.node.op_type, ()) for u in uses):
-            array = value.const_value.numpy().reshape(1, -1)
-            value.const_value = ir.tensor(array, name=value.name)
-            value.shape = ir.Shape(array.shape)
-
-
 @contextlib.contextmanager
 def _as_inputs(graph, weights: dict):
     """The weights that are not in the graph, as inputs of it for a while, so that their shapes are known."""
@@ -99,6 +84,13 @@ def _as_inputs(graph, weights: dict):
     )
     yield
     del graph.input[n:]
+
+
+def set_least_ir_version(proto) -> None:
+    """The least version of the ONNX format that has the operator set of an onnx.ModelProto: older tools refuse a newer one."""
+    from onnx import helper
+
+    proto.ir_version = helper.find_min_ir_version_for(proto.opset_import, ignore_unknown=True)
 
 
 def free_batch(proto, weights: dict):

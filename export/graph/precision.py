@@ -15,6 +15,7 @@ from ..errors import UsageError
 from ..files import read_model, write_model
 from ..provenance import of_model, store
 from . import calls, stages
+from .for_tensorrt import widen_parameters
 
 
 def graph_precisions() -> tuple[str, ...]:
@@ -43,13 +44,14 @@ def convert(proto, weights: dict, precision: str):
     return (proto, weights) if low == onnx.TensorProto.FLOAT else _TypedGraph(proto, weights, low).result()
 
 
-def write_as(path: Path, output: Path, precision: str) -> int:
-    """Write a float32 file of tokexport in another precision.
+def write_as(path: Path, output: Path, precision: str, *, target: str | None = None) -> int:
+    """Write a file of tokexport in another precision, for another target, or both.
 
     Args:
-        path: of the float32 file.
+        path: of the file; a float32 one, or in the precision already.
         output: written aside and renamed, whatever is there.
-        precision: one of `graph_precisions`.
+        precision: one of `graph_precisions`, or the file's own.
+        target: one of `provenance.TARGETS`; None: the file's own.
     Returns:
         Its bytes.
     Raises:
@@ -57,8 +59,12 @@ def write_as(path: Path, output: Path, precision: str) -> int:
     """
     proto, weights = read_model(path)
     provenance = of_model(proto, str(path))
-    proto, weights = calls.converted(proto, weights, lambda p, w: convert(p, w, precision), provenance.schedule)
-    store(proto, replace(provenance, precision=precision))
+    if precision != provenance.precision:
+        as_asked = lambda p, w: convert(p, w, precision)
+        proto, weights = calls.converted(proto, weights, as_asked, provenance.schedule)
+    if target == "tensorrt":
+        widen_parameters(proto, weights)
+    store(proto, replace(provenance, precision=precision, target=target or provenance.target))
     return write_model(proto, weights, output)
 
 

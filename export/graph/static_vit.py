@@ -23,6 +23,7 @@ from ..nodes import follows_sizes
 from ..outputs import POOLED, Emission
 from ..pixels import Pixels
 from ..plan import ATTENTION_SIGNALS, MergePlan, Signals, StaticLayout
+from ..reducers import matching
 from ..schedule import Schedule
 from ..step import Step
 from .calls import boundaries
@@ -91,6 +92,7 @@ class StaticViT(nn.Module):
         self.bias = nn.ModuleDict({str(s.block): Stage(self._bias) for s in schedule.steps})
         self.ones = nn.ModuleDict({str(s.block): Stage(self._ones) for s in schedule.steps})
         self.boundaries = boundaries(schedule) if calls else {}
+        self.many = any(s.n_kept > matching.MOST_SORTED for s in schedule.steps)
         options = {"single": self.single, "any_batch": self.any_batch, "squeezes": self.reducer.squeezes}
         grid = plain.grid if self.emission.needs_grid else (0, 0)
         self.outputs = StaticOutputs(self.emission, schedule, grid=grid, **options)
@@ -175,7 +177,9 @@ class StaticViT(nn.Module):
         x_in, keys = rows, offered.pop("keys", None)
         if self.boundaries and state.size is None and follows_sizes(self.schedule.method):
             state.size = self.ones[key](rows)  # one body for all blocks: the first has sizes too
-        signals = Signals(rows, self.n_prefix, self.has_class, state.size, any_batch=self.any_batch, **offered)
+        signals = Signals(
+            rows, self.n_prefix, self.has_class, state.size, any_batch=self.any_batch, many=self.many, **offered
+        )
         plan = self.match[key](signals, step, Form.GATHER if self.boundaries else choose_form(n, self.batch_kind))
         behind_last = step.site == "post_attn" and step.block == len(self.blocks) - 1
         to_attention = self.schedule.prop_attn and (place is not None or not behind_last)

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+MOST_SORTED = 3840  # rows that one TopK of TensorRT and TensorRT-RTX gives; ONNX Runtime and OpenVINO have no limit
+
+
 def sets(n: int, n_prefix: int) -> tuple[list[int], list[int]]:
     """Positions of A (even, may merge) and B (odd, may receive), prefix tokens left out.
 

@@ -9,8 +9,9 @@ position receives. Six tokens are worked through on top of `plan.py`.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 
-from ..constants import bounded, column
+from ..constants import bounded, column, constant, row
 from ..plan import MergePlan, Signals, StaticLayout
 from ..step import ModelSize, Step
 from . import matching, options
@@ -82,8 +83,11 @@ def static(s: Signals, step: Step) -> MergePlan:
         value, host = ops.best_column(ops.matmul(s.metric, hosts, False, True))
         value = value + barred
     top, src = ops.top_rows(value, n - n_kept, True)
-    base, merged = (_keys_by_position if s.has_class else _keys_by_similarity)(s, value, top, torch)
-    keep = ops.top_rows(ops.put_rows(base, src, merged), n_kept, True)[1]
+    if s.many and n - n_kept < len(a):
+        keep = (_kept_by_position if s.has_class else _kept_by_similarity)(s, value, src)
+    else:
+        base, merged = (_keys_by_position if s.has_class else _keys_by_similarity)(s, value, top, torch)
+        keep = ops.top_rows(ops.put_rows(base, src, merged), n_kept, True)[1]
     layout = StaticLayout(labels=matching.labels(step, s.n_prefix), hosts=host)
     return MergePlan(keep, src, combine="size", layout=layout)
 
@@ -105,6 +109,38 @@ def _keys_by_similarity(s, value, top, torch):
     if p:  # registers come first
         base = torch.maximum(base, column([n + 10.0 - i if i < p else -8.0 * n for i in range(n)], value))
     return base, last
+
+
+def _kept_by_position(s, value, src):
+    """Kept rows of which only the merged ones, few, were sorted: the t-th of them is as many places on as merged rows come before it.
+
+    With rows 0 2 4 1 3 5 in the new order and row 2 merged, at place 1: place 1 - 0 <= t holds for t = 1, 2, 3, 4, so the kept rows
+    are those at places 0 2 3 4 5, which are 0 4 1 3 5.
+    """
+    from ...kernels import ops
+
+    n, r = value.shape[-2], src.shape[-2]
+    order = [*range(s.n_prefix), *chain(*matching.sets(n, s.n_prefix))]
+    places = ops.floats([float(order.index(i)) for i in range(n)], [n, 1])
+    gone = ops.top_rows(ops.look_up(places, src), r, False)[0]
+    before = gone - column([float(j) for j in range(r)], gone) < row([t + 0.5 for t in range(n - r)], gone)
+    kept = column([float(t) for t in range(n - r)], gone)
+    place = ops.addmm(ops.to_float(before), ops.floats([1.0] * r, [r, 1]), kept, True, False)
+    return ops.look_up(ops.ints(order, [n, 1]), place.to(src.dtype))
+
+
+def _kept_by_similarity(s, value, src):
+    """Kept rows of which only those of A were sorted."""
+    import torch
+
+    from ...kernels import ops
+
+    n, r = value.shape[-2], src.shape[-2]
+    a, b = matching.sets(n, s.n_prefix)
+    by_value = ops.top_rows(ops.fixed_rows(value, a), len(a), True)[1]
+    left = ops.look_up(ops.ints(a, [len(a), 1]), ops.fixed_rows(by_value, list(range(r, len(a)))))
+    parts = [constant(rows, src, any_batch=s.any_batch) for rows in (list(range(s.n_prefix)), b) if rows]
+    return torch.cat([*parts[:-1], left, parts[-1]], -2)
 
 
 REDUCER = Reducer(

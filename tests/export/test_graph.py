@@ -8,6 +8,8 @@ from onnx import TensorProto, helper, numpy_helper
 from tokexport.export import reducers
 from tokexport.export.errors import GraphError
 from tokexport.export.graph import checks
+from tokexport.export.graph.precision import write_as
+from tokexport.export.inspection import inspect
 from tokexport.export.models.learned_layers import learned_layers
 
 from tokexport import Schedule, UsageError, export_onnx, reduce_model
@@ -282,12 +284,16 @@ def test_many_constants_are_counted(tmp_path):
 
 
 def _parse(path):
-    """The file as TensorRT-RTX parses it: the module, builder, parser (all must live) and network."""
+    """The file, in the form a build gives it, as TensorRT-RTX parses it: the module, builder, parser (all must live) and network."""
     trt = pytest.importorskip("tensorrt_rtx", reason=WHY_TENSORRT)
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, builder.logger)
-    assert parser.parse_from_file(str(path)), [parser.get_error(i).desc() for i in range(parser.num_errors)]
+    form = path.with_suffix(".tensorrt.onnx")
+    write_as(path, form, inspect(path).provenance.precision, target="tensorrt")
+    parsed = parser.parse_from_file(str(form))
+    form.unlink()
+    assert parsed, [parser.get_error(i).desc() for i in range(parser.num_errors)]
     return trt, builder, parser, network
 
 

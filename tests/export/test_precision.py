@@ -211,7 +211,9 @@ def parsed_layers(path):
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, builder.logger)
-    assert parser.parse_from_file(str(path))
+    form = path.with_suffix(".tensorrt.onnx")
+    precision.write_as(path, form, inspect(path).provenance.precision, target="tensorrt")
+    assert parser.parse_from_file(str(form))
     return network.num_layers
 
 

@@ -7,6 +7,7 @@ import click
 from ...export import reducers
 from ...export.errors import UsageError
 from ...export.plan import SIGNALS
+from ...export.provenance import TARGETS
 from .method_options import as_flags, method_options
 from .model_options import file_stem, load, model_options, split
 from .output_options import input_words, output_options, output_words, split_outputs
@@ -28,12 +29,20 @@ from .output_options import input_words, output_options, output_words, split_out
     type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
     default="fp32",
     show_default=True,
-    help="Of the trunk; decisions, sizes and merging, input and outputs stay fp32. int8: linear layers, the rest fp16.",
+    help="Of the trunk; decisions, sizes and merging, input and outputs stay fp32. int8: linear layers; needs --for.",
+)
+@click.option(
+    "--for",
+    "target",
+    type=click.Choice(TARGETS),
+    default="portable",
+    show_default=True,
+    help="What the file is written for: portable, conventional ONNX for any tool; cpu, ONNX Runtime and OpenVINO; tensorrt.",
 )
 @click.option(
     "--calib", multiple=True, metavar="IMAGES", help="Files or folders that int8 is calibrated on; repeatable."
 )
-@click.option("--opset", default=20, show_default=True, help="ONNX opset, 20 to 23.")
+@click.option("--opset", default=20, show_default=True, help="ONNX opset, 17 to 23.")
 @click.option("--simplify/--no-simplify", default=True, show_default=True, help="Let onnxsim look at the graph too.")
 @output_options
 @click.option(
@@ -49,6 +58,7 @@ def command(
     method,
     batch,
     dtype,
+    target,
     calib,
     opset,
     simplify,
@@ -68,7 +78,7 @@ def command(
 
     images, outputs = _batch(batch), split_outputs(options)
     model, options = split(options)
-    check_precision(dtype, calib)
+    check_precision(dtype, calib, target=target)
     inputs = [model["checkpoint"], model["predictor"], *calib]
     path = check_output(f"{file_stem(model)}.{method}.onnx" if output is None else output, force, inputs)
     out = console()
@@ -87,6 +97,7 @@ def command(
                 schedule,
                 path,
                 dtype=dtype,
+                target=target,
                 calibration=calib,
                 force=force,
                 progress=progress,
@@ -140,6 +151,7 @@ def _data(result, notes) -> dict:
         "macs_dense": result.macs_dense,
         "nodes": result.nodes,
         "size": result.size,
+        "target": p.target,
         "outputs": list(p.outputs),
         "emission": asdict(p.emission),
         "input": p.input,
@@ -156,7 +168,9 @@ def _print(out, result, notes, batch) -> None:
 
     p = result.provenance
     out.print(str(result.path), style="bold", end="", markup=False)
-    out.print(f"  {p.model}, {p.schedule.method}, batch {batch}, {p.precision}, opset {p.opset}", markup=False)
+    out.print(
+        f"  {p.model}, {p.schedule.method}, batch {batch}, {p.precision}, for {p.target}, opset {p.opset}", markup=False
+    )
     out.print(f"  tokens   {tokens_words(p.schedule.n_tokens, result.tokens)}")
     out.print(f"  MACs     {macs_words(result.macs, result.macs_dense)}")
     out.print(
