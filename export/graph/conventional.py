@@ -6,6 +6,7 @@ These are passes over a finished float32 graph. Nodes that they write are named 
 from __future__ import annotations
 
 import math
+
 from ..errors import UsageError
 from . import stages
 from .bodies import replace_items

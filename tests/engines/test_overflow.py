@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokexport.engines.parity.overflow import FP16_LIMIT, overflow_words, watch_range
 
 from tokexport import export_onnx, load_model, reduce_model, verify
-from tokexport.engines.parity.overflow import FP16_LIMIT, overflow_words, watch_range
 
 from ..cases import KWARGS, TINY
 
