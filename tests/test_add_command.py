@@ -50,9 +50,9 @@ def test_every_command_is_a_file_with_a_row_and_help():
     with_a_command = {
         name for name in files - {"__init__"} if hasattr(import_module(f"tokexport.tools.commands.{name}"), "command")
     }
-    assert with_a_command == set(cli.COMMANDS)
+    assert with_a_command == set(map(cli.module_of, cli.COMMANDS))
     for name in cli.COMMANDS:
-        command = import_module(f"tokexport.tools.commands.{name}").command
+        command = import_module(f"tokexport.tools.commands.{cli.module_of(name)}").command
         assert command.name == name and command.help
         options = [p for p in command.params if isinstance(p, click.Option) and not p.help and not p.show_default]
         assert not options, (name, options)

@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from tokexport.tools.cli import COMMANDS
+from tokexport.tools.cli import COMMANDS, module_of
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("kernels", "export", "engines", "tools", "tokexport")  # each may import those before it
@@ -327,7 +327,7 @@ VARIANTS = {
 def test_an_option_means_the_same_on_every_command():
     meanings = defaultdict(set)
     for name in COMMANDS:
-        for option in import_module(f"tokexport.tools.commands.{name}").command.params:
+        for option in import_module(f"tokexport.tools.commands.{module_of(name)}").command.params:
             if isinstance(option, click.Option):
                 kind = "flag" if option.is_flag else option.metavar or option.type.name
                 for spelling in option.opts:

@@ -158,7 +158,10 @@ def options_of(command):
 
 
 def test_every_command_line_in_a_page_has_known_options():
-    known = {name: options_of(import_module(f"tokexport.tools.commands.{name}").command) for name in cli.COMMANDS}
+    known = {
+        name: options_of(import_module(f"tokexport.tools.commands.{cli.module_of(name)}").command)
+        for name in cli.COMMANDS
+    }
     lines = [
         match
         for page in PAGES.values()

@@ -17,8 +17,10 @@ COMMANDS = {
     "trt": "Build a TensorRT engine from a file.",
     "bundle": "Pack a file with what it is and a proof that needs no PyTorch.",
     "verify": "Compare a file with the PyTorch reference it was made from.",
+    "serve-repo": "Write a Triton model repository of bundles.",
     "inspect": "Show what a file is and whether TensorRT would take it.",
     "run": "Run a file on images.",
+    "embed": "Features or classes of many images, as parquet.",
     "viz": "Draw on photos which patches a file merges and drops.",
     "eval": "Accuracy on a folder of labelled images.",
     "bench": "Time files against each other in one run.",
@@ -37,12 +39,17 @@ EXIT_CODES = {
 }
 
 
+def module_of(command: str) -> str:
+    """The name of the module in `commands` that a command stands in."""
+    return command.replace("-", "_")
+
+
 class _Lazy(click.Group):
     def list_commands(self, ctx):
         return list(COMMANDS)
 
     def get_command(self, ctx, name):
-        return import_module(f".commands.{name}", __package__).command if name in COMMANDS else None
+        return import_module(f".commands.{module_of(name)}", __package__).command if name in COMMANDS else None
 
     def format_commands(self, ctx, formatter):
         with formatter.section("Commands"):

@@ -5,21 +5,15 @@ shards.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from ...export.errors import EngineError, UsageError
 from ...export.inspection import Inspection
+from .labels import LabelledImages, open_labelled
 
 BATCH = 16  # images read at once for a file that takes any number
-
-
-class LabelledImage(NamedTuple):
-    """A photo and the index of its class."""
-
-    path: Path
-    label: int
 
 
 @dataclass(frozen=True)
@@ -88,7 +82,7 @@ def added(shards: Iterable[list[Accuracy]]) -> list[Accuracy]:
 
 def evaluate(
     path: str | Path,
-    images: str | Path | list[tuple[str | Path, int]],
+    images: str | Path | list[tuple[str | Path, int]] | LabelledImages,
     *,
     runtime: str = "ort",
     limit: int | None = None,
@@ -104,7 +98,7 @@ def evaluate(
 
     Args:
         path: an ONNX file or an engine of a classifier.
-        images: a folder with a folder for each class (see `labelled`), or the images and their classes.
+        images: what `labels.open_labelled` takes or gives, or the images and their classes.
         runtime: what runs an ONNX file.
         limit: at most so many images, spread evenly; None for all.
         shard, shards: count only every `shards`-th image from `shard` on; `added` sums what the shards gave.
@@ -124,10 +118,6 @@ def evaluate(
     check_classifier(inspection)
     if not 0 <= shard < shards:
         raise UsageError(f"shard {shard} of {shards}: wanted 0 to {shards - 1}")
-    if not isinstance(images, list):
-        provenance = inspection.provenance
-        images = labelled(Path(images), provenance.dims["classes"], labels=provenance.labels, limit=limit)
-    part = [LabelledImage(Path(photo), label) for photo, label in images[shard::shards]]
     models = {}
     if reference or dense:
         models = _eager_models(
@@ -135,10 +125,22 @@ def evaluate(
         )
     names = {str(inspection.path): inspection.provenance.schedule.n_final, **dict.fromkeys(models)}
     counts = dict.fromkeys(names, Hits())
-    for labels, logits in _predictions(inspection, part, runtime=runtime, models=models, progress=progress):
-        for name, values in logits.items():
-            counts[name] += _hits(name, values, labels)
+    with _opened(images, inspection, limit) as every:
+        part = every.shard(shard, shards)
+        for labels, logits in _predictions(inspection, part, runtime=runtime, models=models, progress=progress):
+            for name, values in logits.items():
+                counts[name] += _hits(name, values, labels)
     return [Accuracy(name, tokens, counts[name]) for name, tokens in names.items()]
+
+
+def _opened(images, inspection: Inspection, limit: int | None):
+    """A context of `LabelledImages`, whatever they were given as."""
+    classes, labels = inspection.provenance.dims["classes"], inspection.provenance.labels
+    if isinstance(images, LabelledImages):
+        return nullcontext(images)
+    if isinstance(images, list):
+        return nullcontext(LabelledImages(images, range(len(images)), classes, labels))
+    return open_labelled(images, classes, labels=labels, limit=limit)
 
 
 def check_classifier(inspection: Inspection) -> None:
@@ -158,55 +160,6 @@ def check_same_classes(inspections: list[Inspection]) -> None:
             raise UsageError(
                 f"{inspection.path} has other classes than {inspections[0].path}: evaluate them one by one"
             )
-
-
-def labelled(
-    folder: Path, n_classes: int, *, labels: tuple[str, ...] = (), limit: int | None = None
-) -> list[LabelledImage]:
-    """Images and their classes from a folder with a folder for each class.
-
-    Args:
-        folder: its folders are named by class index or by label; or there is one for each class, in alphabetical order.
-        n_classes: of the classifier.
-        labels: names of the classes, when known.
-        limit: at most so many images, spread evenly; None for all.
-    Raises:
-        UsageError: there are no such folders, they have no images, or their names say no class.
-    """
-    from ..images import SUFFIXES
-
-    if limit is not None and limit < 1:
-        raise UsageError(f"limit {limit}: wanted 1 or more images")
-    if not folder.is_dir():
-        raise UsageError(f"images {folder}: wanted a folder with a folder for each class")
-    names = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
-    if not names:
-        raise UsageError(f"images {folder} has no folders: wanted one for each class, with its images")
-    index = _class_indices(names, n_classes, labels=labels, folder=folder)
-    photos = {
-        n: sorted(p for p in (folder / n).iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()) for n in names
-    }
-    images = [LabelledImage(p, index[n]) for n in names for p in photos[n]]
-    if not images:
-        raise UsageError(f"images {folder}: its folders have no images ({', '.join(SUFFIXES)})")
-    if limit is None or limit >= len(images):
-        return images
-    return [images[i * len(images) // limit] for i in range(limit)]
-
-
-def _class_indices(names: list[str], n_classes: int, *, labels: tuple[str, ...], folder: Path) -> dict[str, int]:
-    """Class folder -> class index: by number, by label, or in order."""
-    if all(name.isascii() and name.isdigit() and len(name) < 9 and int(name) < n_classes for name in names):
-        return {name: int(name) for name in names}
-    by_label = {label: i for i, label in enumerate(labels)}
-    if all(name in by_label for name in names):
-        return {name: by_label[name] for name in names}
-    if len(names) == n_classes:
-        return {name: i for i, name in enumerate(names)}
-    raise UsageError(
-        f"images {folder} has {len(names)} folders ({', '.join(names[:3])}, ...), the model {n_classes} classes: name them by index "
-        f"(0 to {n_classes - 1}) or by label, or have one for each class"
-    )
 
 
 def _eager_models(inspection: Inspection, *, reference: bool, dense: bool, checkpoint, predictor, progress) -> dict:
@@ -233,27 +186,29 @@ def _eager_models(inspection: Inspection, *, reference: bool, dense: bool, check
     return {name: on_arrays(model) for name, model in models.items()}
 
 
-def _predictions(
-    inspection: Inspection, images: list[LabelledImage], *, runtime: str, models: dict, progress
-) -> Iterator:
+def _predictions(inspection: Inspection, images: LabelledImages, *, runtime: str, models: dict, progress) -> Iterator:
     """(labels [B], {name: logits [B, classes]}), a batch at a time: memory does not grow with the images."""
     import numpy as np
 
-    from ..inputs import load_inputs
+    from ..decode import Decoder, default_workers, model_input
     from ..runners import in_batches, open_runner
 
-    provenance = inspection.provenance
-    with open_runner(
-        inspection.path, runtime, batch=inspection.batch or BATCH if runtime == "openvino" else None
-    ) as runner:
-        size = runner.inputs["image"][0] or BATCH
-        for start in range(0, len(images), size):
-            progress(f"{inspection.path.name}: image {start + 1} of {len(images)}")
-            some = images[start : start + size]
-            pixels = load_inputs([image.path for image in some], provenance)
+    provenance, done = inspection.provenance, 0
+    batch = inspection.batch or BATCH if runtime == "openvino" else None
+    workers = default_workers(len(images))
+    with (
+        open_runner(inspection.path, runtime, batch=batch) as runner,
+        Decoder(provenance.preprocess, workers) as decoder,
+    ):
+        for chunk in decoder.chunks(images.items(), runner.inputs["image"][0] or BATCH):
+            if chunk.broken:
+                raise UsageError(f"images: {chunk.broken[0].error}")
+            progress(f"{inspection.path.name}: image {done + 1} of {len(images)}")
+            done += len(chunk.items)
+            pixels = model_input(chunk.pixels, provenance.preprocess, provenance.input)
             logits = {str(inspection.path): in_batches(runner, pixels)[provenance.pooled]}
             logits |= {name: model(pixels) for name, model in models.items()}
-            yield np.array([image.label for image in some]), logits
+            yield np.array([item.label for item in chunk.items]), logits
 
 
 def _hits(name: str, logits, labels) -> Hits:

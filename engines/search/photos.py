@@ -43,7 +43,7 @@ def find_photos(
         UsageError: there are none, or the folders say no class.
     """
     from ..images import find_images
-    from ..measure.evaluate import labelled
+    from ..measure.labels import labelled
 
     if n_classes is None:
         return SearchPhotos(find_images(images), None)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from tokexport.engines.measure import evaluate
+from tokexport.engines.measure import evaluate, labels
 from tokexport.export.errors import EngineError
 from tokexport.export.inspection import inspect
 from tokexport.tools.cli import group
@@ -61,22 +61,43 @@ def test_accuracy_can_be_low(model, data, tmp_path):
 
 def test_folders_name_classes_by_number_label_or_order(model, tmp_path):
     names = [f"class_{c}" for c in "abcdefghij"]
-    assert evaluate._class_indices(["3", "7"], 10, labels=(), folder=tmp_path) == {"3": 3, "7": 7}
-    assert evaluate._class_indices(names, 10, labels=(), folder=tmp_path) == {n: i for i, n in enumerate(names)}
+    assert labels._class_indices(["3", "7"], 10, labels=(), folder=tmp_path) == {"3": 3, "7": 7}
+    assert labels._class_indices(names, 10, labels=(), folder=tmp_path) == {n: i for i, n in enumerate(names)}
 
-    assert evaluate._class_indices(["two"], 10, labels=("zero", "one", "two"), folder=tmp_path) == {"two": 2}
+    assert labels._class_indices(["two"], 10, labels=("zero", "one", "two"), folder=tmp_path) == {"two": 2}
     with pytest.raises(UsageError, match="has 2 folders .*the model 10 classes"):
-        evaluate._class_indices(["a", "b"], 10, labels=(), folder=tmp_path)
+        labels._class_indices(["a", "b"], 10, labels=(), folder=tmp_path)
 
 
 def test_a_limit_is_spread_over_the_classes(model, data):
-    images = evaluate.labelled(data, 10, limit=20)
+    images = labels.labelled(data, 10, limit=20)
     assert len(images) == 20 and len({label for _, label in images}) == 10
+
+
+def test_lists_and_parquet_have_the_accuracy_of_the_folder(model, data, tmp_path):
+    """Also with a limit; a class that is missing or none of the file's is told."""
+    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    images = labels.labelled(data, 10, limit=40)
+    (tmp_path / "list.txt").write_text("".join(f"{path.resolve()}\t{label}\n" for path, label in images))
+    cells = {"image": [path.read_bytes() for path, _ in images], "label": [label for _, label in images]}
+    pq.write_table(pa.table(cells), tmp_path / "some.parquet", row_group_size=7)
+    wanted = evaluate.evaluate(model, images)[0].hits
+    assert 0 < wanted.top1 <= 40 and wanted.images == 40
+    for name in ("list.txt", "some.parquet"):
+        assert evaluate.evaluate(model, tmp_path / name)[0].hits == wanted
+        few = run("eval", model, "--images", tmp_path / name, "--limit", 10, "--no-reference", "--json")
+        assert json.loads(few.stdout)["rows"][0]["images"] == 10
+    for line, words in (("", "does not say the class"), ("\t10", "says class '10'"), ("\tcat", "says class 'cat'")):
+        (tmp_path / "bad.txt").write_text(f"{images[0].path.resolve()}{line}\n")
+        with pytest.raises(UsageError, match=words):
+            evaluate.evaluate(model, tmp_path / "bad.txt")
 
 
 def test_counts_of_shards_add_up(model, data):
     """Each image is in one shard, and the sum is the accuracy of all."""
-    images = evaluate.labelled(data, 10, limit=23)
+    images = labels.labelled(data, 10, limit=23)
     options = {"reference": True, "dense": True}
     whole = evaluate.evaluate(model, images, **options)
     shards = [evaluate.evaluate(model, images, shard=i, shards=3, **options) for i in range(3)]

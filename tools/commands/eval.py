@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from ...export.errors import UsageError
@@ -12,7 +10,9 @@ from ..options import runtime_option
 
 @click.command("eval")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
-@click.option("--images", "data", required=True, metavar="FOLDER", help="Images in a folder for each class.")
+@click.option(
+    "--images", "data", required=True, metavar="DATA", help="Class folders, parquet with labels, or a list of paths."
+)
 @click.option("--limit", type=int, metavar="N", help="At most N images, spread evenly over the classes.")
 @runtime_option()
 @click.option(
@@ -33,11 +33,12 @@ from ..options import runtime_option
 def command(files, data, limit, runtime, reference, checkpoint, predictor, as_json):
     """Top-1 and top-5 accuracy of FILES on labelled images, beside the PyTorch reference's and the dense model's.
 
-    A class folder is named by its index or its label; otherwise there must be one for each class, in alphabetical
-    order.
+    DATA is a folder with a folder for each class (named by index or label; otherwise one for each, in alphabetical
+    order), parquet with encoded images and a column `label`, or a text file with a path, a tab and a class a line.
     """
     from ...engines.files import inspect_file
-    from ...engines.measure.evaluate import check_same_classes, evaluate, labelled
+    from ...engines.measure.evaluate import check_same_classes, evaluate
+    from ...engines.measure.labels import open_labelled
     from ...engines.runners import runtime_for
     from ..show.terminal import console, print_json, stages
 
@@ -48,9 +49,11 @@ def command(files, data, limit, runtime, reference, checkpoint, predictor, as_js
     if not data.strip():
         raise UsageError("--images is empty: wanted a folder with a folder for each class (. for this one)")
     provenance = inspections[0].provenance
-    images = labelled(Path(data), provenance.dims["classes"], labels=provenance.labels, limit=limit)
     out, rows = console(), []
-    with stages(out) as progress:
+    with (
+        stages(out) as progress,
+        open_labelled(data, provenance.dims["classes"], labels=provenance.labels, limit=limit) as images,
+    ):
         for file in files:
             rows += evaluate(
                 file,
@@ -65,7 +68,7 @@ def command(files, data, limit, runtime, reference, checkpoint, predictor, as_js
     if as_json:
         print_json({"images": str(data), "rows": [row.to_json() for row in rows]})
     else:
-        _print(out, rows, len(images))
+        _print(out, rows, rows[0].hits.images)
 
 
 def _print(out, rows, n_images: int) -> None:

@@ -91,7 +91,7 @@ def _time(files: dict, progress) -> dict[str, float]:
 
 def _row(folder: Path, method: str, result, images, speedup: float, progress) -> dict:
     from ... import evaluate, verify
-    from ...engines.measure.evaluate import LabelledImage
+    from ...engines.measure.labels import LabelledImage
 
     progress(f"verifying {method}")
     report = verify(result.path, images[:16])

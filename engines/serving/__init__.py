@@ -1,0 +1,1 @@
+"""Bundles as what servers take: a Triton model repository, KServe manifests."""
