@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import click
 
 from ..engines.runners.table import TABLE, names
+from ..export.errors import UsageError
 
 
 def runtime_option(default: str = "ort", *, several: bool = False):
@@ -23,3 +26,14 @@ def runtime_option(default: str = "ort", *, several: bool = False):
         metavar="NAME[,NAME]" if several else "NAME",
         help=f"What runs an ONNX file ({words}). An engine is run by TensorRT.",
     )
+
+
+def parse_macs(text: str) -> int:
+    """Multiply-accumulates as typed at `--macs`: "2.9G", "350M".
+
+    Raises: UsageError for anything else.
+    """
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([MG])", text)
+    if not match:
+        raise UsageError(f"--macs {text[:40]!r}: wanted a number of multiply-accumulates, e.g. 2.9G or 350M")
+    return round(float(match[1]) * {"M": 1e6, "G": 1e9}[match[2]])
