@@ -7,6 +7,7 @@ import re
 import click
 
 from ..engines.runners.table import TABLE, names
+from ..export import reducers
 from ..export.errors import UsageError
 
 
@@ -37,3 +38,18 @@ def parse_macs(text: str) -> int:
     if not match:
         raise UsageError(f"--macs {text[:40]!r}: wanted a number of multiply-accumulates, e.g. 2.9G or 350M")
     return round(float(match[1]) * {"M": 1e6, "G": 1e9}[match[2]])
+
+
+def parse_sweep(text: str | None):
+    """ "r=0,8:-1,13" -> Sweep("r", ("0", "8:-1", "13")); None for None."""
+    from ..engines.measure.candidates import Sweep
+
+    if text is None:
+        return None
+    name, _, values = text.partition("=")
+    name, swept = name.replace("-", "_"), reducers.swept()
+    values = tuple(dict.fromkeys(v.strip() for v in values.split(",")))
+    if name not in swept or not all(values):
+        names = " or ".join(f"{o} ({', '.join(reducers.TABLE[m].title for m in ms)})" for o, ms in swept.items())
+        raise UsageError(f"--sweep {text[:60]!r}: wanted an option and values, e.g. r=0,8,13; options are {names}")
+    return Sweep(name, values)

@@ -134,8 +134,8 @@ def one_minus_cosine(dense: np.ndarray, reduced: np.ndarray) -> np.ndarray:
     return np.maximum(1 - (dense * reduced).sum(1) / lengths, 0)
 
 
-def paired_difference(a: ImageErrors, b: ImageErrors) -> tuple[float, float]:
-    """By how much a's mean distance is larger than b's, over b's, and the standard error of that over the same images.
+def paired_difference(a: ImageErrors, b: ImageErrors) -> tuple[float, float | None]:
+    """By how much a's mean distance is larger than b's, over b's, and the standard error of that over the same images (None for one).
 
     Args:
         a, b: of the same images.
@@ -143,7 +143,7 @@ def paired_difference(a: ImageErrors, b: ImageErrors) -> tuple[float, float]:
     scale = max(float(b.distances.mean()), 1e-30)
     differences = (a.distances - b.distances) / scale
     n = len(differences)
-    return float(differences.mean()), float(differences.std(ddof=1) / n**0.5) if n > 1 else float("inf")
+    return float(differences.mean()), float(differences.std(ddof=1) / n**0.5) if n > 1 else None
 
 
 def chosen_photos(

@@ -127,6 +127,7 @@ def _write(source: Path, path: Path, report: TuneReport) -> None:
     """The chosen file, with the table in its provenance."""
     proto, weights = read_model(source)
     table = report.to_json()
+    del table["worst"]  # names of photos are nobody's business but the deployer's
     table["path"] = path.name
     store(proto, replace(of_model(proto, str(source)), tuning=table))
     write_model(proto, weights, path)

@@ -173,6 +173,8 @@ class TuneReport:
 def _rival_words(row: TuneRow) -> str:
     """How sure the choice is, against the next candidate."""
     gap, error = row.over_best, row.over_best_error
+    if error is None:
+        return f"The next is {row.name}; one image tells no two candidates apart."
     sure = (
         "which these images tell apart"
         if gap > 2 * error

@@ -9,7 +9,7 @@ import click
 
 from ...export import reducers
 from ...export.errors import UsageError
-from ..options import runtime_option
+from ..options import parse_sweep, runtime_option
 
 
 @click.command("bench")
@@ -77,7 +77,7 @@ def command(files, dense, sweep, images, runtimes, batches, plot, force, gate, a
     """
     from ..show.terminal import console
 
-    swept, sizes = _sweep(sweep), _sizes(batches)
+    swept, sizes = parse_sweep(sweep), _sizes(batches)
     if images and not swept:
         raise UsageError("--images goes with --sweep: speed does not depend on what is in an image")
     picture = _picture(plot, force=force, inputs=[*files, dense, *images])
@@ -142,21 +142,6 @@ def _curve(out, files, *, others: tuple, picture, as_json: bool, **options) -> N
     print_curves(out, curves)
     if picture:
         out.print(f"picture: {picture}", markup=False)
-
-
-def _sweep(text: str | None):
-    """ "r=0,8:-1,13" -> Sweep("r", ("0", "8:-1", "13")); None for None."""
-    from ...engines.measure.candidates import Sweep
-
-    if text is None:
-        return None
-    name, _, values = text.partition("=")
-    name, swept = name.replace("-", "_"), reducers.swept()
-    values = tuple(dict.fromkeys(v.strip() for v in values.split(",")))
-    if name not in swept or not all(values):
-        names = " or ".join(f"{o} ({', '.join(reducers.TABLE[m].title for m in ms)})" for o, ms in swept.items())
-        raise UsageError(f"--sweep {text[:60]!r}: wanted an option and values, e.g. r=0,8,13; options are {names}")
-    return Sweep(name, values)
 
 
 def _sizes(text: str) -> list[int]:

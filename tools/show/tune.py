@@ -61,7 +61,8 @@ def _titles(report) -> list[str]:
 def _cells(row, report) -> list[str]:
     """A row of the table, under `_titles`."""
     number = lambda value, form: "" if value is None else format(value, form)
-    gap = "" if row.over_best is None or row.chosen else f"{row.over_best:+.0%} ± {row.over_best_error:.0%}"
+    sure = "" if row.over_best_error is None else f" ± {row.over_best_error:.0%}"
+    gap = "" if row.over_best is None or row.chosen else f"{row.over_best:+.0%}{sure}"
     classes = [number(row.same, ".1%")] if report.measure == "KL" else []
     classes += [] if report.dense_accuracy is None else [number(row.accuracy, ".1%")]
     missed = "cannot reach it" if row.measured_ms is None else "missed it"

@@ -230,6 +230,12 @@ def test_features_are_compared_by_cosine_and_have_no_labels(clock, photos, tmp_p
         run(loaded, photos, tmp_path / "b.onnx", Budget("speedup", 1.3), labels=True)
 
 
+def test_one_image_is_enough_and_tells_no_two_apart(tiny, photos, clock, tmp_path):
+    report = run(tiny("tiny_vit"), photos, tmp_path / "a.onnx", Budget("speedup", 1.4), methods=("tome",), limit=1)
+    assert report.passed and json.dumps(report.to_json(), allow_nan=False) and "one image" in report.words()[-1]
+    assert "worst" not in inspect(report.path).provenance.tuning
+
+
 def cli(*args):
     return CliRunner().invoke(group, ["tune", *map(str, args)])
 
