@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -234,6 +235,33 @@ def test_one_image_is_enough_and_tells_no_two_apart(tiny, photos, clock, tmp_pat
     report = run(tiny("tiny_vit"), photos, tmp_path / "a.onnx", Budget("speedup", 1.4), methods=("tome",), limit=1)
     assert report.passed and json.dumps(report.to_json(), allow_nan=False) and "one image" in report.words()[-1]
     assert "worst" not in inspect(report.path).provenance.tuning
+
+
+def test_an_interrupt_waits_for_the_end_of_a_trace(monkeypatch):
+    from tokexport.export.graph import trace
+
+    def export(*args, **options):
+        signal.raise_signal(signal.SIGINT)
+        ended.append("traced")
+
+    ended = []
+    monkeypatch.setattr("torch.export.export", export)
+    monkeypatch.setattr("torch.onnx.export", lambda program, **options: ended.append("translated"))
+    monkeypatch.setattr(trace.ops, "translations", dict)
+    with pytest.raises(KeyboardInterrupt):
+        trace.translate(None, ())
+    assert ended == ["traced"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_leaves_nothing_behind(tiny, photos, clock, tmp_path, monkeypatch):
+    def interrupted(self, schedules, dense, seconds=None):
+        assert list(tmp_path.glob(".tokexport-*"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TimedFiles, "times", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny("tiny_vit"), photos, tmp_path / "a.onnx", Budget("speedup", 1.4), methods=("tome",))
+    assert not list(tmp_path.iterdir())
 
 
 def cli(*args):
