@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...export.errors import StorageError, UsageError
+from ...export.errors import EngineError, StorageError, UsageError
 from ...export.files import aside
 from ...export.records import decode, encode
 from ..files import is_engine
-from ..runners import open_runner, require
+from ..runners import Runner, open_runner, require
 from .candidates import model_of
 from .environment import gpu_driver, processor
 from .latency_model import CurveKey, LatencyCurves, token_counts
@@ -171,7 +171,7 @@ def _measure(plain: PlainViT, key: CurveKey, counts: list[int], *, folder: Path,
             progress(f"exporting half blocks: {half}, {n} tokens", 0.8 * i / len(work))
             path = folder / f"{half}.{n}.onnx"
             n_blocks = write_half_blocks(plain, half, path, n_tokens=n, batch=key.batch, dtype=key.dtype)
-            runner = stack.enter_context(open_runner(path, key.runtime, threads=key.threads))
+            runner = stack.enter_context(_opened(path, key))
             rows = noise.standard_normal((key.batch * n, plain.width)).astype(np.float32)
             timers[f"{half}.{n}"] = runner.timer({"image": rows})
             path.unlink()  # the runtime holds what it needs
@@ -179,6 +179,19 @@ def _measure(plain: PlainViT, key: CurveKey, counts: list[int], *, folder: Path,
         times = _rounds(timers)
     ms = lambda half: tuple(float(np.median(times[f"{half}.{n}"])) * 1e3 / n_blocks for n in counts)
     return LatencyCurves(key, tuple(counts), *map(ms, HALVES))
+
+
+def _opened(path: Path, key: CurveKey) -> Runner:
+    """A file of half blocks, opened. Raises: UsageError where the runtime has no operators in the type."""
+    try:
+        return open_runner(path, key.runtime, threads=key.threads)
+    except EngineError as e:
+        if key.dtype == "fp32":
+            raise
+        reason = str(e).partition("cannot load it: ")[2][:160] or str(e)[:160]
+        raise UsageError(
+            f"dtype {key.dtype}: runtime {key.runtime} cannot run it here ({reason}): take another dtype or another runtime"
+        ) from None
 
 
 def _rounds(timers: dict[str, Timer]) -> dict[str, list[float]]:

@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner
 from tokexport.engines.measure import curves, latency_model
 from tokexport.engines.measure.latency_model import CurveKey, LatencyCurves, LatencyModel, staircase, token_counts
+from tokexport.export.errors import EngineError
 from tokexport.export.graph.half_blocks import write_half_blocks
 from tokexport.export.models import as_plain
 from tokexport.export.reference import attend
@@ -176,6 +177,19 @@ def test_bench_draws_the_curve_of_a_files_model(exported, cache, monkeypatch, tm
     assert isinstance(wrong.exception, UsageError) and "--curve is of one FILE" in str(wrong.exception)
     wrong = CliRunner().invoke(group, ["bench", str(file), "--fresh"])
     assert "--fresh goes with --curve" in str(wrong.exception)
+
+
+def test_a_type_that_the_runtime_has_no_operators_for_is_refused_in_words(tiny, cache, monkeypatch):
+    def fail(path, runtime, **options):
+        raise EngineError(f"{path}: ONNX Runtime cannot load it: NOT_IMPLEMENTED")
+
+    monkeypatch.setattr(curves, "open_runner", fail)
+    monkeypatch.setattr("tokexport.export.graph.half_blocks.write_half_blocks", lambda *args, **options: 6)
+    plain = as_plain(tiny("tiny_vit").module)
+    with pytest.raises(UsageError, match="dtype bf16: runtime ort cannot run it here .NOT_IMPLEMENTED"):
+        curves.curves_of(plain, "ort", dtype="bf16")
+    with pytest.raises(EngineError):
+        curves.curves_of(plain, "ort")
 
 
 def test_below_the_first_count_time_falls_no_faster_than_tokens():
