@@ -72,6 +72,7 @@ class Provenance:
         activation: what makes probabilities of the classifier's outputs; null: not said, a softmax is taken.
         input: of the graph: normalised float32 images, or uint8 ones of either layout.
         tail: whether the last block computes all tokens or the class token alone.
+        tuning: the table of candidates that the schedule was chosen from (`tokexport tune`); null for one that was asked for.
     """
 
     version: str
@@ -93,6 +94,7 @@ class Provenance:
     input: Literal["float32", "uint8-nhwc", "uint8-nchw"] = "float32"
     tail: Literal["full", "class"] = "full"
     emission: Emission = POOLED
+    tuning: dict[str, Any] | None = None
 
     def __post_init__(self):
         precisions.get(self.precision)

@@ -17,6 +17,7 @@ _HOME = {  # public name: its module, and the name it has there
     "open_runner": ("engines.runners", "open_runner"),
     "verify": ("engines.parity.verify", "verify"),
     "bench": ("engines.measure.bench", "bench"),
+    "open_ladder": ("engines.ladder", "open_ladder"),
     "evaluate": ("engines.measure.evaluate", "evaluate"),
     "predict": ("engines.predict", "predict"),
     "UsageError": ("export.errors", "UsageError"),

@@ -24,6 +24,8 @@ COMMANDS = {
     "viz": "Draw on photos which patches a file merges and drops.",
     "eval": "Accuracy on a folder of labelled images.",
     "bench": "Time files against each other in one run.",
+    "tune": "Choose a schedule for a budget, on your images and your runtime.",
+    "ladder": "Write several schedules of one model over one file of weights.",
     "rates": "DiffRate's keep counts: list the published ones, learn your own.",
     "env": "Show versions, runtimes and hardware, for a bug report.",
     "plugin": "Build native libraries that run each reduction as one node.",

@@ -22,26 +22,27 @@ def refuse_path(name: str, manifest: Path) -> None:
         )
 
 
-def plain_file(folder: Path, name: str) -> Path:
+def plain_file(folder: Path, name: str, kind: str = "bundle") -> Path:
     """A file right inside a folder.
 
     Args:
         folder: of the bundle.
         name: a plain name.
+        kind: what the folder is, the name of the command that makes it.
     Raises:
         UsageError: it is not there, or a link, a folder or a device.
     """
     if not os.path.isdir(folder):
-        raise UsageError(f"{folder}: no such folder: wanted a bundle, which `tokexport bundle` makes")
+        raise UsageError(f"{folder}: no such folder: wanted a {kind}, which `tokexport {kind}` makes")
     path = folder / name
     try:
         mode = os.lstat(path).st_mode
     except OSError:
-        is_none = "wanted a bundle, which `tokexport bundle` makes"
-        advice = is_none if name == NAME else "the bundle is not complete, copy it again"
+        is_none = f"wanted a {kind}, which `tokexport {kind}` makes"
+        advice = is_none if name in (NAME, f"{kind}.json") else f"the {kind} is not complete, copy it again"
         raise UsageError(f"{folder} has no {name}: {advice}") from None
     if not stat.S_ISREG(mode):
         raise UsageError(
-            f"{path} is {'a link' if stat.S_ISLNK(mode) else 'no regular file'}: bundles hold plain files only"
+            f"{path} is {'a link' if stat.S_ISLNK(mode) else 'no regular file'}: a {kind} holds plain files only"
         )
     return path

@@ -219,16 +219,20 @@ class _Exporter:
         return export_onnx(loaded, schedule, path, **options, **asdict(settings.emission)).path
 
     def _model(self):
-        """The model, with the file's weights when they can be found: they decide nothing about speed."""
-        from ...export.models.load import load_model
-        from ...export.rebuild import rebuild
-
-        if self.loaded is None and self.origin is None:
-            self.loaded = load_model(MODEL)
-        elif self.loaded is None:
-            provenance = self.origin.provenance
-            try:
-                self.loaded = rebuild(provenance, self.origin.path)
-            except UsageError:
-                self.loaded = load_model(provenance.model, provenance.model_kwargs)
+        if self.loaded is None:
+            self.loaded = model_of(self.origin)
         return self.loaded
+
+
+def model_of(origin: Inspection | None):
+    """The model of a file (MODEL for None), with the file's weights when they can be found: they decide nothing about speed."""
+    from ...export.models.load import load_model
+    from ...export.rebuild import rebuild
+
+    if origin is None:
+        return load_model(MODEL)
+    provenance = origin.provenance
+    try:
+        return rebuild(provenance, origin.path)
+    except UsageError:
+        return load_model(provenance.model, provenance.model_kwargs)

@@ -11,6 +11,7 @@ from .base import RunnerOptions as RunnerOptions
 from .base import failure
 from .base import in_batches as in_batches
 from .table import TABLE as TABLE
+from .table import Runtime
 from .table import names as names
 from .table import require as require
 from .table import runtime_for as runtime_for
@@ -25,6 +26,7 @@ def open_runner(
     batch: int | None = None,
     cuda_graph: bool = False,
     allow_host_code: bool = False,
+    share_weights: bool = False,
 ) -> Runner:
     """Open an ONNX file, or an engine built by `build_engine`, for running.
 
@@ -43,6 +45,8 @@ def open_runner(
             (ToMe DeiT-S, batch 8: 4 %).
         cuda_graph: of engines: capture the work once for each shape and replay it.
         allow_host_code: of engines: run the native code of a plugin that one carries in itself.
+        share_weights: of ONNX Runtime on the CPU: read weights where their file lies instead of packing them; files of one ladder
+            then share the memory of one, and each is some hundredths slower.
     Returns:
         A `Runner`; close it, or use it in a `with` block.
     Raises:
@@ -51,13 +55,23 @@ def open_runner(
         EngineError: the runtime failed to load the file.
     """
     path, row = Path(path), runtime_for(path, runtime)
-    if cuda_graph and row.reads != "engine":
-        raise UsageError(f"{path}: CUDA graphs are of TensorRT engines (.plan)")
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file")
+    _check_request(path, row, cuda_graph=cuda_graph, share_weights=share_weights)
     try:
         return row.load().open_file(
-            path, row, RunnerOptions(threads, tuple(outputs), batch, cuda_graph, allow_host_code)
+            path,
+            row,
+            RunnerOptions(threads, tuple(outputs), batch, cuda_graph, allow_host_code, share_weights=share_weights),
         )
     except Exception as e:  # runtimes have exception types of their own
         raise failure(path, row, e) from None
+
+
+def _check_request(path: Path, row: Runtime, *, cuda_graph: bool, share_weights: bool) -> None:
+    if cuda_graph and row.reads != "engine":
+        raise UsageError(f"{path}: CUDA graphs are of TensorRT engines (.plan)")
+    if share_weights and row.name != "ort":
+        raise UsageError(
+            f"share_weights: {row.words} packs or copies weights for each file; only runtime ort shares them"
+        )
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")

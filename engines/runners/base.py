@@ -34,6 +34,7 @@ class RunnerOptions:
         batch: the one batch size that a file with a free batch will be run with; None when there are several.
         cuda_graph: capture an engine's work once for each shape and replay it.
         allow_host_code: run native code that an engine carries in itself.
+        share_weights: leave weights where the file has them, mapped into memory, so that files of one set of weights share them.
     """
 
     threads: int = 0
@@ -41,6 +42,7 @@ class RunnerOptions:
     batch: int | None = None
     cuda_graph: bool = False
     allow_host_code: bool = False
+    share_weights: bool = False
 
 
 class Runner:

@@ -35,6 +35,8 @@ def open_file(path: Path, runtime: Runtime, options: RunnerOptions) -> OrtRunner
     import onnxruntime as ort
 
     settings = _settings(options.threads)
+    if options.share_weights:  # packed weights are copies, one for each session
+        settings.add_session_config_entry("session.disable_prepacking", "1")
     source: str | bytes = str(path)
     model = nodes.prepared(path, native=runtime.library is not None, outputs=options.outputs)
     if runtime.library is not None:

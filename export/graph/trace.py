@@ -6,6 +6,8 @@ import contextlib
 import gc
 import logging
 import os
+import signal
+import threading
 import warnings
 
 import torch
@@ -54,7 +56,7 @@ def translate(module: torch.nn.Module, inputs: tuple, *, opset: int = 20, dynami
         "verbose": False,
         "custom_translation_table": ops.translations(),
     }
-    with quiet(), torch.no_grad(), _no_collection():
+    with _signals_later(), quiet(), torch.no_grad(), _no_collection():
         program = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
         # torch.onnx.export traces a program again to decompose its operators (torch 2.9 to 2.14: decompose_with_registry in
         # torch.onnx._internal.exporter._fx_passes, which calls run_decompositions), whether or not any needs it. All operators of a
@@ -80,6 +82,25 @@ def _no_collection():
     finally:
         if was:
             gc.enable()
+
+
+@contextlib.contextmanager
+def _signals_later():
+    """What interrupts or terminates the process waits until a trace ends, some seconds: an exception out of a signal's handler in the middle
+    of it has ended in a segmentation fault (torch 2.14, SIGINT), which leaves unfinished files behind."""
+    if threading.current_thread() is not threading.main_thread():  # handlers run in the main thread alone
+        yield
+        return
+    caught: list[int] = []
+    note = lambda number, frame: caught.append(number)
+    own = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not None}
+    try:
+        yield
+    finally:
+        for number, handler in own.items():
+            signal.signal(number, handler)
+        if caught:
+            signal.raise_signal(caught[0])
 
 
 @contextlib.contextmanager

@@ -18,9 +18,15 @@ from ..plan import MergePlan, Signals, StaticLayout
 from ..step import ModelSize, Step
 from . import diffrate_rates, options, ranking
 from .base import Counts, Option, Reducer
+from .diffrate_rates import KeepCounts
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+FOREIGN = (
+    "counts of another model say what to prune there: on this one they may prune what had better be merged; prune=false (no-prune) "
+    "merges it, at the same counts"
+)
 
 
 def block_counts(
@@ -82,15 +88,39 @@ def steps(asked: dict, size: ModelSize) -> Counts:
     """DiffRate's counts from its options.
 
     Args:
-        asked: rates (see `diffrate_rates.fit`), prop_attn, score, pool.
+        asked: rates (see `diffrate_rates.fit`), prune, prop_attn, score, pool.
         size: of the model.
     """
     rates, notes = diffrate_rates.fit(asked["rates"], size.n_tokens, n_prefix=size.n_prefix)
+    if not asked["prune"]:
+        rates, more = without_pruning(rates, size)
+        notes = [*notes, *more]
+    elif notes and any(p < m for p, m in zip(rates.prune_kept, (size.n_tokens, *rates.merge_kept))):
+        notes = [*notes, FOREIGN]
     signal = options.SIGNAL_OF[asked["score"]]
     steps, more = block_counts(rates.prune_kept, rates.merge_kept, size=size, signal=signal)
     name = "given" if isinstance(asked["rates"], dict) else str(asked["rates"])
     kept = {**asked, "rates": name, "prune_kept": rates.prune_kept, "merge_kept": rates.merge_kept}
     return Counts(kept, steps, [*notes, *more], prop_attn=asked["prop_attn"], pool=asked["pool"])
+
+
+def without_pruning(rates: KeepCounts, size: ModelSize) -> tuple[KeepCounts, list[str]]:
+    """Counts under which as many tokens are left after each block, and what was to be pruned is merged.
+
+    Args:
+        rates: as many counts as blocks, for this model's number of tokens.
+        size: of the model.
+    Returns:
+        The counts, and a note when they pruned anything.
+    """
+    n, prune, merge, pruned = size.n_tokens, [], [], 0
+    for before, after in zip(rates.prune_kept, rates.merge_kept):
+        pruned += n - min(before, n)
+        prune.append(n)
+        n = min(n, before, after)
+        merge.append(n)
+    notes = [f"nothing is pruned: the {pruned} tokens that were to be pruned are merged, the counts stay"] if pruned else []
+    return KeepCounts(prune, merge, rates.n_tokens), notes
 
 
 def reference(s: Signals, step: Step, given: MergePlan | None = None) -> MergePlan:
@@ -151,12 +181,13 @@ def margins(s: Signals, step: Step, plan: MergePlan) -> RowMargins:
 RATES = Option(
     "rates", "a published list (tokexport rates), e.g. deit_small@2.9, or a JSON file of counts", metavar="NAME|FILE"
 )
+PRUNE = Option("prune", "prune as the counts say; off: merge what they would prune, to the same counts", default=True, flag=True)
 REDUCER = Reducer(
     "diffrate",
     "DiffRate",
     "learned counts of tokens to prune and to merge in every block (Chen et al. 2023)",
     steps,
-    options=(RATES, options.PROP_ATTN, options.SCORE, options.POOL),
+    options=(RATES, PRUNE, options.PROP_ATTN, options.SCORE, options.POOL),
     signals=tuple(options.SIGNAL_OF.values()),
     reference=reference,
     static=static,

@@ -198,3 +198,21 @@ def test_the_json_says_what_each_costs(listed):
         assert row["macs"] / 1e9 == pytest.approx(gflops, rel=0.05), row["name"]
         assert row["macs_dense"] / row["macs"] == row["ratio"] > 1
         assert [m for _, m in row["tokens"]][-1] == min(row["merge_kept"]) and len(row["tokens"]) == row["depth"]
+
+
+def test_without_pruning_as_many_tokens_are_left_and_all_are_merged():
+    make = lambda **more: Schedule.parse("diffrate", n_tokens=257, depth=12, rates="deit_small@2.9", **more)
+    pruning, merging = make(), make(prune=False)
+    assert merging.tokens_per_block() == pruning.tokens_per_block()
+    assert any(s.n_folded < s.n_in - s.n_out for s in pruning.steps)
+    assert all(s.n_folded == s.n_in - s.n_out for s in merging.steps)
+    assert any("nothing is pruned: the " in note for note in merging.notes)
+
+
+def test_counts_of_another_model_that_prune_are_said_to():
+    said = lambda **size: any("counts of another model" in n for n in Schedule.parse("diffrate", **size).notes)
+    assert said(n_tokens=257, depth=12, rates="deit_small@2.9")
+    assert not said(n_tokens=197, depth=12, rates="deit_small@2.9")  # the model they are for
+    assert not said(n_tokens=257, depth=12, rates="deit_small@2.9", prune=False)
+    merging = {"prune_kept": [65, 60], "merge_kept": [60, 50], "n_tokens": 65}
+    assert not said(n_tokens=129, depth=2, rates=merging)

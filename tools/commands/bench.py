@@ -9,7 +9,7 @@ import click
 
 from ...export import reducers
 from ...export.errors import UsageError
-from ..options import runtime_option
+from ..options import parse_sweep, runtime_option
 
 
 @click.command("bench")
@@ -57,11 +57,17 @@ from ..options import runtime_option
     is_flag=True,
     help="Also the time in each part of the model, of runtimes with a profiler (ort, openvino).",
 )
+@click.option(
+    "--curve",
+    is_flag=True,
+    help="Instead: time of the attention and the MLP of a block over the tokens of an image, for FILE's model, kept for `tokexport tune`.",
+)
+@click.option("--fresh", is_flag=True, help="Measure latency curves again that are in the cache.")
 @click.option("--gate", is_flag=True, help="Exit 1 when a reduced file is slower than its dense one, or fails.")
 @click.option("--plot", metavar="PNG", help="Draw the figures too.")
 @click.option("--force", is_flag=True, help="Replace the picture.")
 @click.option("--json", "as_json", is_flag=True, help="The figures as JSON on stdout.")
-def command(files, dense, sweep, images, runtimes, batches, plot, force, gate, as_json, **options):
+def command(files, dense, sweep, images, runtimes, batches, plot, force, gate, as_json, curve, fresh, **options):
     """Time FILES against the dense model, all in one run, interleaved: medians, speedup, and how near it is to what
     is possible.
 
@@ -69,57 +75,73 @@ def command(files, dense, sweep, images, runtimes, batches, plot, force, gate, a
     with --processes the mean, least and largest of their medians. Without FILES: DeiT-S with ToMe r=13, random
     weights. Engines (.plan) are compared with an engine, given with --dense.
     """
-    from ...engines.measure.bench import bench
-    from ..show.terminal import console, print_json, stages
+    from ..show.terminal import console
 
-    swept, sizes = _sweep(sweep), _sizes(batches)
+    swept, sizes = parse_sweep(sweep), _sizes(batches)
     if images and not swept:
         raise UsageError("--images goes with --sweep: speed does not depend on what is in an image")
     picture = _picture(plot, force=force, inputs=[*files, dense, *images])
+    names, out = list(dict.fromkeys(runtimes.split(","))), console()
+    if curve:
+        others = (dense, sweep, gate, *map(options.get, ("bound", "profile", "cuda_graph")))
+        where = {"runtimes": names, "batches": sizes, "threads": options["threads"], "fresh": fresh}
+        return _curve(out, files, others=others, picture=picture, as_json=as_json, **where)
+    if fresh:
+        raise UsageError("--fresh goes with --curve")
     pixels = _pixels(files, images) if images else None
-    out = console()
-    with stages(out) as progress:
-        report = bench(
-            list(files),
-            dense=dense,
-            runtimes=tuple(dict.fromkeys(runtimes.split(","))),
-            batches=tuple(sizes),
-            sweep=swept,
-            images=pixels,
-            progress=progress,
-            **options,
-        )
-        if picture:
-            from ..show import plot as plots
-
-            plots.save(report.rows, picture, sweep=report.swept)
-    if as_json:
-        print_json(report.to_json())
-    else:
-        from ..show.latency import print_report
-
-        print_report(out, report)
-        if picture:
-            out.print(f"picture: {picture}", markup=False)
+    options |= {"dense": dense, "runtimes": tuple(names), "batches": tuple(sizes), "sweep": swept, "images": pixels}
+    report = _bench(out, files, picture=picture, as_json=as_json, **options)
     if gate and report.slow:
         reduced = sum(r.method != "none" for r in report.rows)
         out.print(f"--gate: {len(report.slow)} of {reduced} are no faster than dense, or failed", style="bold red")
     sys.exit(1 if gate and report.slow else 0)
 
 
-def _sweep(text: str | None):
-    """ "r=0,8:-1,13" -> Sweep("r", ("0", "8:-1", "13")); None for None."""
-    from ...engines.measure.candidates import Sweep
+def _bench(out, files, *, picture, as_json: bool, **options):
+    """Time, draw and print. Returns: the report."""
+    from ...engines.measure.bench import bench
+    from ..show.terminal import print_json, stages
 
-    if text is None:
-        return None
-    name, _, values = text.partition("=")
-    name, swept = name.replace("-", "_"), reducers.swept()
-    values = tuple(dict.fromkeys(v.strip() for v in values.split(",")))
-    if name not in swept or not all(values):
-        names = " or ".join(f"{o} ({', '.join(reducers.TABLE[m].title for m in ms)})" for o, ms in swept.items())
-        raise UsageError(f"--sweep {text[:60]!r}: wanted an option and values, e.g. r=0,8,13; options are {names}")
-    return Sweep(name, values)
+    with stages(out) as progress:
+        report = bench(list(files), progress=progress, **options)
+        if picture:
+            from ..show import plot as plots
+
+            plots.save(report.rows, picture, sweep=report.swept)
+    if as_json:
+        print_json(report.to_json())
+        return report
+    from ..show.latency import print_report
+
+    print_report(out, report)
+    if picture:
+        out.print(f"picture: {picture}", markup=False)
+    return report
+
+
+def _curve(out, files, *, others: tuple, picture, as_json: bool, **options) -> None:
+    """Measure, print and draw the curves of the one file's model. others: what was given that does not go with it."""
+    from ...engines.files import inspect_file
+    from ...engines.measure.curves import file_curves
+    from ...export.records import encode
+    from ..show.curve import draw_curves, print_curves
+    from ..show.terminal import bar, print_json
+
+    if any(others) or len(files) > 1:
+        raise UsageError(
+            "--curve is of one FILE's model, or of none: it goes with --runtime, --batch, --threads, --plot and --json"
+        )
+    file = inspect_file(files[0]) if files else None
+    with bar(out) as progress:
+        curves = file_curves(file, progress=progress, **options)
+    if picture:
+        draw_curves(curves, picture)
+    if as_json:
+        print_json({"curves": [encode(c) for c in curves]})
+        return
+    print_curves(out, curves)
+    if picture:
+        out.print(f"picture: {picture}", markup=False)
 
 
 def _sizes(text: str) -> list[int]:

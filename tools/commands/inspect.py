@@ -9,10 +9,13 @@ import click
 @click.argument("file")
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON on stdout.")
 def command(file, as_json):
-    """Show what FILE (ONNX or an engine) is: provenance, tokens per block, MACs, operators, what builders refuse."""
+    """Show what FILE (ONNX, an engine or a ladder) is: provenance, tokens per block, MACs, operators, what builders refuse."""
     from ...engines.files import EngineInspection, inspect_file
+    from ...engines.ladder_manifest import is_ladder
     from ..show.terminal import print_json
 
+    if is_ladder(file):
+        return _ladder(file, as_json)
     inspection = inspect_file(file)
     if isinstance(inspection, EngineInspection):
         layers = _layers(file)
@@ -24,6 +27,20 @@ def command(file, as_json):
         print_json(inspection.to_json())
     else:
         _print(_file_lines(inspection))
+
+
+def _ladder(folder: str, as_json: bool) -> None:
+    """A ladder's table; every file is looked at."""
+    from ...engines.ladder_manifest import folder_of, read_ladder
+    from ...export.records import to_document
+    from ..show.ladder import print_ladder
+    from ..show.terminal import console, print_json
+
+    ladder = read_ladder(folder)
+    if as_json:
+        print_json({"path": str(folder_of(folder)), **to_document(ladder)})
+    else:
+        print_ladder(console(), folder_of(folder), ladder)
 
 
 def _file_lines(inspection) -> list[tuple[str, str]]:

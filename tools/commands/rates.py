@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict
 
 import click
 
-from ...export.errors import UsageError
+from ..options import parse_macs
 from .model_options import load, model_options
 
 MODELS = {  # width, patch size; the images are 224 x 224 and the MLP is four times as wide in all
@@ -64,7 +63,7 @@ def learn(images, labels, macs, steps, step_images, output, force, as_json, **mo
     from ...export.files import aside, check_output
     from ..show.terminal import bar, console, macs_words, print_json, tokens_words
 
-    target, out = _macs(macs), console()
+    target, out = parse_macs(macs), console()
     path = check_output(output, force, [model["checkpoint"], *images], beside=())
     with bar(out) as progress:
         progress("loading torch", 0.0)
@@ -94,13 +93,6 @@ def learn(images, labels, macs, steps, step_images, output, force, as_json, **mo
     out.print(f"  MACs     {macs_words(rates.macs, rates.macs_dense)}; asked {rates.target / 1e9:.3f} G", markup=False)
     out.print(f"  tokens   {tokens_words(rates.n_tokens, schedule.tokens_per_block())}", markup=False)
     out.print(f"  distance {rates.loss:.4g} to the teacher, over the last steps; {rates.images} images", markup=False)
-
-
-def _macs(text: str) -> int:
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([MG])", text)
-    if not match:
-        raise UsageError(f"--macs {text[:40]!r}: wanted a number of multiply-accumulates, e.g. 2.9G or 350M")
-    return round(float(match[1]) * {"M": 1e6, "G": 1e9}[match[2]])
 
 
 def _list(as_json: bool) -> None:

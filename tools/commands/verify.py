@@ -49,7 +49,7 @@ def command(files, images, against, bisect, report, checkpoint, predictor, runti
     The reference is rebuilt from the provenance in the file and runs with the file's own merge decisions, so numbers
     are compared like with like; each decision is judged by itself: a flipped near-tie passes, anything else fails.
     Engines (.plan) are verified too where there is a GPU. Arguments that are images or folders are what they are
-    compared on. A bundle (`tokexport bundle`) brings its own proof, which needs neither PyTorch nor the weights.
+    compared on; of a ladder every rung is verified. A bundle (`tokexport bundle`) brings its own proof, which needs neither PyTorch nor the weights.
 
     tokexport verify vit.onnx --images photos/
     """
@@ -63,7 +63,7 @@ def command(files, images, against, bisect, report, checkpoint, predictor, runti
         others = (len(bundles) < len(files), images, against, bisect, report, checkpoint, predictor)
         sys.exit(0 if prove(bundles, runtime, others=others, allow_host_code=allow_host_code, as_json=as_json) else 1)
     runtime = runtime or "ort"
-    files, images = _sorted(files, images)
+    files, images = _sorted(_rungs(files), images)
     if report is not None and len(files) > 1:
         raise UsageError("--report is of one FILE: verify them one by one")
     page = None if report is None else check_output(report, force, [*files, *images, against, checkpoint, predictor])
@@ -91,6 +91,21 @@ def command(files, images, against, bisect, report, checkpoint, predictor, runti
             progress("writing the report", 1.0)
             write_report(reports[0], page)
     sys.exit(0 if _tell(out, reports, page, as_json=as_json) else 1)
+
+
+def _rungs(files) -> list[str]:
+    """The files, each ladder in the place of its rungs, after a look at the bytes that it speaks of."""
+    from ...engines.ladder_manifest import check_bytes, folder_of, is_ladder, read_ladder
+
+    out = []
+    for file in files:
+        if not is_ladder(file):
+            out.append(file)
+            continue
+        ladder = read_ladder(file)
+        check_bytes(file, ladder)
+        out += [str(folder_of(file) / rung.file.name) for rung in ladder.rungs]
+    return out
 
 
 def _sorted(arguments, images) -> tuple[list[str], list[str]]:

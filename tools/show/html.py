@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +9,10 @@ import numpy as np
 from ...export import precisions
 from ...export.files import aside
 from ...export.inspection import inspect
+from .page import Markup, document, figure, section, table, text
 
 WORST = 6  # images shown with their token maps
 ROWS = 40  # images in the table
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1c1c1e; margin: 2rem auto; max-width: 72rem; padding: 0 1.5rem }
-h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin-top: 2rem; border-bottom: 1px solid #ddd }
-table { border-collapse: collapse; margin: .6rem 0 }
-td, th { padding: .2rem .9rem .2rem 0; text-align: right; font-variant-numeric: tabular-nums }
-td:first-child, th:first-child { text-align: left } th { font-weight: 600; color: #555; border-bottom: 1px solid #ccc }
-.passed { color: #137333 } .failed { color: #b3261e } .verdict { font-size: 1.2rem; font-weight: 700 }
-.bar { fill: #7aa6d8 } .bar.failed { fill: #b3261e } svg text { font: 11px system-ui, sans-serif; fill: #555 }
-figure { margin: 1rem 0 } figure img { max-width: 100% } figcaption, .note { color: #555 }
-"""
 
 
 def write_report(report, path: Path) -> None:
@@ -51,22 +39,18 @@ def page(report, provenance) -> str:
     schedule = provenance.schedule
     what = f"{provenance.model}, {schedule.method}, {provenance.precision}, run by {report.runtime}, against the {side}"
     parts = [
-        f"<h1>{_t(report.path)}</h1><p class=note>{_t(what)}</p>",
-        f"<p class='verdict {word}'>{_t(report.summary())}</p>",
+        f"<h1>{text(report.path)}</h1><p class=note>{text(what)}</p>",
+        f"<p class='verdict {word}'>{text(report.summary())}</p>",
         *_faults(report),
-        *_section("Outputs, on equal decisions", _outputs(report)),
-        *_section("What it costs", _costs(report)),
-        *_section("Tokens and decisions by block", _blocks(report, schedule)),
-        *_section("Error of every stage, computed from the file's own tokens before it", _stages(report)),
-        *_section("Images", _images(report, provenance)),
-        *_section("Limits", _limits(report.precision)),
+        *section("Outputs, on equal decisions", _outputs(report)),
+        *section("What it costs", _costs(report)),
+        *section("Tokens and decisions by block", _blocks(report, schedule)),
+        *section("Error of every stage, computed from the file's own tokens before it", _stages(report)),
+        *section("Images", _images(report, provenance)),
+        *section("Limits", _limits(report.precision)),
     ]
-    title = f"<title>{_t(report.path)}: {word}</title>"
-    return f"<!doctype html><html lang=en><meta charset=utf-8>{title}<style>{STYLE}</style>{''.join(parts)}</html>\n"
-
-
-def _section(title: str, body: str) -> tuple[str, str]:
-    return f"<h2>{_t(title)}</h2>", body
+    title = f"{report.path}: {word}"
+    return document(title, parts)
 
 
 def _outputs(report) -> str:
@@ -84,7 +68,7 @@ def _outputs(report) -> str:
         ]
         for o in report.outputs
     ]
-    return _table(titles, rows)
+    return table(titles, rows)
 
 
 def _costs(report) -> str:
@@ -93,32 +77,16 @@ def _costs(report) -> str:
         [names[name], f"{c.cosine:.5f}", f"{c.worst:.5f}", "" if c.top1 is None else f"{c.top1:.1%}"]
         for name, c in report.cost.items()
     ]
-    return _table(["compared with", "mean cosine", "lowest", "top-1 agreement"], rows)
-
-
-def _t(text) -> str:
-    return html.escape(str(text))
-
-
-class _Markup(str):
-    """Text that is HTML already."""
+    return table(["compared with", "mean cosine", "lowest", "top-1 agreement"], rows)
 
 
 def _word(passed: bool) -> str:
-    return _Markup(f"<span class={'passed' if passed else 'failed'}>{'passed' if passed else 'FAILED'}</span>")
-
-
-def _table(titles, rows) -> str:
-    def cell(value) -> str:
-        return value if isinstance(value, _Markup) else _t(value)
-
-    head = "".join(f"<th>{_t(t)}" for t in titles)
-    return f"<table><tr>{head}" + "".join("<tr>" + "".join(f"<td>{cell(v)}" for v in row) for row in rows) + "</table>"
+    return Markup(f"<span class={'passed' if passed else 'failed'}>{'passed' if passed else 'FAILED'}</span>")
 
 
 def _faults(report) -> list[str]:
     faults = [*report.faults, *([report.departs] if report.departs else [])]
-    return [f"<p class=failed>{_t(f)}</p>" for f in faults] + [f"<p class=note>{_t(n)}</p>" for n in report.notes]
+    return [f"<p class=failed>{text(f)}</p>" for f in faults] + [f"<p class=note>{text(n)}</p>" for n in report.notes]
 
 
 def _blocks(report, schedule) -> str:
@@ -132,9 +100,9 @@ def _blocks(report, schedule) -> str:
     titles = ["block", "tokens in attention", "in MLP", "decided alike", "most given away", "a near-tie: at most"]
     note = (
         f"<p class=note>{report.verdicts['flipped']} of {report.n_images} images flipped near-ties: tokens that "
-        f"are almost equal in {_t(report.precision)}, which is no fault.</p>"
+        f"are almost equal in {text(report.precision)}, which is no fault.</p>"
     )
-    return _table(titles, rows) + (note if decided else "")
+    return table(titles, rows) + (note if decided else "")
 
 
 def _stages(report) -> str:
@@ -150,7 +118,7 @@ def _stages(report) -> str:
     bars, labels, last = [], [], None
     for i, s in enumerate(report.stages):
         x, top = i * step + 34, y(s.error)
-        title = f"<title>{_t(s.words)}: {s.error:.1e}, at most {s.limit:.0e}</title>"
+        title = f"<title>{text(s.words)}: {s.error:.1e}, at most {s.limit:.0e}</title>"
         kind, size = "bar" if s.passed else "bar failed", f"width={step - 3} height={height - top:.1f}"
         bars.append(
             f"<rect class='{kind}' x={x} y={top:.1f} {size}>{title}</rect>"
@@ -158,7 +126,7 @@ def _stages(report) -> str:
         )
         block = s.stage.rpartition(".")[0].removeprefix("block")
         if block != last:
-            labels.append(f"<text x={x} y={height + 14}>{_t(block or 'in')}</text>")
+            labels.append(f"<text x={x} y={height + 14}>{text(block or 'in')}</text>")
             last = block
     axis = "".join(f"<text x=0 y={y(10.0**e) + 4:.1f}>1e{e}</text>" for e in (-9, -6, -3, 0))
     width = len(report.stages) * step + 60
@@ -169,7 +137,7 @@ def _stages(report) -> str:
         "<p class=note>The embedding, then by block attention, matching, merging and MLP. The line is the limit; what "
         "is below 1e-9 has no bar.</p>"
     )
-    return chart + note + (_table(["departs", "error", "at most"], wrong) if wrong else "")
+    return chart + note + (table(["departs", "error", "at most"], wrong) if wrong else "")
 
 
 def _images(report, provenance) -> str:
@@ -186,9 +154,9 @@ def _images(report, provenance) -> str:
     ]
     left = report.n_images - len(rows)
     more = f"<p class=note>... and {left} more, none of them worse</p>" if left > 0 else ""
-    table = _table(["image", "verdict", "max rel", "cosine", "reductions decided otherwise"], rows)
+    images = table(["image", "verdict", "max rel", "cosine", "reductions decided otherwise"], rows)
     shown = [r for r in report.by_image[:WORST] if Path(r.image).is_file() and r.index in report.maps]
-    return table + more + "".join(_figure(r, report, provenance) for r in shown)
+    return images + more + "".join(_figure(r, report, provenance) for r in shown)
 
 
 def _figure(row, report, provenance) -> str:
@@ -199,18 +167,14 @@ def _figure(row, report, provenance) -> str:
     photo = crop(Path(row.image), provenance.preprocess)
     maps = [draw_sources(photo, grid_of(provenance), m[provenance.schedule.n_prefix :]) for m in report.maps[row.index]]
     captions = ["input", "this file", "the other file" if report.against else "reference"]
-    picture = side_by_side([photo.resize(maps[0].size), *maps], captions)
-    data = io.BytesIO()
-    picture.save(data, "PNG")
-    source = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
-    return f"<figure><img alt='' src='{source}'><figcaption>{_t(row.image)}</figcaption></figure>"
+    return figure(side_by_side([photo.resize(maps[0].size), *maps], captions), row.image)
 
 
 def _limits(precision: str) -> str:
     """The limits of all precisions, this one's in bold."""
     rows = [
         [
-            _Markup(f"<b>{name}</b>") if name == precision else name,
+            Markup(f"<b>{name}</b>") if name == precision else name,
             f"{row.output_limit:.0e}",
             *(f"{row.near_tie[kind]:.0e}" for kind in ("metric", "score")),
             f"{row.stage_limit:.0e}",
@@ -225,4 +189,4 @@ def _limits(precision: str) -> str:
         "head's log-odds",
         "one stage",
     ]
-    return _table(titles, rows)
+    return table(titles, rows)
