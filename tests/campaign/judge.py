@@ -61,7 +61,9 @@ def complaints(outcome: Outcome, *, code: int, as_json: bool) -> list[str]:
     gone = sorted(outcome.before.keys() - outcome.after.keys())
     new = sorted(outcome.after.keys() - outcome.before.keys())
     changed = sorted(k for k in outcome.before.keys() & outcome.after.keys() if outcome.before[k] != outcome.after[k])
-    wrong += [f"{word}: {', '.join(names)}" for word, names in (("lost", gone), ("left", new), ("changed", changed)) if names]
+    wrong += [
+        f"{word}: {', '.join(names)}" for word, names in (("lost", gone), ("left", new), ("changed", changed)) if names
+    ]
     return wrong
 
 

@@ -228,8 +228,13 @@ ROWS = {
             "--cpu --runtime ort --march no-such-processor",
         ),
     ),
-    "plugin path": Row("plugin path", good=2, contradictions=("--force", "nothing", "= plugin path", "= plugin path --cpu")),
+    "plugin path": Row(
+        "plugin path", good=2, contradictions=("--force", "nothing", "= plugin path", "= plugin path --cpu")
+    ),
     "demo": Row(
-        "demo --offline -o {out}", contradictions=("-o {photos}", "-o {photo}", "-o {photo}/x", "nothing"), good=None, loads=True
+        "demo --offline -o {out}",
+        contradictions=("-o {photos}", "-o {photo}", "-o {photo}/x", "nothing"),
+        good=None,
+        loads=True,
     ),
 }
