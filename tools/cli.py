@@ -39,6 +39,15 @@ EXIT_CODES = {
 
 
 class _Lazy(click.Group):
+    def parse_args(self, ctx, args):
+        """No option and no file is an empty text, on any command."""
+        for i, word in enumerate(args):
+            option, equals, value = word.partition("=")
+            if not word or (equals and not value and option.startswith("--")):
+                name = option or (args[i - 1] if i and args[i - 1].startswith("-") else "an argument")
+                raise click.UsageError(f"{name} is empty: wanted a name or a value, or leave it out", ctx)
+        return super().parse_args(ctx, args)
+
     def list_commands(self, ctx):
         return list(COMMANDS)
 

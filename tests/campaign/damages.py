@@ -230,19 +230,19 @@ ONNX = {
         taken=("inspect", "inline", "run", "viz", "trt", "bench", "eval"),
     ),
     "steps of another graph": Damage(
-        _provenance(_json(lambda data: data["schedule"]["steps"].pop())), taken=("inline",)
+        _provenance(_json(lambda data: data["schedule"].update(depth=data["schedule"]["depth"] + 1))), taken=("inline",)
     ),
     "an output renamed": Damage(_model(_renamed_output), codes={"inline": 2}, taken=("inline",)),
 }
 ONNX_RUN = {  # what is found out by whoever runs the file
     "an unknown operator": Damage(
         _model(_unknown_operator),
-        codes=dict.fromkeys(("run", "viz", "eval", "bench", "bundle", "verify", "trt"), 3),
+        codes={**dict.fromkeys(("run", "viz", "eval", "bundle", "verify", "trt"), 3), "bench": 1},
         taken=("inspect", "inline"),
     ),
     "a short weight": Damage(
         _model(_short_weight),
-        codes=dict.fromkeys(("run", "viz", "eval", "bench", "bundle", "verify", "trt"), 3),
+        codes={**dict.fromkeys(("run", "viz", "eval", "bundle", "verify", "trt"), 3), "bench": 1},
         taken=("inspect", "inline"),
     ),
     "weights that are no numbers": Damage(
@@ -483,7 +483,7 @@ LABELLED = {
     "a class less": Damage(
         _folders(lambda path: [_removed(path / "3"), *((path / d).rename(path / f"c{d}") for d in "012456789")])
     ),
-    "a class of nobody": Damage(_folders(lambda path: (path / "3").rename(path / "999"))),
+    "a class more": Damage(_folders(lambda path: shutil.copytree(path / "3", path / "999"))),
     "a broken photo": Damage(_inside("3/0.png", _share(0.5))),
     "classes of nothing": Damage(_folders(lambda path: [_removed(f) for f in path.glob("*/*.png")])),
 }
@@ -518,7 +518,7 @@ def _flipped(path: Path) -> Path:
 
 
 def _names_leave(data: dict) -> None:
-    data["files"][0]["name"] = "../../etc/passwd"
+    data["file"]["name"] = "../../etc/passwd"
 
 
 BUNDLE = {
@@ -614,5 +614,5 @@ OUTPUT = {
     "a dangling symlink": Damage(_dangling_there),
     "a pipe": Damage(_pipe_there),
     "a name too long": Damage(lambda path: path.with_name("n" * 300 + path.suffix)),
-    "a name of a folder": Damage(lambda path: path.parent / "."),
+    "a name of a folder": Damage(lambda path: path.parent / ".", taken=("demo",)),
 }

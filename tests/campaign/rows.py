@@ -53,7 +53,6 @@ ROWS = {
             "--method etps --r 8",
             "--method diffrate --rates deit_small@2.9",
             "--r 99",
-            "--r 1,2,3",
             "--r -1",
             "--predictor {layers}",
             "--calib {photos}",
@@ -93,7 +92,11 @@ ROWS = {
         "inline {calls} -o {out.onnx}", contradictions=("= inline {onnx} -o {out.onnx}", "more.onnx", "-o {calls}")
     ),
     "trt": Row(
-        "trt {onnx} --dry-run -o {out.plan}",
+        "trt {onnx} --dry-run",
+        others=(
+            "trt {onnx} --fp16 --compute-capability 89 --opt-level 0 -o {out.plan}",
+            "trt {onnx} --dry-run --int8 --calib {photos}",
+        ),
         contradictions=(
             "--fp16 --bf16",
             "--fp16 --fp32 --int8",
@@ -108,7 +111,6 @@ ROWS = {
             "--opt-level 9",
             "--embed-plugin",
             "--builder tensorrt --compute-capability 89",
-            "--int8 --calib {photo:text}",
         ),
         loads=True,
     ),
@@ -163,7 +165,8 @@ ROWS = {
     "eval": Row(
         "eval {onnx} --images {labelled} --no-reference",
         others=("eval {trained} --images {labelled} --checkpoint {checkpoint}",),
-        contradictions=("--limit 0", "--limit -3", "= eval {headless} --images {labelled} --no-reference"),
+        contradictions=("--limit 0", "--limit -3", "--checkpoint {checkpoint}", "= eval {headless} --images {labelled} --no-reference"),
+        fine=frozenset({("--limit", "9" * 30)}),
     ),
     "bench": Row(
         "bench {onnx} --dense {dense} --runtime ort --batch 1 --seconds 0.05",
