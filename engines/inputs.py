@@ -29,14 +29,15 @@ def load_inputs(paths: list[Path], provenance: Provenance) -> np.ndarray:
     return images if provenance.input == "uint8-nhwc" else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
 
-def noise(shape: tuple[int, ...], kind: str = "float32") -> np.ndarray:
-    """Seeded noise.
+def noise(size: int, image: tuple[int, int, int], kind: str = "float32") -> np.ndarray:
+    """Images [size, *image] of seeded noise.
 
     Args:
-        shape: of the images, their number first.
+        size: how many.
+        image: axes of one, e.g. channels, height, width.
         kind: "float32", normally distributed, or "uint8", any pixel alike.
     """
-    random = np.random.default_rng(0)
+    random, shape = np.random.default_rng(0), (size, *image)
     return (
         random.integers(0, 256, shape, np.uint8)
         if kind == "uint8"
@@ -52,4 +53,4 @@ def noise_inputs(n: int, provenance: Provenance) -> np.ndarray:
         provenance: of the file.
     """
     shape = input_shape(provenance.input, provenance.preprocess, provenance.dims["channels"])
-    return noise((n, *shape), provenance.input.partition("-")[0])
+    return noise(n, shape, provenance.input.partition("-")[0])

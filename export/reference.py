@@ -128,9 +128,9 @@ class ReducedViT(nn.Module):
         model: a plain ViT (see `models.FAMILIES`), or a PlainViT.
         schedule: of the same model.
         heads: score heads, one a stage, of the methods that have them (see `score_heads`).
-        lowering: see `reduce_model`.
         emission: which outputs are given beside the pooled one (`ReferenceResult.outputs`).
         pixels: what images are made of, where they are not normalised already (see `pixels.Pixels`).
+        lowering: see `reduce_model`.
     """
 
     def __init__(
@@ -139,9 +139,9 @@ class ReducedViT(nn.Module):
         schedule: Schedule,
         heads: nn.ModuleList | None = None,
         *,
-        lowering: str = "eager",
         emission: Emission = POOLED,
         pixels: Pixels | None = None,
+        lowering: str = "eager",
     ):
         super().__init__()
         if lowering not in LOWERINGS:
@@ -149,8 +149,8 @@ class ReducedViT(nn.Module):
         self.plain = as_plain(model)
         self.plain.check_schedule(schedule, heads)
         self.model, self.schedule, self.heads = self.plain.module.eval(), schedule, heads
-        self.triton = TritonReductions.of(self.plain, schedule) if lowering == "triton" else None
         self.emission, self.pixels = emission.resolved(schedule.depth), pixels
+        self.triton = TritonReductions.of(self.plain, schedule) if lowering == "triton" else None
 
     def forward(self, image: Tensor) -> Tensor:
         return self.run(image).output
@@ -365,8 +365,8 @@ def reduce_model(
     schedule: Schedule,
     heads: nn.ModuleList | None = None,
     *,
-    lowering: str = "eager",
     emission: Emission = POOLED,
+    lowering: str = "eager",
 ) -> ReducedViT:
     """The eager reference of a model under a schedule.
 
@@ -374,12 +374,12 @@ def reduce_model(
         model: a plain ViT, on any device.
         schedule: from `loaded.schedule`, or `Schedule.parse` with the model's own token counts.
         heads: the score heads of dTPS and DynamicViT, from `learned_layers(loaded, schedule)`.
+        emission: which outputs are given beside the pooled one, from `outputs.parse_emission`.
         lowering: "eager", PyTorch's operators, which is what files are proven against; or "triton", the same reductions by kernels
             on an NVIDIA GPU, and fused attention where its weights decide nothing. A reduction that no kernel takes stays in
             PyTorch's operators, and a warning says so.
-        emission: which outputs are given beside the pooled one, from `outputs.parse_emission`.
     Raises:
         UsageError: the model is no plain ViT, or the schedule or the heads are for another one; an unknown lowering.
         MissingPackageError: lowering "triton" without Triton.
     """
-    return ReducedViT(model, schedule, heads, lowering=lowering, emission=emission)
+    return ReducedViT(model, schedule, heads, emission=emission, lowering=lowering)

@@ -100,7 +100,7 @@ def _feeds(runner, job: Job) -> dict[str, np.ndarray]:
     channels, height, width = job.image
     last = shape[-1] == channels and shape[1:3] == (height, width)
     image = (height, width, channels) if last else job.image
-    return {name: noise((job.batch, *image), runner.input_types[name])}
+    return {name: noise(job.batch, image, runner.input_types[name])}
 
 
 def measure_in_processes(

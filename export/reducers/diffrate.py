@@ -119,7 +119,9 @@ def without_pruning(rates: KeepCounts, size: ModelSize) -> tuple[KeepCounts, lis
         prune.append(n)
         n = min(n, before, after)
         merge.append(n)
-    notes = [f"nothing is pruned: the {pruned} tokens that were to be pruned are merged, the counts stay"] if pruned else []
+    notes = (
+        [f"nothing is pruned: the {pruned} tokens that were to be pruned are merged, the counts stay"] if pruned else []
+    )
     return KeepCounts(prune, merge, rates.n_tokens), notes
 
 
@@ -181,7 +183,9 @@ def margins(s: Signals, step: Step, plan: MergePlan) -> RowMargins:
 RATES = Option(
     "rates", "a published list (tokexport rates), e.g. deit_small@2.9, or a JSON file of counts", metavar="NAME|FILE"
 )
-PRUNE = Option("prune", "prune as the counts say; off: merge what they would prune, to the same counts", default=True, flag=True)
+PRUNE = Option(
+    "prune", "prune as the counts say; off: merge what they would prune, to the same counts", default=True, flag=True
+)
 REDUCER = Reducer(
     "diffrate",
     "DiffRate",

@@ -165,7 +165,12 @@ ROWS = {
     "eval": Row(
         "eval {onnx} --images {labelled} --no-reference",
         others=("eval {trained} --images {labelled} --checkpoint {checkpoint}",),
-        contradictions=("--limit 0", "--limit -3", "--checkpoint {checkpoint}", "= eval {headless} --images {labelled} --no-reference"),
+        contradictions=(
+            "--limit 0",
+            "--limit -3",
+            "--checkpoint {checkpoint}",
+            "= eval {headless} --images {labelled} --no-reference",
+        ),
         fine=frozenset({("--limit", "9" * 30)}),
     ),
     "bench": Row(

@@ -92,7 +92,12 @@ def _unfinished(place):  # noqa: F811
     return list(place.glob("**/.tokexport-*"))
 
 
-STOPS = [(ONNX, "begun"), (f"{ONNX} --dtype fp16", "begun"), (ONNX, "early"), (LEARN.replace("--steps 2", "--steps 500"), "late")]
+STOPS = [
+    (ONNX, "begun"),
+    (f"{ONNX} --dtype fp16", "begun"),
+    (ONNX, "early"),
+    (LEARN.replace("--steps 2", "--steps 500"), "late"),
+]
 
 
 @pytest.mark.slow
