@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,6 +52,8 @@ def attached(address: str) -> Iterator:
     if ray.is_initialized():
         yield ray
         return
+    if address != "local":
+        _check_reachable(address)
     own = {"include_dashboard": False, "object_store_memory": STORE, "_node_ip_address": "127.0.0.1"}
     try:
         ray.init(address, logging_level="error", log_to_driver=False, **(own if address == "local" else {}))
@@ -63,6 +66,21 @@ def attached(address: str) -> Iterator:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raises: UsageError when nobody listens there; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address == "auto":
+        return
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UsageError(f"ray {address!r}: wanted HOST:PORT of a cluster's head, auto, or local")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as e:
+        raise UsageError(
+            f"ray {address!r}: there is no cluster to be reached ({e.strerror or e}): wanted its head, or local"
+        ) from None
 
 
 def count_machines(address: str) -> int:

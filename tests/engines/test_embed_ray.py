@@ -124,6 +124,7 @@ def test_wrong_clusters_are_told(cluster, exported, photos, tmp_path):
         (EmbedOptions(ray=cluster, threads=64), "no node has 64 CPUs"),
         (EmbedOptions(ray=cluster, columns=("features",)), "'features' is none that this file gives"),
         (EmbedOptions(ray="127.0.0.1:1"), "no cluster to be reached"),
+        (EmbedOptions(ray="the moon"), "wanted HOST:PORT"),
     ):
         with pytest.raises(UsageError, match=text):
             embed(exported("tiny_vit"), photos, output=tmp_path / "out", options=options)
