@@ -165,7 +165,7 @@ def test_every_command_line_in_a_page_has_known_options():
     lines = [
         match
         for page in PAGES.values()
-        for match in re.findall(r"(?:^|[`;]\s?|do )tokexport ([a-z]+)((?: [^`;\n]+)?)", page, re.M)
+        for match in re.findall(r"(?:^|[`;]\s?|do )tokexport ([a-z-]+)((?: [^`;\n]+)?)", page, re.M)
     ]
     assert len(lines) > 15
     for name, rest in lines:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,6 +52,8 @@ def attached(address: str) -> Iterator:
     if ray.is_initialized():
         yield ray
         return
+    if address != "local":
+        _check_reachable(address)
     own = {"include_dashboard": False, "object_store_memory": STORE, "_node_ip_address": "127.0.0.1"}
     try:
         ray.init(address, logging_level="error", log_to_driver=False, **(own if address == "local" else {}))
@@ -63,6 +66,21 @@ def attached(address: str) -> Iterator:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raises: UsageError when nobody listens there; Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address == "auto":
+        return
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UsageError(f"ray {address!r}: wanted HOST:PORT of a cluster's head, auto, or local")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as e:
+        raise UsageError(
+            f"ray {address!r}: there is no cluster to be reached ({e.strerror or e}): wanted its head, or local"
+        ) from None
 
 
 def count_machines(address: str) -> int:
@@ -101,6 +119,11 @@ def _check_resources(ray, wanted: dict[str, int]) -> None:
             f"{', '.join(best[:4])}"
         )
 
+    if sum(n.get("CPU", 0) for n in nodes) < wanted["num_cpus"] + 1:
+        raise UsageError(
+            f"ray: all nodes together have {sum(n.get('CPU', 0) for n in nodes):g} CPUs: wanted one for decoding too"
+        )
+
 
 def _plan(inspection: Inspection, folder: Path, options: EmbedOptions) -> EmbedJob:
     """The job, planned where the file can be opened."""
@@ -124,29 +147,36 @@ def _compute(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    rows = [{"part": part, "start": start, "stop": stop} for part, (start, stop) in slices.items()]
-    count = actors or _room(ray, resources)
-    chunk, preprocess = job.chunk, job.provenance.preprocess
-    dataset = (
-        ray.data.from_items(rows, override_num_blocks=min(len(rows), 10_000))
-        .map_batches(
-            _decode_parts,
-            batch_size=1,
-            fn_kwargs={"images": images, "chunk": chunk, "preprocess": preprocess},
-            num_cpus=1,
-        )
-        .map_batches(
-            _Engine,
-            batch_size=1,
-            fn_constructor_kwargs={"job": job},
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(count, len(rows))),
-            **resources,
-        )
-    )
+    count = min(actors or _room(ray, resources), len(slices))
+    dataset = _dataset(ray, job, images, slices=slices, resources=resources, actors=count)
     begin = time.perf_counter()
     for row in dataset.iter_rows():
         tick(row["rows"] + row["broken"])
     return time.perf_counter() - begin, None
+
+
+def _dataset(ray, job: EmbedJob, images: ImageData, *, slices: dict, resources: dict[str, int], actors: int):
+    """A row for every part that has been written: its number, rows and broken images."""
+    rows = [{"part": part, "start": start, "stop": stop} for part, (start, stop) in slices.items()]
+    preprocess = job.provenance.preprocess
+    # What a task holds: the pixels and their packed copies. That decoding asks for memory and the engine does not also keeps
+    # Ray from fusing the two into one actor, which would decode while its engine waits.
+    images_a_part = max(stop - start for start, stop in slices.values())
+    memory = 3 * images_a_part * preprocess.size[0] * preprocess.size[1] * len(preprocess.mean)
+    decoded = ray.data.from_items(rows, override_num_blocks=min(len(rows), 10_000)).map_batches(
+        _decode_parts,
+        batch_size=1,
+        fn_kwargs={"images": images, "chunk": job.chunk, "preprocess": preprocess},
+        num_cpus=1,
+        memory=memory,
+    )
+    return decoded.map_batches(
+        _Engine,
+        batch_size=1,
+        fn_constructor_kwargs={"job": job},
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors),
+        **resources,
+    )
 
 
 def _room(ray, resources: dict[str, int]) -> int:

@@ -172,6 +172,8 @@ def begin(folder: Path, manifest: EmbedManifest) -> EmbedManifest:
     earlier = read_embedding(folder)
     ours, theirs = (encode(replace(m, complete=False, broken=0, version="", data_path="")) for m in (manifest, earlier))
     unlike = [name for name in ours if ours[name] != theirs[name]]
+    for side in (ours, theirs):
+        side["columns"] = " ".join("x".join(map(str, (c["name"], *c["shape"]))) for c in side["columns"])
     if unlike:
         words = "; ".join(f"{name} was {_short(theirs[name])}, is {_short(ours[name])}" for name in unlike[:3])
         raise UsageError(

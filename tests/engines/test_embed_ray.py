@@ -36,6 +36,9 @@ def cluster():
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'tokexport[ray]'")
     pytest.importorskip("ray.data", reason="Ray's data library is not installed: pip install 'tokexport[ray]'")
     utils = pytest.importorskip("ray.cluster_utils")
+    # A driver that is told 127.0.0.1 takes the address by which others reach this machine; all of this cluster is on the loopback.
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(ray._private.services, "resolve_ip_for_localhost", lambda host: host)
     node = {"num_cpus": 2, "object_store_memory": 150 << 20, "node_ip_address": "127.0.0.1"}
     cluster = utils.Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     try:
@@ -44,6 +47,7 @@ def cluster():
     finally:
         ray.shutdown()
         cluster.shutdown()
+        monkeypatch.undo()
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +124,7 @@ def test_wrong_clusters_are_told(cluster, exported, photos, tmp_path):
         (EmbedOptions(ray=cluster, threads=64), "no node has 64 CPUs"),
         (EmbedOptions(ray=cluster, columns=("features",)), "'features' is none that this file gives"),
         (EmbedOptions(ray="127.0.0.1:1"), "no cluster to be reached"),
+        (EmbedOptions(ray="the moon"), "wanted HOST:PORT"),
     ):
         with pytest.raises(UsageError, match=text):
             embed(exported("tiny_vit"), photos, output=tmp_path / "out", options=options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 
 import click
@@ -31,9 +32,11 @@ from ...export.errors import UsageError
 @click.option(
     "--runtime", default="ort", show_default=True, metavar="RUNTIME", help="What runs an ONNX file: ort or openvino."
 )
+@click.option("--web", is_flag=True, help="Also a page that runs the proof in a browser and draws token maps.")
+@click.option("--dense", metavar="FILE", help="With --web: the dense model's ONNX file, which the page times against.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
 @click.option("--json", "as_json", is_flag=True, help="What was written as JSON on stdout.")
-def command(file, output, images, count, checkpoint, predictor, runtime, force, as_json):
+def command(file, output, images, count, checkpoint, predictor, runtime, web, dense, force, as_json):
     """Pack FILE (an ONNX file or an engine) with what it is and with a proof that needs no PyTorch.
 
     FILE is verified first; one that fails is not bundled (exit 1). The photos whose decisions are clearest go into the
@@ -49,6 +52,7 @@ def command(file, output, images, count, checkpoint, predictor, runtime, force, 
     check_place(output, force=force)
     paths = find_images(list(images))
     inspect_file(file)  # wrong files are known before torch is loaded
+    _check_web(file, web, dense)
     out = console()
     with bar(out) as progress:
         progress("loading torch", 0.0)
@@ -69,6 +73,23 @@ def command(file, output, images, count, checkpoint, predictor, runtime, force, 
         except RefusedError as e:
             click.echo(f"Error: {e}", err=True)
             sys.exit(1)
+    lines = _lines(bundle) + ([_add_page(bundle.path, dense)] if web else [])
+    for line in lines:
+        out.print(line, markup=False)
+    if as_json:
+        print_json(
+            {
+                "path": str(bundle.path),
+                "size": bundle.size,
+                "images": len(bundle.photos),
+                "photos": [str(p) for p in bundle.photos],
+                "unclear": bundle.unclear,
+            }
+        )
+
+
+def _lines(bundle) -> list[str]:
+    """What was written, for people."""
     n = len(bundle.photos)
     names = ", ".join(p.name for p in bundle.photos)
     lines = [f"{bundle.path}: {bundle.size / 1e6:.1f} MB, {n} photo{'s' * (n != 1)} in the proof: {names}"]
@@ -77,18 +98,28 @@ def command(file, output, images, count, checkpoint, predictor, runtime, force, 
             f"{bundle.unclear} of them with a near-tie, on which runtimes may differ: give more photos to choose from"
         )
     lines.append(f"prove it anywhere: tokexport verify {bundle.path}")
-    for line in lines:
-        out.print(line, markup=False)
-    if as_json:
-        print_json(
-            {
-                "path": str(bundle.path),
-                "size": bundle.size,
-                "images": n,
-                "photos": [str(p) for p in bundle.photos],
-                "unclear": bundle.unclear,
-            }
-        )
+    return lines
+
+
+def _check_web(file: str, web: bool, dense: str | None) -> None:
+    """Raises: UsageError when no page can be made; known before a file is verified."""
+    from ...engines.files import is_engine
+    from ...engines.web.write import check_web, find_runtime
+
+    if dense is not None and not web:
+        raise UsageError("--dense is of the page: wanted --web with it")
+    if web:
+        check_web(is_engine(file), dense=dense)
+        find_runtime()
+
+
+def _add_page(folder, dense: str | None) -> str:
+    """Put the page beside a bundle. Returns: how it is looked at."""
+    from ...engines.web.write import add_page
+
+    add_page(folder, dense=dense)
+    serve = f"python -m http.server --bind 127.0.0.1 --directory {shlex.quote(str(folder))} 8000"
+    return f"in a browser: {serve}, then http://127.0.0.1:8000/web/"
 
 
 def is_bundle(path: str) -> bool:
