@@ -34,7 +34,7 @@ COMMANDS = {
 }
 EXIT_CODES = {
     0: "Done, or passed.",
-    1: "A check failed, or a job went on past inputs that were broken.",
+    1: "A check failed, a budget was not reached, or a job went on past inputs that were broken.",
     2: "Wrong use, a file that is foreign, damaged or newer, or a package that is missing.",
     3: "A runtime, a builder, the disk or the export failed, or memory ran out.",
     130: "Interrupted.",
