@@ -64,12 +64,8 @@ class StaticViT(nn.Module):
         self.n_blocks = self.emission.last_block(schedule.depth) + 1
         self.batch_kind = "dynamic" if batch is None else "single" if batch == 1 else "fixed"
         self.n_prefix, self.has_class, self.output_name = plain.n_prefix, plain.has_class_token, plain.output_name
-        self.patch, self.patch_norm, self.norm_pre, self.norm = (
-            plain.patch if pixels is None else pixels.folded(plain.patch),
-            plain.patch_norm,
-            plain.norm_pre,
-            plain.norm,
-        )
+        self.patch = plain.patch if pixels is None else pixels.folded(plain.patch)
+        self.patch_norm, self.norm_pre, self.norm = plain.patch_norm, plain.norm_pre, plain.norm
         self.pos = nn.Parameter(plain.positions(), requires_grad=False)
         parts, table = plain.blocks(), plain.rotary()
         shape = {"single": self.single, "n_prefix": self.n_prefix, "rotary": table is not None}
@@ -87,10 +83,9 @@ class StaticViT(nn.Module):
         self.head, self.by_size = StaticHead(plain.pooling), plain.pools_by_size(schedule)
         self.share = Stage(self._share)
         self.reducer = reducers.get(schedule.method)
-        self.match = nn.ModuleDict({str(s.block): Stage(self._decide) for s in schedule.steps})
-        self.merge = nn.ModuleDict({str(s.block): Stage(apply_static) for s in schedule.steps})
-        self.bias = nn.ModuleDict({str(s.block): Stage(self._bias) for s in schedule.steps})
-        self.ones = nn.ModuleDict({str(s.block): Stage(self._ones) for s in schedule.steps})
+        staged = lambda of: nn.ModuleDict({str(s.block): Stage(of) for s in schedule.steps})
+        self.match, self.merge = staged(self._decide), staged(apply_static)
+        self.bias, self.ones = staged(self._bias), staged(self._ones)
         self.boundaries = boundaries(schedule) if calls else {}
         self.many = any(s.n_kept > matching.MOST_SORTED for s in schedule.steps)
         options = {"single": self.single, "any_batch": self.any_batch, "squeezes": self.reducer.squeezes}
