@@ -98,10 +98,7 @@ def export_onnx(
     progress("simplifying")
     graph = passes.finish(model, n_outputs=n_outputs, batch=batch, simplify=simplify, keep_inner=plugin)
     proto = conventional(*graph, opset=opset, target=target, batch=batch)
-    proto, weights = precision.convert(proto, graph.weights, dtype)
-    if target == "tensorrt":
-        widen_parameters(proto, weights)
-    passes.set_least_ir_version(proto)
+    proto, weights = _for_target(*precision.convert(proto, graph.weights, dtype), target)
     there = {o for n in proto.graph.node for o in n.output}
     provenance = replace(provenance, decisions=tuple(d for d in decisions if d in there))
     progress("checking")
@@ -114,6 +111,13 @@ def export_onnx(
     cost = {"macs": macs.count(dims, schedule), "macs_dense": macs.count(dims, macs.dense(schedule))}
     progress("writing")
     return ExportResult(path, provenance, len(proto.graph.node), write_model(proto, weights, path), **cost)
+
+
+def _for_target(proto, weights: dict, target: str) -> tuple:
+    if target == "tensorrt":
+        widen_parameters(proto, weights)
+    passes.set_least_ir_version(proto)
+    return proto, weights
 
 
 def _check_request(
