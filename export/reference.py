@@ -6,11 +6,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import reducers
 from .apply import apply_eager, follow
 from .constants import lift
+from .errors import UsageError
+from .lowering import LOWERINGS, TritonReductions
 from .margins import RowMargins, nothing_decided
 from .models import as_plain
 from .models.plain_vit import BlockParts, PlainViT
@@ -115,13 +118,24 @@ class ReducedViT(nn.Module):
         model: a plain ViT (see `models.FAMILIES`), or a PlainViT.
         schedule: of the same model.
         heads: score heads, one a stage, of the methods that have them (see `score_heads`).
+        lowering: see `reduce_model`.
     """
 
-    def __init__(self, model: nn.Module | PlainViT, schedule: Schedule, heads: nn.ModuleList | None = None):
+    def __init__(
+        self,
+        model: nn.Module | PlainViT,
+        schedule: Schedule,
+        heads: nn.ModuleList | None = None,
+        *,
+        lowering: str = "eager",
+    ):
         super().__init__()
+        if lowering not in LOWERINGS:
+            raise UsageError(f"lowering {lowering!r}: wanted {' or '.join(LOWERINGS)}")
         self.plain = as_plain(model)
         self.plain.check_schedule(schedule, heads)
         self.model, self.schedule, self.heads = self.plain.module.eval(), schedule, heads
+        self.triton = TritonReductions.of(self.plain, schedule) if lowering == "triton" else None
 
     def forward(self, image: Tensor) -> Tensor:
         return self.run(image).output
@@ -158,10 +172,12 @@ class ReducedViT(nn.Module):
         for i, block in enumerate(plain.blocks()):
             if (i, "pre_block") in steps:
                 state = self._reduce(steps[i, "pre_block"], state, block=block, run=run)
-            attention = self._attend(i, state, block=block, run=run)
+            behind = steps.get((i, "post_attn"))
+            weighed = behind is not None and behind.signal in ("class_attention", "mean_attention")
+            attention = self._attend(i, state, block=block, run=run, fused=self.triton is not None and not weighed)
             state = state._replace(x=seen.replace(f"block{i}.attn", attention.x, added_to=state.x))
-            if (i, "post_attn") in steps:
-                state = self._reduce(steps[i, "post_attn"], state, block=block, run=run, attention=attention)
+            if behind is not None:
+                state = self._reduce(behind, state, block=block, run=run, attention=attention)
             x = state.x + _scaled(block.mlp(block.norm2(state.x)), block.gamma2)
             state = state._replace(x=seen.replace(f"block{i}.mlp", x, added_to=state.x))
         result.tokens = plain.norm(state.x)
@@ -176,10 +192,10 @@ class ReducedViT(nn.Module):
         pooled = (tokens * size)[:, p:].sum(1) / size[:, p:].sum(1)
         return pooling.classifiers[0](pooling.norm(pooled))
 
-    def _attend(self, i: int, state: TokenState, *, block: BlockParts, run: Run) -> Attended:
+    def _attend(self, i: int, state: TokenState, *, block: BlockParts, run: Run, fused: bool = False) -> Attended:
         size = state.size if run.result.plans and self.schedule.prop_attn else None
         rope = None if run.rope is None else run.rope[i % len(run.rope)][:, state.place].transpose(0, 1)
-        return attend(block, state.x, size=size, rope=rope)
+        return attend(block, state.x, size=size, rope=rope, fused=fused)
 
     def _signals(self, step: Step, state: TokenState, *, block: BlockParts, run: Run, attention) -> Signals:
         """What a step looks at: keys and attention are the block's own, or those that it would compute of the tokens before it."""
@@ -202,6 +218,11 @@ class ReducedViT(nn.Module):
         """One reduction; attention: of the block, after it."""
         reducer, result = reducers.get(self.schedule.method), run.result
         signals = self._signals(step, state, block=block, run=run, attention=attention)
+        if self._by_kernel(step, run):
+            signal = attention.keys if step.signal == "keys" else signals.score
+            plan, x, size = self.triton.reduce(step.block, state.x, signal=signal, size=state.size)
+            result.plans.append(plan)
+            return self._moved(step, state, plan=plan, x=x, size=size, run=run)
         given = None if run.replay is None else run.replay[len(result.plans)]
         plan = reducer.reference(signals, step, given)
         if given is not None:
@@ -210,11 +231,21 @@ class ReducedViT(nn.Module):
             clear = nothing_decided(signals, step) if reducer.margins is None else reducer.margins(signals, step, plan)
             result.margins.append(clear)
         result.plans.append(plan)
+        x, size = apply_eager(plan, state.x, state.size)
+        return self._moved(step, state, plan=plan, x=x, size=size, run=run)
+
+    def _by_kernel(self, step: Step, run: Run) -> bool:
+        """Whether a kernel reduces: replayed decisions and margins are PyTorch's affair."""
+        covered = self.triton is not None and step.block in self.triton.nodes
+        return covered and run.replay is None and run.result.margins is None
+
+    def _moved(self, step: Step, state: TokenState, *, plan: MergePlan, x: Tensor, size: Tensor, run: Run):
+        """The state behind a reduction that gave x and size."""
         place = state.place.gather(1, plan.keep[..., 0])  # a token stands where it stood; one made of others nowhere
         place = torch.cat([place, place.new_full((len(place), plan.n_extra), self.schedule.n_tokens)], 1)
-        x, size = apply_eager(plan, state.x, state.size)
+        squeezes = reducers.get(self.schedule.method).squeezes
         x = run.seen.replace(f"block{step.block}.merge", x)
-        return TokenState(x, size, follow(plan, state.sources, step.n_in, squeezes=reducer.squeezes), place)
+        return TokenState(x, size, follow(plan, state.sources, step.n_in, squeezes=squeezes), place)
 
 
 class Attended(NamedTuple):
@@ -223,17 +254,19 @@ class Attended(NamedTuple):
     Args:
         x: tokens after the attention residual [B, N, C].
         keys: [B, heads, N, D], not rotated.
-        weights: the attention [B, heads, N, N].
+        weights: the attention [B, heads, N, N]; None behind fused attention.
         normed: norm1's output, of the tokens before it [B, N, C].
     """
 
     x: Tensor
     keys: Tensor
-    weights: Tensor
+    weights: Tensor | None
     normed: Tensor
 
 
-def attend(block: BlockParts, x: Tensor, *, size: Tensor | None = None, rope: Tensor | None = None) -> Attended:
+def attend(
+    block: BlockParts, x: Tensor, *, size: Tensor | None = None, rope: Tensor | None = None, fused: bool = False
+) -> Attended:
     """The attention half of a block.
 
     Args:
@@ -241,15 +274,20 @@ def attend(block: BlockParts, x: Tensor, *, size: Tensor | None = None, rope: Te
         x: tokens [B, N, C].
         size: [B, N, 1] for proportional attention (log(size) on the logits, after scaling), or None.
         rope: rotary embedding of these tokens [B, heads or 1, N, 2 D], or None.
+        fused: by PyTorch's fused attention, which keeps no weights.
     """
     y = block.norm1(x)
     q, k, v = block.split_heads(y)
     turned_q, turned_k = (t if rope is None else rotated(t, rope, half=block.half) for t in (q, k))
-    logits = (turned_q * block.scale) @ turned_k.mT
-    if size is not None:
-        logits = logits + size.log()[:, None, :, 0].unsqueeze(2)
-    weights = logits.softmax(-1)
-    out = block.norm((weights @ v).transpose(1, 2).flatten(2))
+    bias = None if size is None else size.log()[:, None, :, 0].unsqueeze(2).to(q.dtype)
+    weights = None
+    if fused:
+        out = F.scaled_dot_product_attention(turned_q, turned_k, v, attn_mask=bias, scale=block.scale)
+    else:
+        logits = (turned_q * block.scale) @ turned_k.mT
+        weights = (logits if bias is None else logits + bias).softmax(-1)
+        out = weights @ v
+    out = block.norm(out.transpose(1, 2).flatten(2))
     out = block.proj(out if block.gate is None else out * block.gate(y).sigmoid())
     return Attended(x + _scaled(out, block.gamma1), k, weights, y)
 
@@ -287,14 +325,24 @@ def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
     return x if gamma is None else x * gamma
 
 
-def reduce_model(model: nn.Module | PlainViT, schedule: Schedule, heads: nn.ModuleList | None = None) -> ReducedViT:
+def reduce_model(
+    model: nn.Module | PlainViT,
+    schedule: Schedule,
+    heads: nn.ModuleList | None = None,
+    *,
+    lowering: str = "eager",
+) -> ReducedViT:
     """The eager reference of a model under a schedule.
 
     Args:
         model: a plain ViT, on any device.
         schedule: from `loaded.schedule`, or `Schedule.parse` with the model's own token counts.
         heads: the score heads of dTPS and DynamicViT, from `learned_layers(loaded, schedule)`.
+        lowering: "eager", PyTorch's operators, which is what files are proven against; or "triton", the same reductions by kernels
+            on an NVIDIA GPU, and fused attention where its weights decide nothing. A reduction that no kernel takes stays in
+            PyTorch's operators, and a warning says so.
     Raises:
-        UsageError: the model is no plain ViT, or the schedule or the heads are for another one.
+        UsageError: the model is no plain ViT, or the schedule or the heads are for another one; an unknown lowering.
+        MissingPackageError: lowering "triton" without Triton.
     """
-    return ReducedViT(model, schedule, heads)
+    return ReducedViT(model, schedule, heads, lowering=lowering)

@@ -1,7 +1,9 @@
 """The one table of tiny models and of what every method is asked for in tests. A method without a row here fails `test_add_reducer`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
+
+import pytest
 
 KWARGS = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 6, "num_heads": 4, "num_classes": 10}
 # The golden models: 65 tokens with a class token, 64 without, 66 with a distillation token; 6 blocks.
@@ -11,6 +13,19 @@ TINY = {
     "tiny_vit_distilled": ("deit_tiny_distilled_patch16_224", {}),
 }
 AT = {"at": (1, 3, 4)}
+
+
+def mostly_slow(rows: Iterable, *fast) -> list:
+    """Rows of a parametrisation, of which only some run in `make test`: the large models, where one row shows what all do.
+
+    Args:
+        rows: values, or tuples of values.
+        fast: the rows that are not marked slow.
+    """
+    rows = list(rows)
+    assert set(fast) <= set(rows), fast
+    tuples = lambda row: row if isinstance(row, tuple) else (row,)
+    return [row if row in fast else pytest.param(*tuples(row), marks=pytest.mark.slow) for row in rows]
 
 
 class MethodCase(NamedTuple):

@@ -1,7 +1,9 @@
 """Fixtures of all tests: golden data, tiny models, exported files (each made once), ONNX runs and the one numeric comparison."""
 
+import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -119,7 +121,33 @@ def schedule_of():
 
 
 @pytest.fixture(scope="session")
-def exported(tiny, schedule_of, tmp_path_factory):
+def shared(tmp_path_factory):
+    """shared(key, write) -> path of the ONNX file that write(path) makes for a key (JSON values), once for all workers.
+
+    What it writes beside the file goes with it. Two workers that want it at the same moment both write it, and the first keeps it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    folder = (base if worker == "main" else base.parent) / "shared"
+
+    def file(key, write):
+        place = folder / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+        if not place.exists():
+            aside = folder / worker
+            shutil.rmtree(aside, ignore_errors=True)  # of a test that failed while it wrote
+            aside.mkdir(parents=True)
+            write(aside / "model.onnx")
+            try:
+                aside.rename(place)
+            except OSError:  # the other worker was first
+                shutil.rmtree(aside)
+        return place / "model.onnx"
+
+    return file
+
+
+@pytest.fixture(scope="session")
+def exported(tiny, schedule_of, shared):
     """exported(kind, r, batch, prop_attn, gather_from, method, ...) -> path of a tiny model with `sources`, made once.
 
     r and prop_attn are ToMe's, options of other methods follow their name. gather_from: tokens from which a step is in the gather
@@ -129,60 +157,52 @@ def exported(tiny, schedule_of, tmp_path_factory):
 
     from tokexport import export_onnx
 
-    made, folder = {}, tmp_path_factory.mktemp("onnx")
-
     def export(kind, r=8, batch=None, prop_attn=True, gather_from=None, method=None, **options):
         loaded = tiny(kind)
         takes_r = method is None or method in reducers.takers("r")
         schedule = schedule_of(loaded.module, r if takes_r else None, prop_attn, method, **options)
-        key = (kind, json.dumps(schedule.to_json()), batch, gather_from)
-        if key not in made:
-            path = folder / f"{len(made)}.onnx"
+
+        def write(path):
             with pytest.MonkeyPatch.context() as patch:
                 for form in apply.GATHER_FROM if gather_from is not None else ():
                     patch.setitem(apply.GATHER_FROM, form, gather_from)
                 export_onnx(loaded, schedule, path, batch=batch, sources=True)
-            made[key] = path
-        return made[key]
+
+        return shared(["tiny", kind, schedule.to_json(), batch, gather_from], write)
 
     return export
 
 
 @pytest.fixture(scope="session")
-def typed(exported, tmp_path_factory):
+def typed(exported, shared):
     """typed(dtype, batch, method=..., ...) -> path of tiny_vit with `sources` in a precision, made once."""
     from tokexport.export.graph.precision import write_as
 
-    made, folder = {}, tmp_path_factory.mktemp("typed")
-
     def write(dtype, batch=None, **options):
         plain = exported("tiny_vit", batch=batch, **options)
-        if (plain, dtype) not in made:
-            made[plain, dtype] = folder / f"{len(made)}.onnx"
-            write_as(plain, made[plain, dtype], dtype)
-        return made[plain, dtype]
+        return shared(["typed", plain.parent.name, dtype], lambda path: write_as(plain, path, dtype))
 
     return write
 
 
 @pytest.fixture(scope="session")
-def exported_large(tmp_path_factory, schedule_of):
+def exported_large(schedule_of, shared):
     """exported_large(name, kwargs, batch, checkpoint, predictor, method and its options) -> path of a large model with `sources`,
     its weights random without a checkpoint; made once."""
     from tokexport import export_onnx, load_model
 
-    models, made, folder = {}, {}, tmp_path_factory.mktemp("large")
+    models = {}
 
     def export(name, kwargs, batch, checkpoint=None, predictor=None, sources=False, **options):
-        model, key = (name, str(kwargs), predictor), (name, batch, str(options))
-        if model not in models:
-            models[model] = load_model(name, kwargs, checkpoint=checkpoint, predictor=predictor)
-        if key not in made:
-            made[key] = folder / f"{len(made)}.onnx"
-            export_onnx(
-                models[model], schedule_of(models[model].module, **options), made[key], batch=batch, sources=sources
-            )
-        return made[key]
+        def write(path):
+            model = (name, str(kwargs), predictor)
+            if model not in models:
+                models[model] = load_model(name, kwargs, checkpoint=checkpoint, predictor=predictor)
+            schedule = schedule_of(models[model].module, **options)
+            export_onnx(models[model], schedule, path, batch=batch, sources=sources)
+
+        key = ["large", name, str(kwargs), batch, checkpoint is not None, predictor is not None, sources, str(options)]
+        return shared(key, write)
 
     return export
 

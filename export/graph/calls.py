@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ...kernels.token_reduce import DOMAIN, FOLLOWS_SIZES, NAME, VERSION, Reduction
-from .. import reducers
+from ...kernels.token_reduce import DOMAIN, NAME, VERSION, Reduction
 from ..errors import GraphError, UsageError
 from ..files import check_output, read_model, write_model
+from ..nodes import has_node, reduction
 from ..schedule import Schedule
 from . import stages
 from .bodies import Body, Boundary, constant_names, lower_outputs, put_calls, replace_items
@@ -23,39 +23,14 @@ from .bodies import Body, Boundary, constant_names, lower_outputs, put_calls, re
 DECISIONS = ("keep", "src", "dst")
 
 
-def follows_sizes(method: str) -> bool:
-    """Whether the node of a method takes sizes."""
-    node = reducers.get(method).node
-    return node is not None and node["fold"] in FOLLOWS_SIZES
-
-
 def boundaries(schedule: Schedule) -> dict[int, Boundary]:
     """Of every block whose step becomes a node, the names of its boundary.
 
-    Steps that fold nothing are two operators as they are; a node pairs tokens by the keys of its own block's attention only.
-    """
-    node = reducers.get(schedule.method).node
-    named = lambda block: Boundary(*(f"block{block}.{part}" for part in Boundary._fields))
-    fits = lambda step: (
-        step.n_folded and (node["select"] == "score" or (step.signal, step.site) == ("keys", "post_attn"))
-    )
-    return {s.block: named(s.block) for s in schedule.steps if node is not None and fits(s)}
-
-
-def reduction(schedule: Schedule, block: int, *, by_score: bool) -> Reduction:
-    """The attributes of a step's node.
-
     Args:
-        schedule: with the step.
-        block: of the step.
-        by_score: tokens left in A are in descending score: the model has no class token. For a method that pairs tokens.
+        schedule: of the model.
     """
-    step = next(s for s in schedule.steps if s.block == block)
-    node = reducers.get(schedule.method).node
-    sizes = (2 if schedule.prop_attn else 1) if follows_sizes(schedule.method) else 0
-    by_score = by_score and node["select"] == "pairs"
-    counts = {"n_in": step.n_in, "n_kept": step.n_kept, "n_folded": step.n_folded, "n_prefix": schedule.n_prefix}
-    return Reduction(**node, **counts, by_score=int(by_score), sizes=sizes, decisions=1)
+    named = lambda block: Boundary(*(f"block{block}.{part}" for part in Boundary._fields))
+    return {s.block: named(s.block) for s in schedule.steps if has_node(schedule.method, s)}
 
 
 def has_calls(proto) -> bool:
@@ -81,8 +56,9 @@ def wrap(proto, weights: dict, schedule: Schedule, *, by_score: bool):
     out = ModelProto()
     out.CopyFrom(proto)
     lower_outputs(out.graph, boundaries(schedule))
+    steps = {step.block: step for step in schedule.steps}
     bodies = [
-        Body(out.graph, weights, block, place, reduction(schedule, block, by_score=by_score))
+        Body(out.graph, weights, block, place, reduction(schedule, steps[block], by_score=by_score))
         for block, place in boundaries(schedule).items()
     ]
     if not bodies:

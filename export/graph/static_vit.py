@@ -19,11 +19,12 @@ from ..constants import column, constant
 from ..models import as_plain
 from ..models.plain_vit import PlainViT
 from ..models.score_head import StaticScoreHead
+from ..nodes import follows_sizes
 from ..plan import ATTENTION_SIGNALS, MergePlan, Signals, StaticLayout
 from ..reducers import matching
 from ..schedule import Schedule
 from ..step import Step
-from .calls import boundaries, follows_sizes
+from .calls import boundaries
 from .static_block import Stage, StaticBlock, StaticMetric, StaticSignal, halves, size_bias
 from .static_head import StaticHead
 

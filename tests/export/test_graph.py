@@ -15,6 +15,7 @@ from tokexport.export.models.learned_layers import learned_layers
 from tokexport import Schedule, UsageError, export_onnx, reduce_model
 
 from .. import cases
+from ..cases import mostly_slow
 
 WHY_TENSORRT = "tensorrt_rtx is not installed: node counts of the parsed network and engine builds need it (no GPU)"
 # DeiT-S: (method, batch) -> most nodes in the file, most layers in the network TensorRT-RTX parses
@@ -224,12 +225,12 @@ def test_every_engine_runs_every_method(runtime, options, batch, check_engine):
     check_engine(runtime, "tiny_vit", batch, **options)
 
 
-@pytest.mark.parametrize("method, batch", BUDGETS)
+@pytest.mark.parametrize("method, batch", mostly_slow(BUDGETS, ("none", 1), ("tome", 1), ("tome", None)))
 def test_deit_small_keeps_its_budget_of_nodes(method, batch, deit):
     assert len(onnx.load(deit(method, batch)).graph.node) <= BUDGETS[method, batch][0]
 
 
-@pytest.mark.parametrize("method, batch", BUDGETS)
+@pytest.mark.parametrize("method, batch", mostly_slow(BUDGETS, ("none", 1), ("tome", 1), ("tome", None)))
 def test_deit_small_keeps_its_budget_of_tensorrt_layers(method, batch, deit):
     *_, network = _parse(deit(method, batch))
     assert BUDGETS[method, batch][0] // 2 < network.num_layers <= BUDGETS[method, batch][1]
@@ -250,9 +251,10 @@ def _added(reduced, dense):
     return (_constant_bytes(reduced) - dense) / dense
 
 
-@pytest.mark.parametrize("batch", [1, None])
+@pytest.mark.parametrize("batch", mostly_slow([1, None], 1))
 @pytest.mark.parametrize(
-    "method", [m for m, r in reducers.TABLE.items() if m != "none" and "score_head" not in r.signals]
+    "method",
+    mostly_slow([m for m, r in reducers.TABLE.items() if m != "none" and "score_head" not in r.signals], "tome"),
 )  # score heads are weights themselves
 def test_a_reduction_adds_few_constants_to_deit_small(method, batch, deit):
     assert 0 < _added(deit(method, batch), deit("none", 1)) < ADDED
@@ -310,7 +312,7 @@ def _build(path, side, batch):
 
 
 @pytest.mark.parametrize("batch", [1, None])
-@pytest.mark.parametrize("method", reducers.TABLE)
+@pytest.mark.parametrize("method", mostly_slow(reducers.TABLE, "tome"))
 def test_tensorrt_builds_an_engine_of_deit_small(method, batch, deit):
     path = deit(method, batch)
     assert onnx.load(path, load_external_data=False).opset_import[0].version == 20

@@ -13,6 +13,8 @@ from tokexport.tools.demo import samples
 
 from tokexport import UsageError, export_onnx, verify
 
+from ..cases import mostly_slow
+
 LOW = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 CASTS = 6  # most casts in a block with a reduction: metric or score, size, tokens in, tokens out, ...
 
@@ -193,7 +195,7 @@ def matmul_flops(model, low):
     return total[True], sum(total.values())
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "none"])
+@pytest.mark.parametrize("method", mostly_slow([m for m in METHODS if m != "none"], "tome"))
 def test_deit_small_in_fp16_is_mostly_fp16_and_hardly_larger(method, deit, tmp_path):
     precision.write_as(deit(method, 1), tmp_path / "fp16.onnx", "fp16")
     low, total = matmul_flops(onnx.load(tmp_path / "fp16.onnx"), TensorProto.FLOAT16)
@@ -215,7 +217,7 @@ def parsed_layers(path):
     return network.num_layers
 
 
-@pytest.mark.parametrize("method", ["tome", "evit", "dtps", "diffrate"])
+@pytest.mark.parametrize("method", mostly_slow(["tome", "evit", "dtps", "diffrate"], "tome"))
 def test_dinov2_on_real_photos_agrees_in_fp16(method, dinov2, dinov2_how, tmp_path):
     precision.write_as(dinov2(method, **dinov2_how[method]), tmp_path / "d.onnx", "fp16")
     report = verify(tmp_path / "d.onnx", samples.sample_photos())

@@ -7,6 +7,8 @@ from tokexport.tools.demo import samples
 
 import tokexport
 
+from ..cases import mostly_slow
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
@@ -20,16 +22,18 @@ def passes(path):
         assert report.outputs[0].cosine > 0.99999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("r, how, batch", [("16:-1", {"prop_attn": False}, 1), ("30,0,30,0,8", {}, 2)])
 def test_real_photos_pass_with_other_counts(dinov2, r, how, batch):
     passes(dinov2("tome", batch, r=r, **how))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", mostly_slow(METHODS, "none", "tome", "diffrate"))
 def test_every_method_passes_on_real_photos(dinov2, dinov2_how, method):
     passes(dinov2(method, **dinov2_how[method]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method, how, batch",
     [

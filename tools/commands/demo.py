@@ -18,8 +18,13 @@ MARK = ".tokexport-demo"  # in folders whose files a demo may replace
 @click.option(
     "--offline", is_flag=True, help="Every method on this project's own small model and scikit-learn's digits instead."
 )
+@click.option(
+    "--methods",
+    metavar="NAME[,NAME]",
+    help="With --offline, the methods that are shown beside the dense model.  [default: all]",
+)
 @click.option("--json", "as_json", is_flag=True, help="The figures as JSON on stdout.")
-def command(folder, offline, as_json):
+def command(folder, offline, methods, as_json):
     """Export, verify, time and draw ToMe on real DINOv2 weights and photos, from packages already installed (see `make demo`)."""
     from ..demo import offline as demo_offline
     from ..demo import real as demo
@@ -27,6 +32,9 @@ def command(folder, offline, as_json):
 
     if not folder.strip():
         raise UsageError("--output is empty: wanted a folder, e.g. demo-out")
+    if methods is not None and not offline:
+        raise UsageError("--methods goes with --offline: the demo on real weights shows ToMe")
+    chosen = demo_offline.chosen_methods(methods) if offline else ()
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -35,4 +43,7 @@ def command(folder, offline, as_json):
         (folder / MARK).touch()
     except OSError as e:
         raise UsageError(f"--output {folder}: cannot be made ({e.strerror})") from None
-    (demo_offline if offline else demo).run(folder, as_json, console())
+    if offline:
+        demo_offline.run(folder, as_json, console(), methods=chosen)
+    else:
+        demo.run(folder, as_json, console())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...export.errors import UsageError
 from ..show import draw
 from ..show.terminal import print_json, stages
 from . import digits
@@ -15,14 +16,35 @@ SECONDS = 8.0  # of timing, for all files
 SHOWN = (0, 3, 8)  # held-out digits in the pictures
 
 
-def run(folder: Path, as_json: bool, out) -> None:
-    """Export the digits model with every method; verify, evaluate on held-out images, time and draw each.
+def chosen_methods(names: str | None) -> tuple[str, ...]:
+    """The methods that are shown, the dense model first.
 
-    folder: there already; files of an earlier run are replaced. out: rich console. Exits with 1 when a file does not
-        verify.
+    Args:
+        names: with commas between them; None for all.
+    Raises:
+        UsageError: one is unknown.
+    """
+    from ...export.reducers import TABLE
+
+    wanted = list(TABLE) if names is None else [name.strip() for name in names.split(",")]
+    unknown = [name for name in wanted if name not in TABLE]
+    if unknown:
+        raise UsageError(f"--methods {names!r}: no method {unknown[0]!r}; wanted some of {', '.join(TABLE)}")
+    return tuple(dict.fromkeys(("none", *wanted)))
+
+
+def run(folder: Path, as_json: bool, out, *, methods: tuple[str, ...]) -> None:
+    """Export the digits model with some methods; verify, evaluate on held-out images, time and draw each.
+
+    Args:
+        folder: there already; files of an earlier run are replaced.
+        as_json: print the figures as JSON.
+        out: rich console.
+        methods: of `chosen_methods`.
+    Raises:
+        SystemExit: with 1, a file does not verify.
     """
     from ...engines.runners import require
-    from ...export.reducers import TABLE
 
     require("ort")
     images = digits.write_held_out(folder / "held-out")
@@ -33,7 +55,7 @@ def run(folder: Path, as_json: bool, out) -> None:
             f"A ViT of 12 blocks, 65 tokens, trained by this project on handwritten digits; {n} held-out images of other writers"
         )
         layers = digits.write_layers(folder / "digits_layers.safetensors")
-        files = {m: _export(folder, m, layers, progress) for m in TABLE}
+        files = {m: _export(folder, m, layers, progress) for m in methods}
         speedups = _time(files, progress)
         for method, result in files.items():
             rows.append(_row(folder, method, result, images, speedups[method], progress))
@@ -61,6 +83,8 @@ def _time(files: dict, progress) -> dict[str, float]:
     progress("timing")
     dense = files["none"].path
     reduced = {str(result.path): method for method, result in files.items() if result.path != dense}
+    if not reduced:
+        return {"none": 1.0}
     report = bench(list(reduced), dense=dense, batches=(BATCH,), seconds=SECONDS)
     return {"none": 1.0} | {reduced[row.file]: row.speedup for row in report.rows if row.file in reduced}
 
