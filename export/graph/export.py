@@ -107,10 +107,7 @@ def export_onnx(
     progress("simplifying")
     graph = passes.finish(model, n_outputs=n_outputs, batch=batch, simplify=simplify, keep_inner=plugin)
     proto = conventional(*graph, opset=opset, target=target, batch=batch)
-    proto, weights = precision.convert(proto, graph.weights, dtype)
-    if target == "tensorrt":
-        widen_parameters(proto, weights)
-    passes.set_least_ir_version(proto)
+    proto, weights = _for_target(*precision.convert(proto, graph.weights, dtype), target)
     there = {o for n in proto.graph.node for o in n.output}
     provenance = replace(provenance, decisions=tuple(d for d in decisions if d in there))
     progress("checking")
@@ -134,6 +131,13 @@ def computed(schedule: Schedule, emission: Emission) -> Schedule:
     """
     steps = tuple(s for s in schedule.steps if s.block <= emission.last_block(schedule.depth))
     return schedule if len(steps) == len(schedule.steps) else replace(schedule, steps=steps)
+
+
+def _for_target(proto, weights: dict, target: str) -> tuple:
+    if target == "tensorrt":
+        widen_parameters(proto, weights)
+    passes.set_least_ir_version(proto)
+    return proto, weights
 
 
 def _check_request(
