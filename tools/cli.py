@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 from importlib import import_module
+from pathlib import Path
 
 import click
 
@@ -38,6 +40,15 @@ EXIT_CODES = {
 
 
 class _Lazy(click.Group):
+    def parse_args(self, ctx, args):
+        """No option and no file is an empty text, on any command."""
+        for i, word in enumerate(args):
+            option, equals, value = word.partition("=")
+            if not word or (equals and not value and option.startswith("--")):
+                name = option or (args[i - 1] if i and args[i - 1].startswith("-") else "an argument")
+                raise click.UsageError(f"{name} is empty: wanted a name or a value, or leave it out", ctx)
+        return super().parse_args(ctx, args)
+
     def list_commands(self, ctx):
         return list(COMMANDS)
 
@@ -59,26 +70,48 @@ def group():
 
 def main() -> None:
     """Entry point; ends with one of EXIT_CODES. What lies aside is cleared away on SIGTERM as on any other exit."""
+    _open_streams()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        sys.exit(group.main(standalone_mode=False) or 0)
+        sys.exit(group.main(prog_name="tokexport", standalone_mode=False) or 0)
     except click.exceptions.Exit as e:
         sys.exit(e.exit_code)
     except click.exceptions.Abort:
         click.echo("Interrupted.", err=True)
         sys.exit(130)
-    except click.ClickException as e:
+    except click.exceptions.NoArgsIsHelpError as e:
         e.show()
         sys.exit(e.exit_code)
     except Exception as e:
         code, text = _judge(e)
-        click.echo(f"Error: {text}", err=True)
+        click.echo(f"Error: {_names_on_one_line(text)}", err=True)
         sys.exit(code)
+
+
+def _open_streams() -> None:
+    """Streams that a shell closed (`>&-`): what is written there goes nowhere, and no file that is opened becomes them."""
+    if None in (sys.stdin, sys.stdout, sys.stderr):
+        while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(number)
+        nowhere = open(os.devnull, "w")  # noqa: SIM115  open until the process ends
+        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
+
+
+def _names_on_one_line(text: str) -> str:
+    """A text in which names that were typed have no line breaks nor other letters that a terminal would obey."""
+    for word in sys.argv[1:]:
+        for name in (word, Path(word).name) if not word.isprintable() else ():
+            text = text.replace(name, repr(name)[1:-1])
+    return text
 
 
 def _judge(error: Exception) -> tuple[int, str]:
     """The exit code and the text of an error; one that is nobody's but ours is raised again, with its traceback."""
+    if isinstance(error, click.ClickException):
+        command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "tokexport"
+        return error.exit_code, f"{' '.join(error.format_message().split())} (see {command} --help)"
     if isinstance(error, UsageError):
         return 2, str(error)
     if isinstance(error, FailureError):

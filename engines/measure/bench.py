@@ -65,6 +65,8 @@ def bench(
     if any(is_engine(f.path) for f in inspections):
         runtimes = (ENGINES,)
     else:
+        if cuda_graph:
+            raise UsageError("cuda-graph is of engines (.plan): an ONNX file has no graph to replay")
         for runtime in runtimes:
             require(runtime)
     with tempfile.TemporaryDirectory(prefix="tokexport-") as folder:

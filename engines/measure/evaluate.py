@@ -122,6 +122,10 @@ def evaluate(
 
     inspection = inspect_file(path)
     check_classifier(inspection)
+    if (checkpoint or predictor) and not (reference or dense):
+        raise UsageError(
+            f"{checkpoint or predictor}: checkpoint and predictor are for the reference and the dense model, which are not asked for"
+        )
     if not 0 <= shard < shards:
         raise UsageError(f"shard {shard} of {shards}: wanted 0 to {shards - 1}")
     if not isinstance(images, list):

@@ -34,6 +34,7 @@ from .state import SearchState
 SPREAD = 20.0  # of the first distribution over 256 patches, in patches
 BUDGET_WEIGHT = 5.0  # of the squared relative distance from the budget
 RATE, LAST_RATE = 0.15, 0.015
+MOST_STEPS = 1_000_000  # of a search; more are a slip of the hand
 
 
 @dataclass(frozen=True)
@@ -189,9 +190,10 @@ def _check(loaded, n_images: int, *, labels, settings: SearchSettings) -> None:
         raise UsageError(
             f"{n_images} images: wanted at least {settings.batch}, better some hundreds like those the model will see"
         )
-    if min(settings.steps, settings.batch, settings.granularity) < 1:
+    if min(settings.steps, settings.batch, settings.granularity) < 1 or settings.steps > MOST_STEPS:
         raise UsageError(
-            f"steps {settings.steps}, batch {settings.batch}, granularity {settings.granularity}: wanted 1 or more of each"
+            f"steps {settings.steps}, batch {settings.batch}, granularity {settings.granularity}: wanted 1 or more of each, "
+            f"at most {MOST_STEPS} steps"
         )
     if labels is not None:
         n = loaded.module.num_classes

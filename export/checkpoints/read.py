@@ -64,8 +64,8 @@ def read_file(path: str | Path, what: str = "checkpoint") -> WeightFile:
         raise UsageError(f"{what} {path}: cannot be read: {e}") from None
     except OSError as e:
         raise UsageError(f"{what} {path}: cannot be read ({e.strerror or type(e).__name__})") from None
-    except (struct.error, KeyError, TypeError, ValueError, OverflowError, MemoryError, AttributeError) as e:
-        raise UsageError(f"{what} {path}: cannot be read: damaged ({type(e).__name__})") from None
+    except (struct.error, KeyError, TypeError, ValueError, OverflowError, MemoryError, AttributeError):
+        raise UsageError(f"{what} {path}: cannot be read: damaged or cut; copy or download it again") from None
 
 
 def _short(path: Path) -> str:

@@ -227,5 +227,5 @@ def unpickle(file: BinaryIO, storage: Callable | None = None):
         raise
     except RecursionError:
         raise pickle.UnpicklingError("nested too deeply") from None
-    except Exception as e:  # any opcode of a damaged file may fail in any way
-        raise pickle.UnpicklingError(f"damaged ({type(e).__name__})") from None
+    except Exception:  # any opcode of a damaged file may fail in any way
+        raise pickle.UnpicklingError("damaged or cut; copy or download it again") from None

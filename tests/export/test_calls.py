@@ -4,7 +4,6 @@ from collections import Counter
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from tokexport.export.errors import GraphError, UsageError
 from tokexport.export.graph import calls
@@ -43,6 +42,8 @@ def called(tiny, tmp_path_factory):
 
 def run(path, images, outputs=()):
     """Outputs of a file for as many images as it takes, inner values behind them."""
+    import onnxruntime
+
     model = onnx.load(path)
     model.graph.output.extend(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None) for name in outputs

@@ -6,7 +6,6 @@ import pathlib
 
 import numpy as np
 import pytest
-import timm
 import torch
 from safetensors.torch import save_file
 from tokexport.export.checkpoints import score_heads, timm_names
@@ -20,12 +19,13 @@ from tokexport import UsageError, load_model
 
 NAME = "vit_tiny_patch16_224"
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
-SWIGLU = {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": nn.SiLU}
 X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def model_of(name=NAME, **kwargs):
     """A timm model in which every tensor is random, so that no two states give the same numbers."""
+    import timm
+
     torch.manual_seed(0)
     model = timm.create_model(name, **{**KWARGS, **kwargs}).eval()
     with torch.no_grad():
@@ -125,9 +125,12 @@ def _gammas():
 
 
 def _dinov2():
-    model = model_of(init_values=0.1, num_classes=0, **SWIGLU)
+    from timm.layers import SwiGLUPacked
+
+    swiglu = {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
+    model = model_of(init_values=0.1, num_classes=0, **swiglu)
     state = {k.replace("fc1", "w12").replace("fc2", "w3"): v for k, v in model.state_dict().items()}
-    return model, {**state, "mask_token": torch.ones(1, 32)}, {"init_values": 0.1, "num_classes": 0, **SWIGLU}, None
+    return model, {**state, "mask_token": torch.ones(1, 32)}, {"init_values": 0.1, "num_classes": 0, **swiglu}, None
 
 
 def _diffrate():
@@ -202,6 +205,7 @@ def test_dinov2_with_registers_adds_positions_before_it_inserts_them(tmp_path):
 
 
 def test_positions_without_a_class_row_are_resized_as_timm_does(tmp_path):
+    import timm
     from timm.models.vision_transformer import checkpoint_filter_fn
 
     state = model_of(no_embed_class=True).state_dict()

@@ -2,7 +2,6 @@
 
 import numpy as np
 import onnx
-import onnx_ir
 import pytest
 from onnx import TensorProto
 from tokexport.export.errors import EngineError
@@ -135,6 +134,8 @@ def test_an_overflow_is_found(typed, tmp_path):
 
 def _parts(path):
     """A file as `precision.convert` takes it."""
+    import onnx_ir
+
     model = onnx.load(path)
     large = [i for i in model.graph.initializer if len(i.raw_data) > 4096]
     weights = {i.name: onnx_ir.serde.deserialize_tensor(i) for i in large}
@@ -144,6 +145,8 @@ def _parts(path):
 
 
 def test_what_cannot_be_converted_is_said(typed):
+    import onnx_ir
+
     model, weights = _parts(typed("fp32", method="tome", r=8))
     assert precision.convert(model, weights, "fp32") == (model, weights)
     again = precision.convert(model, weights, "fp16")

@@ -6,7 +6,6 @@ The eager comparison runs in float64, where no rounding comes near a tie and a d
 import functools
 from dataclasses import replace
 
-import onnxruntime
 import pytest
 import torch
 from tokexport.export import apply, reducers
@@ -249,6 +248,8 @@ class Decide(torch.nn.Module):
 @pytest.mark.parametrize("dynamic", [False, True], ids=["one image", "any batch"])
 @pytest.mark.parametrize("prefix, has_class", [(0, False), (1, True)])
 def test_exact_ties_are_decided_alike_in_a_graph(prefix, has_class, dynamic):
+    import onnxruntime
+
     n, r = 64, 20
     signals, step = _tied_signals(n, prefix, has_class), Step(0, "post_attn", n, n - r, n - r)
     traced, shapes = (

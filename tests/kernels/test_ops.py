@@ -1,7 +1,6 @@
 """Every operator of the static graphs: what PyTorch computes and what its ONNX nodes compute."""
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from tokexport.kernels import ops
@@ -88,6 +87,7 @@ def _first(case):
 
 
 def _run_onnx(name, tensors, further, feeds, dynamic):
+    import onnxruntime
     from tokexport.export.graph.trace import translate
 
     program = translate(Call(name, further), (tensors,), dynamic=dynamic)
@@ -163,6 +163,7 @@ class Reshapes(torch.nn.Module):
     [([[-1, 5]], 0), ([[5, 9]], 1), ([[3, 15], [5, 9]], 1), ([[3, 15], [9, 5]], 0), ([[5, 9], [-1, 5]], 0)],
 )
 def test_a_reshape_that_changes_nothing_leaves_the_graph(shapes, nodes):
+    import onnxruntime
     from tokexport.export.graph.trace import translate
 
     x, module = _numbers(9, 5), Reshapes(shapes)

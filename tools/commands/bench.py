@@ -104,7 +104,7 @@ def command(files, dense, sweep, images, runtimes, batches, plot, force, gate, a
     if gate and report.slow:
         reduced = sum(r.method != "none" for r in report.rows)
         out.print(f"--gate: {len(report.slow)} of {reduced} are no faster than dense, or failed", style="bold red")
-    sys.exit(1 if gate and report.slow else 0)
+    sys.exit(1 if (gate and report.slow) or any(row.error for row in report.rows) else 0)
 
 
 def _sweep(text: str | None):

@@ -9,7 +9,6 @@ import types
 
 import numpy as np
 import pytest
-import timm
 import torch
 from safetensors.torch import save_file
 
@@ -22,6 +21,8 @@ X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def model_of(name=NAME, **kwargs):
+    import timm
+
     torch.manual_seed(1)
     model = timm.create_model(name, **{**KWARGS, **kwargs}).eval()
     with torch.no_grad():
@@ -214,6 +215,8 @@ def test_a_whole_module_is_refused_by_its_place_and_class(wrap, where, model, tm
 
 
 def dinov3_file(name):
+    import timm
+
     torch.manual_seed(1)
     model = timm.create_model(name, **DINOV3).eval()
     with torch.no_grad():

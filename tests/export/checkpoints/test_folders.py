@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-import timm
 import torch
 from tokexport.tools.commands.model_options import file_stem, load
 
@@ -17,6 +16,7 @@ X = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def timm_folder(folder, **config):
+    import timm
     from timm.models import save_for_hf
 
     torch.manual_seed(0)
@@ -188,6 +188,8 @@ def npz_of(model, path):
 
 
 def test_jax_arrays_fill_the_model_and_nothing_is_left_random(tmp_path):
+    import timm
+
     torch.manual_seed(2)
     model = timm.create_model(NAME, **KWARGS).eval()
     with torch.no_grad():

@@ -1,7 +1,6 @@
 """Files that do not fit, or not whole: what was asked away is no error, and the rest is one line with advice that is right."""
 
 import pytest
-import timm
 import torch
 
 from tokexport import UsageError, load_model
@@ -11,6 +10,8 @@ KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_hea
 
 
 def model_of(name=NAME, **kwargs):
+    import timm
+
     torch.manual_seed(1)
     return timm.create_model(name, **{**KWARGS, **kwargs}).eval()
 

@@ -2,6 +2,7 @@
 must agree to 1e-5."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tokexport import UsageError, load_model
 
-transformers = pytest.importorskip("transformers", reason="the extra test brings it; it is the oracle here")
+pytestmark = pytest.mark.skipif(find_spec("transformers") is None, reason="the extra test brings it; it is the oracle")
 SIZES = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -80,6 +81,8 @@ CASES = {
 
 def saved(name, folder):
     """A random model of a case in a folder as transformers saves it, and the model."""
+    import transformers
+
     cls, config, options, _, _ = CASES[name]
     torch.manual_seed(1)
     model = getattr(transformers, cls)(getattr(transformers, config)(**SIZES, **options)).eval()
@@ -131,6 +134,7 @@ def test_tensors_as_they_are_in_memory_load_as_well(case, relative, tmp_path):
 
 
 def test_every_family_has_a_case():
+    import transformers
     from tokexport.export.checkpoints.transformers_configs import FAMILIES
 
     made = {getattr(transformers, c[1]).model_type for c in CASES.values()}
@@ -140,6 +144,8 @@ def test_every_family_has_a_case():
 @pytest.mark.parametrize("kind", ["CLIP", "SigLIP"])
 @torch.no_grad()
 def test_two_towers_give_the_image_side(kind, relative, tmp_path):
+    import transformers
+
     vision = {**SIZES, **({"projection_dim": 24} if kind == "CLIP" else {})}
     text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 99,
             "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
@@ -163,6 +169,8 @@ def test_two_towers_give_the_image_side(kind, relative, tmp_path):
 @pytest.mark.parametrize("kind", ["CLIP", "SigLIP"])
 @torch.no_grad()
 def test_classifiers_on_the_mean_of_patches(kind, relative, tmp_path):
+    import transformers
+
     config, cls = (
         ("CLIPConfig", "CLIPForImageClassification")
         if kind == "CLIP"
@@ -179,6 +187,8 @@ def test_classifiers_on_the_mean_of_patches(kind, relative, tmp_path):
 
 
 def test_a_classifier_on_two_features_is_refused_in_words(tmp_path):
+    import transformers
+
     model = transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**SIZES, mlp_ratio=2))
     model.save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="class token and the mean of the patches.*num_classes=0"):
