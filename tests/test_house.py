@@ -256,7 +256,7 @@ PACKAGES = {
 TOOLS, BY_NAME, FILES = (
     {"pytest-xdist", "ruff", "mypy"},
     {"tensorrt", "tensorrt-rtx-cu13"},
-    {"scikit-learn", "transformers"},
+    {"scikit-learn"},
 )
 NOT_IMPORTED = (
     TOOLS | BY_NAME | FILES | {"torchvision", "onnxruntime-gpu", "tokexport"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -78,6 +79,7 @@ def group():
 
 def main() -> None:
     """Entry point; ends with one of EXIT_CODES. What lies aside is cleared away on SIGTERM as on any other exit."""
+    _open_streams()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
@@ -94,6 +96,16 @@ def main() -> None:
         code, text = _judge(e)
         click.echo(f"Error: {_names_on_one_line(text)}", err=True)
         sys.exit(code)
+
+
+def _open_streams() -> None:
+    """Streams that a shell closed (`>&-`): what is written there goes nowhere, and no file that is opened becomes them."""
+    if None in (sys.stdin, sys.stdout, sys.stderr):
+        while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(number)
+        nowhere = open(os.devnull, "w")  # noqa: SIM115  open until the process ends
+        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
 
 
 def _names_on_one_line(text: str) -> str:

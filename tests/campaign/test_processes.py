@@ -19,6 +19,11 @@ ONNX = f"onnx {rows.MODEL} --r 8 -o {{out.onnx}}"
 LEARN = rows.ROWS["rates learn"].line
 
 
+def state(place):  # noqa: F811
+    """What is in the folder, but for what ONNX Runtime keeps of itself in a home and beside temporary files."""
+    return {k: v for k, v in judge.snapshot(place).items() if not k.startswith(("home/", "tmp/.ses"))}
+
+
 def start(line, place, material, *, limit=None, stdout=subprocess.PIPE, before=None):  # noqa: F811
     """The command in a process of its own.
 
@@ -46,7 +51,7 @@ def ended(process, place, before):  # noqa: F811
     """The Outcome of a process, waited for."""
     out, err = process.communicate(timeout=DEADLINE)
     text = lambda data: (data or b"").decode(errors="replace")
-    return judge.Outcome(process.returncode, text(out), text(err), before, judge.snapshot(place))
+    return judge.Outcome(process.returncode, text(out), text(err), before, state(place))
 
 
 def _mine(place):  # noqa: F811
@@ -74,7 +79,7 @@ QUICK = {"inline {calls} -o {out.onnx}"}
 def test_a_full_disk_is_one_error_and_leaves_nothing(line, place, material):  # noqa: F811
     _mine(place)
     command_line(generate.Case("", generate.words(line), None, "", 0, False), place, material)
-    before = judge.snapshot(place)
+    before = state(place)
     outcome = ended(start(line, place, material, limit=FULL[line]), place, before)
     wrong = judge.complaints(outcome, code=3, as_json=False)
     assert not wrong, f"{wrong}\n{outcome.stderr[:1500]}".replace(str(place), "")
@@ -83,7 +88,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(line, place, material):  # 
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_file_that_was_there(place, material):  # noqa: F811
     (place / "out" / "x.onnx").write_bytes(b"mine")
-    before = judge.snapshot(place)
+    before = state(place)
     outcome = ended(start(f"{ONNX} --force", place, material, limit=100_000), place, before)
     assert not judge.complaints(outcome, code=3, as_json=False), outcome.stderr
 
@@ -108,7 +113,7 @@ def test_a_process_that_is_stopped_leaves_what_was_there(line, moment, number, c
     command_line(generate.Case("", generate.words(line), None, "", 0, False), place, material)
     target = place / "out" / ("x.json" if "learn" in line else "x.onnx")
     target.write_bytes(b"mine")
-    before = judge.snapshot(place)
+    before = state(place)
     process = start(f"{line} --force", place, material)
     begun = time.monotonic()
     while process.poll() is None and time.monotonic() - begun < DEADLINE:
@@ -132,14 +137,14 @@ def test_a_pipe_that_nobody_reads_is_no_traceback(place, material):  # noqa: F81
     os.close(read)
     process = start("rates --json", place, material, stdout=write)
     os.close(write)
-    outcome = ended(process, place, judge.snapshot(place))
+    outcome = ended(process, place, state(place))
     assert outcome.code == 1 and outcome.stderr == ""
 
 
 def test_a_full_disk_behind_stdout_is_one_error(place, material):  # noqa: F811
     with open("/dev/full", "wb") as full:
         process = start("rates --json", place, material, stdout=full)
-    outcome = ended(process, place, judge.snapshot(place))
+    outcome = ended(process, place, state(place))
     assert not judge.complaints(outcome, code=3, as_json=True), outcome.stderr
 
 
@@ -147,7 +152,7 @@ def test_a_full_disk_behind_stdout_is_one_error(place, material):  # noqa: F811
 def test_closed_streams_are_no_traceback(line, place, material):  # noqa: F811
     """`>&- <&-` in a shell: there is no stdout to write to, and what is opened next must not become it."""
     command_line(generate.Case("", generate.words(line), None, "", 0, False), place, material)
-    before = judge.snapshot(place)
+    before = state(place)
 
     def close():
         os.close(0)
@@ -155,4 +160,4 @@ def test_closed_streams_are_no_traceback(line, place, material):  # noqa: F811
 
     outcome = ended(start(line, place, material, before=close), place, before)
     assert "Traceback" not in outcome.stderr and outcome.after == before
-    assert outcome.code == (3 if "--json" in line else 0), outcome.stderr
+    assert outcome.code == 0, outcome.stderr

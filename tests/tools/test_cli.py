@@ -241,7 +241,7 @@ BAD_OPTIONS = {
         "--score mean",
     ),
     "parallel blocks": (["--model", "vit_small_patch16_18x2_224", "--r", 8], "ParallelThingsBlock"),
-    "empty output": ([*TINY, "--r", 8, "-o", ""], "file name"),
+    "empty output": ([*TINY, "--r", 8, "-o", ""], "-o is empty"),
     "other digits": ([*TINY, "--r", "１３"], "--r"),
     "two weights": ([*TINY, "--r", 8, "--checkpoint", "nowhere.pth", "--pretrained"], "give one of them"),
 }
