@@ -59,13 +59,8 @@ def quantize(
         EngineError, StorageError: ONNX Runtime's quantizer or the disk failed; nothing is written.
     """
     inspection, output = inspect(path), check_output(output, force, [path])
-    if inspection.provenance.precision != "fp32":
-        raise UsageError(
-            f"{path} is {inspection.provenance.precision} already: int8 needs the fp32 file it could be made from"
-        )
     _check_target(inspection, target)
-    photos = find_images(calibration)
-    layers = _linear(inspection.path)
+    photos, layers = find_images(calibration), _linear(inspection.path)
     if not layers:
         raise UsageError(f"{path} has no linear layers in attention or MLP: int8 has nothing to quantise")
     progress(f"calibrating on {len(photos)} image{'s' * (len(photos) > 1)}")
@@ -100,7 +95,9 @@ def _for_target(proto, weights: dict, target: str) -> tuple:
 
 
 def _check_target(inspection: Inspection, target: str) -> None:
-    own = inspection.provenance.target
+    own, dtype = inspection.provenance.target, inspection.provenance.precision
+    if dtype != "fp32":
+        raise UsageError(f"{inspection.path} is {dtype} already: int8 needs the fp32 file it could be made from")
     if target not in TARGETS:
         raise UsageError(f"target {target}: wanted {' or '.join(TARGETS)}, what will run the int8 file")
     if own not in ("portable", target):
