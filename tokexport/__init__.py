@@ -19,6 +19,8 @@ _HOME = {  # public name: its module, and the name it has there
     "bench": ("engines.measure.bench", "bench"),
     "open_ladder": ("engines.ladder", "open_ladder"),
     "evaluate": ("engines.measure.evaluate", "evaluate"),
+    "tune": ("engines.search.tune", "tune"),
+    "embed": ("engines.embed.local", "embed"),
     "predict": ("engines.predict", "predict"),
     "UsageError": ("export.errors", "UsageError"),
     "MissingPackageError": ("export.errors", "MissingPackageError"),

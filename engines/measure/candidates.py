@@ -66,7 +66,9 @@ class Candidate:
 def settings_of(inspection: Inspection) -> ExportSettings:
     """How a file was exported."""
     p = inspection.provenance
-    return ExportSettings(inspection.batch, p.opset, p.precision, p.input, p.emission, p.target)
+    return ExportSettings(
+        inspection.batch, p.opset, precision=p.precision, input=p.input, emission=p.emission, target=p.target
+    )
 
 
 def image_of(inspection: Inspection) -> tuple[int, int, int]:
