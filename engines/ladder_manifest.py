@@ -173,6 +173,8 @@ def check_place(folder: str | Path, *, force: bool) -> Path:
     folder = Path(folder)
     if not str(folder).strip() or folder.name in ("", "..") or "\0" in str(folder):
         raise UsageError(f"output {str(folder)!r}: wanted the name of a folder")
+    if len(os.fsencode(folder.name)) > 255:
+        raise UsageError(f"output {str(folder)[:80]}...: wanted a shorter name")
     if os.path.lexists(folder):
         ours = folder.is_dir() and not folder.is_symlink() and (folder / NAME).is_file()
         if not ours:

@@ -11,6 +11,9 @@ RAY_PART_SIZE = 512  # a part's pixels travel as one object
 LARGEST_PART = 1 << 20
 
 
+MOST = 1024  # threads, and decoding processes
+
+
 @dataclass(frozen=True)
 class EmbedOptions:
     """How an embedding is computed.
@@ -42,8 +45,8 @@ class EmbedOptions:
     def __post_init__(self):
         if self.part_size is not None and not 1 <= self.part_size <= LARGEST_PART:
             raise UsageError(f"part size {self.part_size}: wanted 1 to {LARGEST_PART} images")
-        if self.threads < 0 or (self.workers is not None and self.workers < 0):
-            raise UsageError(f"threads {self.threads}, workers {self.workers}: wanted 0 or more")
+        if not 0 <= self.threads <= MOST or not 0 <= (self.workers or 0) <= MOST:
+            raise UsageError(f"threads {self.threads}, workers {self.workers}: wanted 0 to {MOST}")
         if self.actors is not None and (self.actors < 1 or self.ray is None):
             raise UsageError(f"actors {self.actors}: wanted 1 or more, and the address of a Ray cluster")
 

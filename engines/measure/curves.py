@@ -18,6 +18,7 @@ import numpy as np
 from ...export.errors import EngineError, StorageError, UsageError
 from ...export.files import aside
 from ...export.records import decode, encode
+from ...export.schedule import Schedule
 from ..files import is_engine
 from ..runners import Runner, open_runner, require
 from .candidates import model_of
@@ -61,6 +62,9 @@ def curves_of(
         UsageError: the runtime cannot be timed half a block at a time, is not here, or has no operators in this type.
         EngineError: it failed.
     """
+    from ...export.graph.export import check_batch
+
+    check_batch(plain, Schedule("none", *plain.size), batch)
     key = curve_key(plain, runtime, dtype=dtype, batch=batch, threads=threads)
     counts = token_counts(plain.n_tokens, **({} if points is None else {"points": points}))
     kept = None if fresh else read_curves(key)

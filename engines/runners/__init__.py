@@ -16,6 +16,8 @@ from .table import names as names
 from .table import require as require
 from .table import runtime_for as runtime_for
 
+MOST_THREADS = 1024
+
 
 def open_runner(
     path: str | Path,
@@ -54,6 +56,8 @@ def open_runner(
         MissingPackageError: the runtime is not installed.
         EngineError: the runtime failed to load the file.
     """
+    if not 0 <= threads <= MOST_THREADS:
+        raise UsageError(f"threads {threads}: wanted 1 to {MOST_THREADS}, or 0 for the runtime's own choice")
     path, row = Path(path), runtime_for(path, runtime)
     _check_request(path, row, cuda_graph=cuda_graph, share_weights=share_weights)
     try:

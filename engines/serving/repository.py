@@ -42,6 +42,10 @@ CONFIG, VERSION, REQUIREMENTS, KSERVE = "config.pbtxt", "1", "requirements.txt",
 ROLES = ("prepare", "run")  # behind the name of an ensemble
 
 
+STORAGE = "pvc://models"
+MOST, LARGEST_BATCH = 1024, 65536  # copies and threads; images
+
+
 @dataclass(frozen=True)
 class ServeOptions:
     """How bundles are served.
@@ -53,7 +57,7 @@ class ServeOptions:
         threads: of a runtime on the CPU, 0 for its own choice.
         most: images of a batch at most; None for what the file takes, or what was measured.
         latency: a report of `tokexport bench --json`, by which batches are chosen.
-        kserve: also write a manifest for KServe. storage: where it says that the repository is.
+        kserve: also write a manifest for KServe. storage: where it says that the repository is; None for STORAGE.
         allow_host_code: serve an engine that carries native code of a plugin.
         force: replace a repository that is there.
     """
@@ -65,13 +69,19 @@ class ServeOptions:
     most: int | None = None
     latency: str | Path | None = None
     kserve: bool = False
-    storage: str = "pvc://models"
+    storage: str | None = None
     allow_host_code: bool = False
     force: bool = False
 
     def __post_init__(self):
-        if self.instances < 1 or self.threads < 0:
-            raise UsageError(f"instances {self.instances}, threads {self.threads}: wanted 1 or more, and 0 or more")
+        if not 1 <= self.instances <= MOST or not 0 <= self.threads <= MOST:
+            raise UsageError(f"instances {self.instances}, threads {self.threads}: wanted 1 to {MOST}, and 0 to {MOST}")
+        if self.most is not None and not 1 <= self.most <= LARGEST_BATCH:
+            raise UsageError(f"largest batch {self.most}: wanted 1 to {LARGEST_BATCH} images")
+        if self.storage is not None and not self.kserve:
+            raise UsageError(
+                f"storage {self.storage[:80]!r} is where a KServe manifest says that the repository is: it goes with kserve"
+            )
         if self.device not in (None, "cpu", "gpu"):
             raise UsageError(f"device {self.device!r}: wanted cpu or gpu")
 
@@ -141,7 +151,7 @@ def write_repository(
         if options.kserve:
             gpu = any(plan.instances.device == "gpu" for plan in plans)
             cores = sum(plan.instances.count * max(plan.instances.threads, 1) for plan in plans)
-            text = to_yaml(folder.name, storage=options.storage, gpu=gpu, cores=cores, models=names)
+            text = to_yaml(folder.name, storage=options.storage or STORAGE, gpu=gpu, cores=cores, models=names)
             (new / KSERVE).write_text(text, encoding="utf-8")
         if folder.exists():
             folder.rename(aside / "old")

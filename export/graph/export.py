@@ -149,6 +149,19 @@ def _check_request(
         raise UsageError(f"dtype {dtype}: wanted one of {', '.join(precision.graph_precisions())}")
     if target not in TARGETS:
         raise UsageError(f"target {target}: wanted one of {', '.join(TARGETS)}")
+    check_batch(plain, schedule, batch)
+
+
+def check_batch(plain: PlainViT, schedule: Schedule, batch: int | None) -> None:
+    """Make sure that a graph for a batch can be made on this machine.
+
+    Args:
+        plain: the model.
+        schedule: its reductions.
+        batch: images per run, None for any number.
+    Raises:
+        UsageError: there are no images, or more than memory holds.
+    """
     if batch is not None and batch < 1:
         raise UsageError(f"batch {batch}: wanted 1 or more, or None for any number")
     wanted, there = tracing_bytes(plain, schedule, batch=batch), memory_bytes()

@@ -208,8 +208,11 @@ PHOTO = {
 }
 PHOTOS = {
     **FOLDER,
-    **{f"one: {name}": Damage(_inside("3.png", PHOTO[name].apply)) for name in ("empty", "half", "text", "a bomb")},
-    "a file": Damage(lambda path: written(b"hello")(removed(path))),
+    **{
+        f"one: {name}": Damage(_inside("3.png", PHOTO[name].apply), taken=("embed",))
+        for name in ("empty", "half", "text", "a bomb")
+    },
+    "a file": Damage(lambda path: written(b"hello")(removed(path)), taken=("embed",)),  # a list of paths
 }
 
 

@@ -109,7 +109,7 @@ ONNX = {
     "provenance without a schedule": Damage(_provenance(json_text(lambda data: {"format": [1, 0]})), taken=("inline",)),
     "an unknown model": Damage(
         _provenance(json_text(lambda data: data.update(model="vit_of_nobody"))),
-        taken=("inspect", "inline", "run", "viz", "trt", "bench", "eval"),
+        taken=("inspect", "inline", "run", "viz", "trt", "bench", "eval", "embed"),
     ),
     "steps of another graph": Damage(
         _provenance(json_text(lambda data: data["schedule"].update(depth=data["schedule"]["depth"] + 1))),
@@ -120,23 +120,23 @@ ONNX = {
 ONNX_RUN = {  # what is found out by whoever runs the file
     "an unknown operator": Damage(
         _model(_unknown_operator),
-        codes={**dict.fromkeys(("run", "viz", "eval", "bundle", "verify", "trt"), 3), "bench": 1},
+        codes={**dict.fromkeys(("run", "viz", "eval", "embed", "bundle", "verify", "trt"), 3), "bench": 1},
         taken=("inspect", "inline"),
     ),
     "a short weight": Damage(
         _model(_short_weight),
-        codes={**dict.fromkeys(("run", "viz", "eval", "bundle", "verify", "trt"), 3), "bench": 1},
+        codes={**dict.fromkeys(("run", "viz", "eval", "embed", "bundle", "verify", "trt"), 3), "bench": 1},
         taken=("inspect", "inline"),
     ),
     "weights that are no numbers": Damage(
         _model(_weights(float("nan"))),
         codes={"verify": 1, "bundle": 1},
-        taken=("inspect", "inline", "run", "viz", "bench", "trt", "eval"),
+        taken=("inspect", "inline", "run", "viz", "bench", "trt", "eval", "embed"),
     ),
     "weights of zeros": Damage(
         _model(_weights(0.0)),
         codes={"verify": 1, "bundle": 1},
-        taken=("inspect", "inline", "run", "viz", "bench", "trt", "eval"),
+        taken=("inspect", "inline", "run", "viz", "bench", "trt", "eval", "embed"),
     ),
 }
 BESIDE = {
@@ -212,5 +212,5 @@ OUTPUT = {
     "a dangling symlink": Damage(_dangling_there),
     "a pipe": Damage(_pipe_there),
     "a name too long": Damage(lambda path: path.with_name("n" * 300 + path.suffix)),
-    "a name of a folder": Damage(lambda path: path.parent / ".", taken=("demo",)),
+    "a name of a folder": Damage(lambda path: path.parent / ".", taken=("demo", "embed", "serve-repo")),
 }

@@ -41,7 +41,7 @@ ROWS = {
             f"onnx {MODEL} --method diffrate --rates {{rates}} -o {{out.onnx}}",
             f"onnx {MODEL} --method dtps --at 1,3,4 --predictor {{layers}} -o {{out.onnx}}",
             f"onnx {MODEL} --r 8 --checkpoint {{torch}} -o {{out.onnx}}",
-            f"onnx {MODEL} --r 8 --dtype int8 --calib {{photos}} -o {{out.onnx}}",
+            f"onnx {MODEL} --r 8 --dtype int8 --for cpu --calib {{photos}} -o {{out.onnx}}",
             "onnx --r 8 --checkpoint {folder} -o {out.onnx}",
         ),
         contradictions=(
@@ -57,6 +57,7 @@ ROWS = {
             "--predictor {layers}",
             "--calib {photos}",
             "--dtype int8",
+            "--dtype int8 --calib {photos}",
             "--batch 0",
             "--batch -1",
             "--batch 99999999999",

@@ -21,9 +21,7 @@ import click
     "--latency", metavar="JSON", help="What `bench --json` printed: by it batch sizes and waiting are chosen."
 )
 @click.option("--kserve", is_flag=True, help="Also a manifest for KServe.")
-@click.option(
-    "--storage", default="pvc://models", show_default=True, metavar="URI", help="Where the repository will be."
-)
+@click.option("--storage", metavar="URI", help="With --kserve: where the repository will be.  [default: pvc://models]")
 @click.option("--allow-host-code", is_flag=True, help="Serve an engine that carries native code of a plugin.")
 @click.option("--force", is_flag=True, help="Replace a repository that is there.")
 @click.option("--json", "as_json", is_flag=True, help="What was written as JSON on stdout.")

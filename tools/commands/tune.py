@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import click
 
@@ -84,6 +85,8 @@ def command(images, labels, output, report, force, as_json, **options):
     budget, out = _budget(options), console()
     inputs = [model["checkpoint"], model["predictor"], *images]
     path = check_output(output, force, inputs)
+    if report is not None and Path(report).resolve() == path.resolve():
+        raise UsageError(f"--report {report} is the --output: wanted another name")
     page = None if report is None else check_output(report, force, [*inputs, path], beside=())
     with bar(out) as progress, as_flags(ARGUMENTS):
         progress("loading torch", 0.0)
