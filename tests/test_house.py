@@ -258,9 +258,7 @@ TOOLS, BY_NAME, FILES = (
     {"tensorrt", "tensorrt-rtx-cu13"},
     {"scikit-learn"},
 )
-NOT_IMPORTED = (
-    TOOLS | BY_NAME | FILES | {"torchvision", "onnxruntime-gpu", "tokexport"}
-)  # needed by timm; onnxruntime; extras
+NOT_IMPORTED = TOOLS | BY_NAME | FILES | {"onnxruntime-gpu", "tokexport"}  # onnxruntime; extras
 
 
 def requirements() -> set[str]:
