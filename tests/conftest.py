@@ -35,9 +35,17 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    """A test with an argument `options` runs for every row of METHOD_CASES; it is what `schedule_of` and `exported` take."""
+    """A test with an argument `options` runs for every row of METHOD_CASES; it is what `schedule_of` and `exported` take. Marked
+    `fast_methods("tome", ...)`, all other rows are slow.
+    """
     if "options" in metafunc.fixturenames:
-        rows = [pytest.param({"method": name.split()[0], **options}, id=name) for name, options in METHOD_CASES.items()]
+        mark = metafunc.definition.get_closest_marker("fast_methods")
+        fast = METHOD_CASES if mark is None else mark.args
+        slow = lambda name: () if name in fast else pytest.mark.slow
+        rows = [
+            pytest.param({"method": name.split()[0], **options}, id=name, marks=slow(name))
+            for name, options in METHOD_CASES.items()
+        ]
         metafunc.parametrize("options", rows)
 
 
@@ -73,14 +81,13 @@ def golden():
 
 
 @pytest.fixture(scope="session")
-def tiny_layers(tmp_path_factory):
+def tiny_layers(shared):
     """A file of trained layers for the tiny models: score heads for three stages, metric layers for six blocks."""
     from safetensors.torch import load_file, save_file
 
-    path = tmp_path_factory.mktemp("layers") / "layers.safetensors"
     parts = ("tps_predictors_tiny.safetensors", "second/tiny_vit.dtem_linear_f16.safetensors")
-    save_file({k: v for part in parts for k, v in load_file(GOLDEN / part).items()}, path)
-    return path
+    layers = {k: v for part in parts for k, v in load_file(GOLDEN / part).items()}
+    return shared(["layers", *parts], lambda path: save_file(layers, path), "layers.safetensors")
 
 
 @pytest.fixture(scope="session")
@@ -122,7 +129,7 @@ def schedule_of():
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
-    """shared(key, write) -> path of the ONNX file that write(path) makes for a key (JSON values), once for all workers.
+    """shared(key, write, name) -> path of the file that write(path) makes for a key (JSON values), once for all workers.
 
     What it writes beside the file goes with it. Two workers that want it at the same moment both write it, and the first keeps it.
     """
@@ -130,18 +137,18 @@ def shared(tmp_path_factory):
     worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
     folder = (base if worker == "main" else base.parent) / "shared"
 
-    def file(key, write):
+    def file(key, write, name="model.onnx"):
         place = folder / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
         if not place.exists():
             aside = folder / worker
             shutil.rmtree(aside, ignore_errors=True)  # of a test that failed while it wrote
             aside.mkdir(parents=True)
-            write(aside / "model.onnx")
+            write(aside / name)
             try:
                 aside.rename(place)
             except OSError:  # the other worker was first
                 shutil.rmtree(aside)
-        return place / "model.onnx"
+        return place / name
 
     return file
 

@@ -196,9 +196,8 @@ def _fit(node, opset: int) -> None:
             f"opset {opset}: it has no {node.op_type} ({stages.of_node(node.name)}); wanted {TRACED_OPSET} or more"
         ) from None
     newer = defs.get_schema(node.op_type, TRACED_OPSET, "").attributes
-    replace_items(
-        node.attribute, [a for a in node.attribute if a.name in schema.attributes or newer[a.name].default_value != a]
-    )
+    is_default = lambda a: a.name in newer and newer[a.name].default_value == a
+    replace_items(node.attribute, [a for a in node.attribute if a.name in schema.attributes or not is_default(a)])
     unknown = [a.name for a in node.attribute if a.name not in schema.attributes]
     if unknown or len(node.input) > schema.max_input:
         raise UsageError(

@@ -7,6 +7,7 @@ position embedding. Blocks and the head have files of their own.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +107,7 @@ class StaticViT(nn.Module):
         x = F.pad(x, (0, 0, self.n_prefix, 0)) + self.pos if self.n_prefix else x + self.pos
         x = self.norm_pre(ops.reshape(x, [-1, c]))
         steps, state, results = self.schedule.by_site, TokenState(), {}
-        for i, block in enumerate(self.blocks[: self.n_blocks]):
+        for i, block in enumerate(islice(self.blocks, self.n_blocks)):
             before, behind = steps.get((i, "pre_block")), steps.get((i, "post_attn"))
             if before is not None:
                 x, n = self._reduce(before, x, n, self._in_front(before, x, n, state), state)

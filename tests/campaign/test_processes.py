@@ -32,6 +32,7 @@ def start(line, place, material, *, limit=None, stdout=subprocess.PIPE, before=N
     words = command_line(generate.Case("", generate.words(line), None, "", 0, False), place, material)
 
     def prepare():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores it for what runs in the background
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         if before:

@@ -298,7 +298,7 @@ def test_the_bound_is_in_the_files_precision(dtype, typed):
     inspection = inspect(typed(dtype, method="tome", r=8))
     path = bound.write_bound(inspection, inspection.path.with_suffix(".bound"))
     casts = [n.name for n in onnx.load(path).graph.node if n.op_type == "Cast"]
-    assert not any(".merge/" in name or ".mlp/" in name for name in casts)
+    assert not any(name.startswith("block") and (".merge/" in name or ".mlp/" in name) for name in casts)
     with open_runner(path, "openvino", threads=1) as runner:
         assert np.isfinite(runner.run({"image": jobs.noise(1, (3, 64, 64))})["logits"]).all()
 

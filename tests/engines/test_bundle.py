@@ -372,10 +372,8 @@ def test_the_command_says_what_is_in_it(exported, photos, tmp_path):
     assert record["images"] == 4 and record["unclear"] == 0 and "photos" in out.stderr
     again = CliRunner().invoke(group, args)
     assert isinstance(again.exception, UsageError) and "exists" in str(again.exception)
-    for images, word in ((str(tmp_path / "none"), "no such"), ("", "empty name")):
-        assert word in str(
-            CliRunner().invoke(group, [*args[:4], "-o", str(tmp_path / "c"), "--images", images]).exception
-        )
+    missing = CliRunner().invoke(group, [*args[:4], "-o", str(tmp_path / "c"), "--images", str(tmp_path / "none")])
+    assert "no such" in str(missing.exception)
     assert SimpleNamespace(**record).path == str(tmp_path / "b")
 
 

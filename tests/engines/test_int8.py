@@ -14,6 +14,8 @@ from tokexport.tools.demo import samples
 
 from tokexport import UsageError, build_engine, export_onnx, quantize, verify
 
+from ..cases import mostly_slow
+
 
 @pytest.fixture(scope="module")
 def quantised(exported, tmp_path_factory):
@@ -171,7 +173,7 @@ def test_a_wrong_scale_is_found(quantised, tmp_path):
     assert len(scales) >= 4 and not verify(tmp_path / "planted.onnx", samples.sample_photos()).passed
 
 
-@BY_METHOD
+@pytest.mark.parametrize("method", mostly_slow(METHODS, "tome"))
 def test_an_engine_is_built_of_it(method, quantised, method_cases, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: engine builds need it (no GPU)")
     engine = build_engine(

@@ -181,7 +181,7 @@ def test_an_int8_file_keeps_its_calls(called, golden, tmp_path):
 
     from tokexport import quantize
 
-    quantize(called("tome"), tmp_path / "int8.onnx", calibration=samples.sample_photos())
+    quantize(called("tome"), tmp_path / "int8.onnx", calibration=samples.sample_photos(), target="tensorrt")
     model, path = onnx.load(tmp_path / "int8.onnx"), tmp_path / "int8.onnx"
     assert len(call_nodes(path)) == 6 and len(model.functions) == 1 and inspect(path).provenance.precision == "int8"
     assert sum(n.op_type == "QuantizeLinear" for n in model.graph.node) >= 24

@@ -37,6 +37,7 @@ def _without_shape(model) -> list[str]:
     return [o for n in model.graph.node for o in n.output if o and o not in known]
 
 
+@pytest.mark.fast_methods("none", "tome", "diffrate", "pitome", "evit")
 def test_a_portable_file_is_conventional(options, exported, batch=None):
     model = onnx.load(exported("tiny_vit", batch=batch, **options))
     assert _parameter_shapes(model) == {1} and _without_shape(model) == [] and model.ir_version == 9
@@ -62,6 +63,7 @@ def prepared(exported, tmp_path_factory):
     return prepare
 
 
+@pytest.mark.fast_methods("none", "tome", "diffrate", "pitome", "evit")
 def test_symbolic_shape_inference_takes_it(options, exported):
     from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
@@ -70,6 +72,7 @@ def test_symbolic_shape_inference_takes_it(options, exported):
     assert _without_shape(inferred) == []
 
 
+@pytest.mark.fast_methods("none", "tome")
 @pytest.mark.parametrize("batch", [1, None])
 def test_preparation_for_quantising_and_the_converter_to_fp16_take_it(
     batch, options, exported, prepared, run_onnx, golden, relative, tmp_path
@@ -158,7 +161,8 @@ def test_a_file_for_tensorrt_has_its_parameters_as_rows(dtype, exported, tmp_pat
 def test_the_exporter_writes_for_a_target(target, tiny, schedule_of, tmp_path):
     loaded = tiny("tiny_vit")
     result = export_onnx(loaded, schedule_of(loaded.module, 8), tmp_path / "v.onnx", target=target)
-    assert result.provenance == inspect(tmp_path / "v.onnx").provenance and result.provenance.target == target
+    written = inspect(tmp_path / "v.onnx").provenance
+    assert written.to_json() == result.provenance.to_json() and written.target == target
     assert _parameter_shapes(onnx.load(tmp_path / "v.onnx")) == {2 if target == "tensorrt" else 1}
 
 
@@ -181,6 +185,7 @@ def test_the_limit_of_a_sort_binds_files_for_tensorrt_only(exported, tiny, sched
     assert any("k = 4000" in reason for reason in checks.refusals(model.graph))
 
 
+@pytest.mark.fast_methods("none", "tome")
 @pytest.mark.parametrize("opset, ir_version", [(17, 8), (18, 8), (19, 9)])
 def test_older_operator_sets_give_the_same_numbers(
     opset, ir_version, options, tiny, schedule_of, exported, run_onnx, golden, relative, tmp_path
@@ -246,7 +251,7 @@ def test_where_many_stay_the_few_that_go_are_sorted(
 ):
     """Decisions and numbers are the same, and no sort is as long as what stays."""
     monkeypatch.setattr(matching, "MOST_SORTED", 40)
-    loaded, image = tiny(kind), golden.image[1:].numpy()
+    loaded, image = tiny(kind), golden.image.numpy()
     schedule = schedule_of(loaded.module, 8)
     export_onnx(loaded, schedule, tmp_path / "v.onnx", batch=batch, sources=True)
     largest = max(checks.sort_sizes(onnx.load(tmp_path / "v.onnx").graph).values())

@@ -46,7 +46,7 @@ def test_weights_beside_a_file_are_not_replaced_unasked(exported, split, tmp_pat
     with pytest.raises(UsageError, match=r"v\.onnx\.data exists"):
         check_output(tmp_path / "v.onnx", False)
     with pytest.raises(UsageError, match=r"v\.onnx\.data exists"):
-        quantize(exported("tiny_vit", method="tome", r=8), tmp_path / "v.onnx", calibration=tmp_path)
+        quantize(exported("tiny_vit", method="tome", r=8), tmp_path / "v.onnx", calibration=tmp_path, target="cpu")
     assert check_output(tmp_path / "v.onnx", True) == tmp_path / "v.onnx"
     with pytest.raises(UsageError, match="files that are read"):
         check_output(tmp_path / "v.onnx", True, [tmp_path / "v.onnx.data"])

@@ -105,13 +105,13 @@ def _assert_static_and_valid(path, schedule, batch):
     assert [o.name for o in model.graph.output] == ["logits", "sources"]
 
 
-@pytest.mark.parametrize("batch", [1, 3, None])
+@pytest.mark.parametrize("batch", mostly_slow([1, 3, None], 1, None))
 @pytest.mark.parametrize("kind", ["tiny_vit_nocls", "tiny_vit_distilled"])
 def test_an_exported_graph_is_static_and_valid(kind, batch, exported, tiny, schedule_of):
     _assert_static_and_valid(exported(kind, 8, batch), schedule_of(tiny(kind).module, 8), batch)
 
 
-@pytest.mark.parametrize("batch", [1, 3, None])
+@pytest.mark.parametrize("batch", mostly_slow([1, 3, None], 1, None))
 def test_the_graph_of_every_method_is_static_and_valid(options, batch, exported, tiny, schedule_of):
     _assert_static_and_valid(
         exported("tiny_vit", batch=batch, **options), schedule_of(tiny("tiny_vit").module, **options), batch

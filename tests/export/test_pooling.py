@@ -6,6 +6,8 @@ from tokexport.export.models import as_plain
 
 from tokexport import Schedule, UsageError, export_onnx, load_model, reduce_model, verify
 
+from ..cases import mostly_slow
+
 KWARGS = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2, "num_classes": 10}
 OPTIONS = {"tome": {"r": 8}, "diffrate": {"rates": {"prune_kept": [60, 50, 40, 30], "merge_kept": [50, 40, 30, 20]}}}
 
@@ -40,7 +42,7 @@ def test_a_model_like_maes_is_pooled_by_size(method, relative):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-@pytest.mark.parametrize("batch", [1, 3, None])
+@pytest.mark.parametrize("batch", mostly_slow([1, 3, None], 1, None))
 @pytest.mark.parametrize("method", OPTIONS)
 def test_the_file_pools_as_the_reference_does(method, batch, dtype, tmp_path):
     path = tmp_path / "v.onnx"

@@ -68,7 +68,8 @@ def test_casts_are_few_and_none_is_undone(options, typed):
     assert not [n.name for n in casts if n.input[0] in made], "a cast of a cast"
     assert len({(n.input[0], n.attribute[0].i) for n in casts}) == len(casts), "one value cast twice"
     steps = len(inspect(typed("fp16", **options)).provenance.schedule.steps)
-    assert len(model.graph.node) - len(plain.graph.node) <= 2 + CASTS * steps
+    beside = 2 if steps else 4  # the map of tokens of a dense file is made of its tokens
+    assert len(model.graph.node) - len(plain.graph.node) <= beside + CASTS * steps
 
 
 @pytest.mark.parametrize("runtime", ["ort", "openvino"])

@@ -19,6 +19,7 @@ from tokexport.kernels import ops
 from tokexport import UsageError, export_onnx, reduce_model
 
 from .. import cases
+from ..cases import mostly_slow
 
 PARTS = 16  # the names are walked in as many tests: timm is imported when they run, not when they are collected
 
@@ -190,7 +191,7 @@ def differences(name, relative):
     return wrong
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", mostly_slow(range(PARTS), *range(0, PARTS, 2)))
 def test_every_plain_vit_is_reproduced_with_every_method(part, double, relative):
     walked = [name for name in names()[part::PARTS] if not refusal(name)]
     wrong = {name: found for name in walked if (found := differences(name, relative))}

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tokexport.export import reducers
 
 from .. import cases
+from ..cases import mostly_slow
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -265,7 +266,7 @@ def method_arguments(method):
     return [*cases.METHODS[method].cli, *read]
 
 
-@pytest.mark.parametrize("batch", [1, "dynamic"])
+@pytest.mark.parametrize("batch", mostly_slow([1, "dynamic"], 1))
 @pytest.mark.parametrize("method", reducers.TABLE)
 def test_every_method_is_exported_inspected_and_verified(call, tmp_path, monkeypatch, method, batch):
     monkeypatch.chdir(tmp_path)
