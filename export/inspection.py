@@ -57,6 +57,15 @@ class Inspection:
         }
 
 
+def _folder_words(path: Path) -> str:
+    """What a folder is in whose place a file was wanted, and which file to name."""
+    for manifest, kind in (("ladder.json", "a ladder"), ("tokexport.json", "a bundle")):
+        inside = sorted(p.name for pattern in ("*.onnx", "*.plan") for p in path.glob(pattern))
+        if (path / manifest).is_file() and inside:
+            return f"{kind}: wanted a file in it, e.g. {path / inside[0]}"
+    return "a folder: wanted an ONNX file"
+
+
 def read_onnx(path: str | Path):
     """The onnx.ModelProto of a file, weights left beside it.
 
@@ -68,7 +77,7 @@ def read_onnx(path: str | Path):
         raise UsageError("an empty file name was given: wanted an ONNX file")
     path = Path(path)
     if path.is_dir():
-        raise UsageError(f"{path} is a folder: wanted an ONNX file")
+        raise UsageError(f"{path} is {_folder_words(path)}")
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     if path.suffix == ".plan":

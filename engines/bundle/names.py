@@ -32,6 +32,8 @@ def plain_file(folder: Path, name: str, kind: str = "bundle") -> Path:
     Raises:
         UsageError: it is not there, or a link, a folder or a device.
     """
+    if os.path.isfile(folder):
+        raise UsageError(f"{folder} is a file: wanted a {kind}, which `tokexport {kind}` makes of it")
     if not os.path.isdir(folder):
         raise UsageError(f"{folder}: no such folder: wanted a {kind}, which `tokexport {kind}` makes")
     path = folder / name

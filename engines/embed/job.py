@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from ...export.errors import StorageError
 from ...export.files import aside
 from ...export.inspection import Inspection
 from ...export.provenance import Provenance
@@ -175,7 +177,7 @@ def write_part(
     import pyarrow.parquet as pq
 
     rows, broken = 0, []
-    with aside(part_path(job.folder, part)) as new:
+    with _kept_parts(), aside(part_path(job.folder, part)) as new:
         with pq.ParquetWriter(new, schema_of(job.columns), compression="zstd") as writer:
             held, size = [], 0
             for chunk in chunks:
@@ -234,3 +236,15 @@ def _write_errors(path: Path, broken: list[BrokenImage]) -> None:
     arrays = [pa.array(values, field.type) for values, field in zip(columns, schema)]
     with aside(path) as new:
         pq.write_table(pa.Table.from_arrays(arrays, schema=schema), new)
+
+
+@contextmanager
+def _kept_parts() -> Iterator[None]:
+    """What is said of a disk that fails: parts that were finished are kept."""
+    try:
+        yield
+    except StorageError as e:
+        words = str(e).replace(
+            "nothing was left behind", "finished parts are kept: make room and run it again to go on"
+        )
+        raise StorageError(words) from None

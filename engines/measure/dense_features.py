@@ -25,17 +25,24 @@ class PatchFeatures:
         dense: [N, C] of the model without a reduction.
         reduced: [N, C] of the file.
         honesty: [N] of the file.
+        kept: [N] bool, the patches that have a token; None for all. Figures are of those alone.
     """
 
     photo: Path
     dense: np.ndarray
     reduced: np.ndarray
     honesty: np.ndarray
+    kept: np.ndarray | None = None
+
+    def _of_kept(self, values: np.ndarray) -> np.ndarray:
+        return values if self.kept is None else values[self.kept]
 
     @property
     def loss(self) -> np.ndarray:
-        """1 - cosine of every patch to the dense model's [N]."""
-        return 1.0 - cosines(self.reduced.astype(np.float64), self.dense.astype(np.float64))
+        """1 - cosine of every patch that has a token to the dense model's."""
+        return 1.0 - cosines(
+            self._of_kept(self.reduced).astype(np.float64), self._of_kept(self.dense).astype(np.float64)
+        )
 
     @property
     def cosine(self) -> float:
@@ -45,7 +52,7 @@ class PatchFeatures:
     @property
     def spearman(self) -> float | None:
         """Rank correlation of the honesty map with `loss`; None where one of them is the same everywhere."""
-        return spearman(self.honesty, self.loss)
+        return spearman(self._of_kept(self.honesty), self.loss)
 
 
 def patch_features(
@@ -92,7 +99,8 @@ def patch_features(
             values = in_batches(runner, image)
             wanted = dense.run(torch.from_numpy(image)).outputs[names[-1]].numpy()
             rows = (_in_rows(values[names[-1]]), values[honesty][0])
-            records.append(PatchFeatures(photo, _in_rows(wanted), *rows))
+            kept = values.get(names[-1].replace("patches", "mask"))
+            records.append(PatchFeatures(photo, _in_rows(wanted), *rows, kept=None if kept is None else kept[0] > 0))
     return records
 
 

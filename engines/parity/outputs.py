@@ -22,6 +22,7 @@ from ...export import outputs, precisions
 from ...export.errors import UsageError
 
 FLOOR = 0.01
+ROUNDING = 1e-5  # of the scale of an output: below, a value is nothing but rounding
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,11 @@ def _relative(values: np.ndarray, wanted: np.ndarray, *, floor: np.ndarray, clas
     a, b = (np.where(finite[:, None], v, 0.0) for v in (a, b))
     max_abs = np.abs(a - b).max(1)
     scale = np.maximum(np.maximum(np.abs(b).max(1), floor), 1e-30)
-    figures = {"max_abs": (max_abs, np.inf), "max_rel": (max_abs / scale, np.inf), "cosine": (cosines(a, b), 0.0)}
+    nothing = (
+        np.maximum(np.abs(a).max(1), np.abs(b).max(1)) <= ROUNDING * scale
+    )  # on both sides: no direction to compare
+    cosine = np.where(nothing, 1.0, cosines(a, b))
+    figures = {"max_abs": (max_abs, np.inf), "max_rel": (max_abs / scale, np.inf), "cosine": (cosine, 0.0)}
     if classes:
         figures |= {"kl": (divergence(b, a), np.inf), "top1": (top(a, b, 1), 0.0), "top5": (top(a, b, 5), 0.0)}
     return ImageErrors(**{name: np.where(finite, good, bad) for name, (good, bad) in figures.items()})

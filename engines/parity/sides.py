@@ -183,7 +183,8 @@ def run_with_reach(reference, images: np.ndarray, **options):
     classifiers = [m for m in reference.plain.pooling.classifiers if isinstance(m, torch.nn.Linear)]
     hooks = [m.register_forward_hook(watch) for m in classifiers]
     try:
-        result = reference.run(torch.from_numpy(images), **options)
+        mine = images if images.flags.writeable else images.copy()  # torch warns of arrays that it could not write to
+        result = reference.run(torch.from_numpy(mine), **options)
     finally:
         for hook in hooks:
             hook.remove()

@@ -130,9 +130,10 @@ def parse_at(blocks: str | list | tuple, depth: int) -> list[int]:
         raise UsageError(f"at {short(blocks)}: wanted block numbers from 0, e.g. 3,6,9, or all, or even")
     outside = [v for v in values if not 0 <= v < depth]
     if outside:
-        default = ", which is the default," if tuple(values) == STAGES else ""
+        default = " (the default)" if tuple(values) == STAGES else ""
         raise UsageError(
-            f"at {short(blocks)}{default}: there is no block {short(outside[0])}, the model has {depth} (0 to {depth - 1})"
+            f"at {short(blocks)}{default}: there is no block {short(outside[0])}, the model has {depth} (0 to {depth - 1}): give "
+            "others"
         )
     if any(a >= b for a, b in zip(values, values[1:])):
         raise UsageError(f"at {short(blocks)}: wanted each block once, in ascending order")

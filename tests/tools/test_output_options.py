@@ -52,3 +52,17 @@ def test_what_does_not_go_together_is_one_line_in_flags(args, words, tmp_path):
     error = run("onnx", *TINY, "--method", "none", *args, "-o", tmp_path / "v.onnx").exception
     assert isinstance(error, UsageError) and words in str(error) and "\n" not in str(error)
     assert not list(tmp_path.iterdir())
+
+
+def test_inspect_tells_what_the_file_really_takes(tmp_path):
+    path = tmp_path / "pixels.onnx"
+    assert run("onnx", *TINY, "--method", "tome", "--r", 2, "--input", "uint8", "-o", path).exit_code == 0
+    out = run("inspect", path)
+    assert "image uint8 [dynamic, 32, 32, 3], pixels as they are (mean" in out.output
+
+
+def test_a_folder_in_place_of_a_file_says_which_file(tmp_path):
+    (tmp_path / "ladder").mkdir()
+    (tmp_path / "ladder" / "ladder.json").write_text("{}")
+    (tmp_path / "ladder" / "0.onnx").write_text("")
+    assert "is a ladder: wanted a file in it, e.g. " in str(run("run", tmp_path / "ladder", tmp_path).exception)

@@ -112,12 +112,14 @@ def _origin(p) -> list[tuple[str, str]]:
 
 
 def _input(p, batch) -> tuple[str, str]:
-    (h, w), pre = p.preprocess.size, p.preprocess
-    return (
-        "input",
-        f"image [{batch}, {p.dims['channels']}, {h}, {w}], mean {_short(pre.mean)}, std {_short(pre.std)}, "
-        f"{pre.interpolation}, crop {pre.crop:g} ({pre.crop_mode})",
-    )
+    from ...export.pixels import input_shape
+
+    pre = p.preprocess
+    axes = ", ".join(map(str, (batch, *input_shape(p.input, pre, p.dims["channels"]))))
+    kind = p.input.partition("-")[0]
+    norm = f"mean {_short(pre.mean)}, std {_short(pre.std)}"
+    norm = norm if kind == "float32" else f"pixels as they are ({norm} are inside)"
+    return "input", f"image {kind} [{axes}], {norm}, {pre.interpolation}, crop {pre.crop:g} ({pre.crop_mode})"
 
 
 def _print(lines: list[tuple[str, str]]) -> None:

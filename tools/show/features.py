@@ -30,7 +30,8 @@ def feature_rows(records: list, grid: tuple[int, int], *, preprocess) -> list:
         pictures = [_picture(colour(values), grid, size) for values in (record.dense, record.reduced)]
         pictures.append(_picture(_heat(record.honesty / max(most, 1e-30)), grid, size))
         match = "" if record.spearman is None else f", Spearman {record.spearman:.2f}"
-        captions = [record.photo.stem[:CAPTION], "dense features", f"reduced: cosine {record.cosine:.3f}"]
+        share = "" if record.kept is None else f" of {int(record.kept.sum())} of {len(record.kept)} patches"
+        captions = [record.photo.stem[:CAPTION], "dense features", f"reduced: cosine {record.cosine:.3f}{share}"]
         rows.append(side_by_side([photo.resize(size), *pictures], [*captions, f"honesty map{match}"]))
     return rows
 
