@@ -133,6 +133,8 @@ def _judge(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError):
         from ..export.files import is_disk_error
 
+        if "usable temporary directory" in str(error):  # tempfile tried to write in each
+            return 3, "no folder for temporary files can be written: the disk is full, or TMPDIR names no other"
         place = str(error.filename)[:80] if error.filename else "input or output"
         return 3 if is_disk_error(error) else 2, f"{place}: {error.strerror or error}"
     if isinstance(error, MemoryError):
