@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,31 +158,6 @@ def check_bytes(folder: str | Path, ladder: Ladder) -> None:
             raise UsageError(
                 f"{path} is not the file that {NAME} speaks of (SHA-256 differs): it was changed or replaced"
             )
-
-
-def check_place(folder: str | Path, *, force: bool) -> Path:
-    """The folder, when a ladder can be written there.
-
-    Args:
-        folder: where the ladder is to be.
-        force: whether a ladder that is there may be replaced; anything else never is.
-    Raises:
-        UsageError: something is there, or the folder around it is not there or cannot be written.
-    """
-    folder = Path(folder)
-    if not str(folder).strip() or folder.name in ("", "..") or "\0" in str(folder):
-        raise UsageError(f"output {str(folder)!r}: wanted the name of a folder")
-    if len(os.fsencode(folder.name)) > 255:
-        raise UsageError(f"output {str(folder)[:80]}...: wanted a shorter name")
-    if os.path.lexists(folder):
-        ours = folder.is_dir() and not folder.is_symlink() and (folder / NAME).is_file()
-        if not ours:
-            raise UsageError(f"output {folder} exists and is no ladder: wanted another name")
-        if not force:
-            raise UsageError(f"output {folder} exists: give force to replace it, or another name")
-    if not os.path.isdir(folder.parent) or not os.access(folder.parent, os.W_OK):
-        raise UsageError(f"output {folder}: there is no folder {folder.parent}, or nothing can be written in it")
-    return folder
 
 
 def write_manifest(ladder: Ladder, folder: Path) -> None:

@@ -16,8 +16,8 @@ from ..export.files import read_model
 from ..export.inspection import Inspection, inspect
 from ..export.records import to_document
 from ..export.schedule import Schedule
-from .bundle.folder import entry_of, written_aside
-from .ladder_manifest import WEIGHTS, Ladder, Rung, check_place, write_manifest
+from .bundle.folder import check_place, entry_of, written_aside
+from .ladder_manifest import NAME, WEIGHTS, Ladder, Rung, write_manifest
 from .measure.environment import processor
 from .measure.jobs import Job, Times, measure, noise
 from .measure.timing import ratio
@@ -82,7 +82,7 @@ def write_ladder(
     from .search.image_errors import ErrorMeter
 
     require(settings.runtime)
-    folder = check_place(folder, force=force)
+    folder = check_place(folder, force=force, manifest=NAME, kind="ladder")
     ordered = _ordered(loaded, schedules)
     images = noise(NOISE, _image(loaded)) if pixels is None else pixels
     with written_aside(folder) as new:

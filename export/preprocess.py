@@ -23,10 +23,10 @@ def of_model(model) -> Preprocess:
     return Preprocess(
         tuple(model.patch_embed.img_size),
         _per_channel(config["mean"], channels),
-        _per_channel(config["std"], channels),
-        config["interpolation"],
-        float(config["crop_pct"]),
-        config["crop_mode"],
+        std=_per_channel(config["std"], channels),
+        interpolation=config["interpolation"],
+        crop=float(config["crop_pct"]),
+        crop_mode=config["crop_mode"],
     )
 
 
@@ -71,10 +71,10 @@ def of_transformers(config: dict, size: tuple[int, int]) -> Preprocess:
     return Preprocess(
         tuple(size),
         tuple(float(m) / factor for m in mean),
-        tuple(float(s) / factor for s in std),
-        PIL_NUMBERS[resample],
-        crop,
-        mode,
+        std=tuple(float(s) / factor for s in std),
+        interpolation=PIL_NUMBERS[resample],
+        crop=crop,
+        crop_mode=mode,
     )
 
 

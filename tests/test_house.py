@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("kernels", "export", "engines", "tools", "tokexport")  # each may import those before it
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LONGEST_FILE, LONGEST_FUNCTION, MOST_POSITIONAL = 400, 50, 5
-# What is longer today, and files whose functions are not documented yet. Nothing is added here; entries only go.
+# What is longer today. Nothing is added here; entries only go.
 LONG_FILES: set[str] = {
     "tests/engines/test_cpp.py",
     "tests/engines/test_parity.py",
@@ -28,79 +28,10 @@ LONG_FILES: set[str] = {
     "tests/tools/test_cli.py",
 }
 LONG_FUNCTIONS: set[str] = {
-    "engines/bundle/write.py:write_bundle",
-    "engines/measure/bench.py:bench",
-    "engines/measure/evaluate.py:evaluate",
     "engines/search/rates.py:learn_rates",
     "export/graph/export.py:export_onnx",
     "export/models/load.py:load_model",
     "kernels/triton/apply.py:apply_kernel",
-    "tools/commands/bundle.py:command",
-    "tools/commands/onnx.py:command",
-    "tools/commands/verify.py:command",
-}
-LONG_CALLS: set[str] = {
-    "engines/bundle/proof.py:OutputProof",
-    "engines/bundle/write.py:_Run",
-    "engines/bundle/write.py:_against_reference",
-    "engines/measure/bench.py:Job",
-    "engines/measure/environment.py:Environment",
-    "engines/parity/compare.py:ImageParity",
-    "engines/parity/compare.py:Judged",
-    "engines/parity/compare.py:self._add_image",
-    "engines/parity/verify.py:_Job",
-    "engines/runners/table.py:Runtime",
-    "engines/search/rates.py:cls",
-    "engines/tensorrt/build.py:BuildResult",
-    "export/checkpoints/fill.py:_misfit",
-    "export/checkpoints/folders.py:Folder",
-    "export/models/load.py:LoadedModel",
-    "export/precisions.py:Precision",
-    "export/preprocess.py:Preprocess",
-    "export/reducers/pitome.py:_Judged",
-    "kernels/triton/compile.py:CompiledKernel",
-    "kernels/triton/launch.py:_match",
-    "tools/demo/offline.py:_row",
-    "tools/demo/real.py:_export",
-}
-UNDOCUMENTED: set[str] = {
-    "engines/bundle/names.py",
-    "engines/measure/bound.py",
-    "engines/measure/candidates.py",
-    "engines/measure/jobs.py",
-    "engines/runners/base.py",
-    "engines/runners/eager.py",
-    "engines/runners/openvino.py",
-    "engines/runners/ort.py",
-    "engines/search/rates.py",
-    "engines/search/state.py",
-    "engines/tensorrt/build.py",
-    "export/checkpoints/stand_ins.py",
-    "export/records.py",
-    "kernels/triton/apply.py",
-    "kernels/triton/match.py",
-    "kernels/triton/rank.py",
-    "kernels/triton/unit.py",
-    "kernels/twin.py",
-    "tools/cli.py",
-    "tools/commands/bench.py",
-    "tools/commands/bundle.py",
-    "tools/commands/demo.py",
-    "tools/commands/eval.py",
-    "tools/commands/inspect.py",
-    "tools/commands/onnx.py",
-    "tools/commands/plugin.py",
-    "tools/commands/rates.py",
-    "tools/commands/run.py",
-    "tools/commands/trt.py",
-    "tools/commands/verify.py",
-    "tools/commands/viz.py",
-    "tools/demo/digits.py",
-    "tools/demo/offline.py",
-    "tools/demo/real.py",
-    "tools/demo/samples.py",
-    "tools/demo/train_digits.py",
-    "tools/show/terminal.py",
 }
 UNLIKE_OPTIONS: set[str] = {
     "--at",
@@ -209,16 +140,23 @@ def long_calls() -> set[str]:
 def test_files_functions_and_calls_are_short():
     assert long_files() <= LONG_FILES
     assert long_functions() <= LONG_FUNCTIONS
-    assert long_calls() <= LONG_CALLS
+    assert not long_calls()
 
 
 def undocumented() -> tuple[list[str], int]:
-    """Public functions of two arguments or more without `Args:`, and how many there are with it or without."""
+    """Public functions of two arguments or more without `Args:`, and how many there are with it or without.
+
+    Commands are left out, whose options have help of their own, and Triton's kernels, which their file explains.
+    """
     missing, n = [], 0
     for path in sources(*ROOMS):
         body = tree(path).body
         for node in chain(body, *(c.body for c in body if isinstance(c, ast.ClassDef))):
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                if any(
+                    re.match(r"(click|group|command)\.command|triton\.jit", ast.unparse(d)) for d in node.decorator_list
+                ):
+                    continue
                 if len([a for a in (*node.args.args, *node.args.kwonlyargs) if a.arg not in ("self", "cls")]) < 2:
                     continue
                 n += 1
@@ -231,7 +169,7 @@ def test_public_functions_say_what_their_arguments_are():
     """Nine in ten of them; what is left out reads itself."""
     missing, n = undocumented()
     assert n > 100
-    assert len([name for name in missing if name.split(":")[0] not in UNDOCUMENTED]) <= 0.1 * n, missing
+    assert len(missing) <= 0.1 * n, missing
 
 
 def test_setuptools_installs_every_folder_and_type_marker():

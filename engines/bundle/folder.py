@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ...export.errors import StorageError, UsageError
-from .manifest import FileEntry, Manifest
+from .manifest import FileEntry, Manifest, read_manifest
 from .names import NAME, plain_file
 
 
@@ -48,29 +48,52 @@ def entry_of(path: Path) -> FileEntry:
     return FileEntry(path.name, sha256_of(path), path.stat().st_size)
 
 
-def check_place(folder: str | Path, *, force: bool) -> Path:
-    """The folder, when a bundle can be written there.
+def checked_manifest(folder: Path, *, allow_host_code: bool) -> Manifest:
+    """The manifest of a bundle that may be run here.
 
     Args:
-        folder: where the bundle is to be.
-        force: whether a bundle that is there may be replaced; anything else never is.
+        folder: of the bundle.
+        allow_host_code: take an engine that carries native code of a plugin.
     Raises:
-        UsageError: something is there, or the folder around it is not there or cannot be written.
+        UsageError: no bundle, one whose files are others than it says, or one with native code that was not allowed.
     """
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    if manifest.builder is not None and manifest.builder.host_code and not allow_host_code:
+        raise UsageError(
+            f"{folder}: the engine carries native code of a plugin, which would run here: if you trust who made it, "
+            f"allow it (allow_host_code)"
+        )
+    return manifest
+
+
+def named_folder(folder: str | Path) -> Path:
+    """A path that can be the name of a new folder. Raises: UsageError."""
     folder = Path(folder)
     if not str(folder).strip() or folder.name in ("", "..") or "\0" in str(folder):
         raise UsageError(f"output {str(folder)!r}: wanted the name of a folder")
     if len(os.fsencode(folder.name)) > 255:
         raise UsageError(f"output {str(folder)[:80]}...: wanted a shorter name")
+    return folder
+
+
+def check_place(folder: str | Path, *, force: bool, manifest: str = NAME, kind: str = "bundle") -> Path:
+    """The folder, when one can be written there.
+
+    Args:
+        folder: where the bundle, or what else has a manifest, is to be.
+        force: whether one of its kind that is there may be replaced; anything else never is.
+        manifest: the file by which a folder of this kind is known.
+        kind: what it is called.
+    Raises:
+        UsageError: something is there, or the folder around it is not there or cannot be written.
+    """
+    folder = named_folder(folder)
     if os.path.lexists(folder):
-        a_bundle = folder.is_dir() and not folder.is_symlink() and (folder / NAME).is_file()
-        if not (force and a_bundle):
-            what = (
-                "exists: give force to replace it, or another name"
-                if a_bundle
-                else "exists and is no bundle: wanted another name"
-            )
-            raise UsageError(f"output {folder} {what}")
+        if not (folder.is_dir() and not folder.is_symlink() and (folder / manifest).is_file()):
+            raise UsageError(f"output {folder} exists and is no {kind}: wanted another name")
+        if not force:
+            raise UsageError(f"output {folder} exists: give force to replace it, or another name")
     if not os.path.isdir(folder.parent) or not os.access(folder.parent, os.W_OK):
         raise UsageError(f"output {folder}: there is no folder {folder.parent}, or nothing can be written in it")
     return folder

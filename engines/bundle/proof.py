@@ -16,8 +16,8 @@ import numpy as np
 
 from ...export.errors import MissingPackageError, UsageError
 from . import decisions
-from .folder import check_files
-from .manifest import Manifest, OutputEntry, Preprocessing, read_manifest
+from .folder import checked_manifest
+from .manifest import Manifest, OutputEntry, Preprocessing
 from .report import BundleReport, ImageProof, OutputProof
 
 PIXEL = 1.001  # the most a preprocessed photo may differ, in 255ths: one step of a pixel and the rounding of float32
@@ -42,13 +42,7 @@ def verify_bundle(folder: str | Path, runtime: str | None = None, *, allow_host_
     from ..runners import in_batches, open_runner
 
     folder = Path(folder)
-    manifest = read_manifest(folder)
-    check_files(folder, manifest)
-    if manifest.builder is not None and manifest.builder.host_code and not allow_host_code:
-        raise UsageError(
-            f"{folder}: the engine carries native code of a plugin, which would run here: if you trust who made it, "
-            f"allow it (allow_host_code)"
-        )
+    manifest = checked_manifest(folder, allow_host_code=allow_host_code)
     faults = _contradictions(folder, manifest)
     tensors = read_tensors(folder / manifest.proof.file.name, manifest)
     runtime = _runtime(manifest, runtime)
@@ -229,7 +223,9 @@ def _judge_output(
     limits = output.limit, output.own_limit
     beyond = judged & ~((errors[0] <= limits[0]) & (errors[1] <= limits[1]))
     worst = [float(e[judged].max(initial=0.0)) for e in errors]
-    return OutputProof(output.name, worst[0], limits[0], worst[1], limits[1], int(judged.sum())), beyond
+    return OutputProof(
+        output.name, worst[0], limit=limits[0], own_error=worst[1], own_limit=limits[1], n_judged=int(judged.sum())
+    ), beyond
 
 
 def _errors(value: np.ndarray, wanted: np.ndarray, scale: np.ndarray, exact: bool) -> np.ndarray:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...export.errors import UsageError
-from .folder import check_files
-from .manifest import read_manifest
+from .folder import checked_manifest
 
 
 def file_of(path: str | Path, *, allow_host_code: bool = False) -> Path:
@@ -23,11 +22,4 @@ def file_of(path: str | Path, *, allow_host_code: bool = False) -> Path:
     path = Path(path)
     if not path.is_dir():
         return path
-    manifest = read_manifest(path)
-    check_files(path, manifest)
-    if manifest.builder is not None and manifest.builder.host_code and not allow_host_code:
-        raise UsageError(
-            f"{path}: the engine carries native code of a plugin, which would run here: if you trust who made it, "
-            f"allow it (allow_host_code)"
-        )
-    return path / manifest.file.name
+    return path / checked_manifest(path, allow_host_code=allow_host_code).file.name

@@ -102,22 +102,14 @@ def write_bundle(
         RefusedError: the file does not pass verify; nothing was written.
         StorageError: the disk is full or failed; nothing was left behind.
     """
-    from ...export.rebuild import reference_of
     from ..images import find_images
-    from ..parity.verify import verify
 
-    if not 1 <= n_images <= 64:
-        raise UsageError(f"images in the proof: {n_images}, wanted 1 to 64")
-    folder, source = folders.check_place(folder, force=force), Path(file)
-    refuse_path(source.name, source)
-    if source.name in (NAME, PROOF):
-        raise UsageError(f"{file}: a bundle has a file of its own of that name: rename it")
+    _check(source := Path(file), n_images)
+    folder = folders.check_place(folder, force=force)
     provenance = inspect_file(source).provenance
     paths = find_images(images)[: n_images * CANDIDATES]
-    report = verify(source, paths, runtime=runtime, checkpoint=checkpoint, predictor=predictor, progress=progress)
-    if not report.passed:
-        raise RefusedError(file, report)
-    reference = reference_of(provenance, source, checkpoint=checkpoint, predictor=predictor)
+    weights = {"checkpoint": checkpoint, "predictor": predictor}
+    reference = _verified(source, paths, runtime=runtime, weights=weights, progress=progress)
     manifest = describe(source, provenance, runtime=runtime, has_class_token=reference.plain.has_class_token)
     runs = _runs(source, manifest, paths, runtime=runtime, reference=reference, progress=progress)
     runs = _choose(runs, min(n_images, len(paths)))
@@ -126,6 +118,26 @@ def write_bundle(
         manifest = _fill(new, manifest, source.parent, runs)
         size = sum(f.stat().st_size for f in new.iterdir())
     return Bundle(folder, manifest, size, tuple(r.path for r in runs), sum(r.clearness <= 1 for r in runs))
+
+
+def _verified(source: Path, paths: list[Path], *, runtime: str, weights: dict, progress):
+    """The reference of a file. Raises: RefusedError when the file does not pass verify on these photos."""
+    from ...export.rebuild import reference_of
+    from ..parity.verify import verify
+
+    report = verify(source, paths, runtime=runtime, **weights, progress=progress)
+    if not report.passed:
+        raise RefusedError(source, report)
+    return reference_of(inspect_file(source).provenance, source, **weights)
+
+
+def _check(source: Path, n_images: int) -> None:
+    """Raises: UsageError for a name that cannot be in a bundle, or a number of images that is out of range."""
+    if not 1 <= n_images <= 64:
+        raise UsageError(f"images in the proof: {n_images}, wanted 1 to 64")
+    refuse_path(source.name, source)
+    if source.name in (NAME, PROOF):
+        raise UsageError(f"{source}: a bundle has a file of its own of that name: rename it")
 
 
 def _fill(new: Path, manifest: Manifest, source: Path, runs: list[_Run]) -> Manifest:
@@ -153,7 +165,11 @@ def _runs(source: Path, manifest: Manifest, paths: list[Path], *, runtime: str, 
             photo = _photo(path, manifest)
             values = {"input": to_input(photo, manifest.preprocessing)[None]}
             values |= in_batches(runner, values["input"])
-            runs.append(_against_reference(path, photo, values, manifest, provenance, reference))
+            runs.append(
+                _against_reference(
+                    path, photo, values=values, manifest=manifest, provenance=provenance, reference=reference
+                )
+            )
     return runs
 
 
@@ -171,11 +187,11 @@ def _against_reference(path: Path, photo, values: dict, manifest: Manifest, prov
     return _Run(
         path,
         pixels.reshape(*pixels.shape[:2], -1),
-        values,
-        wanted,
-        decided,
-        scale,
-        float(min(clear, default=np.inf)),
+        values=values,
+        reference=wanted,
+        margins=decided,
+        scale=scale,
+        clearness=float(min(clear, default=np.inf)),
     )
 
 

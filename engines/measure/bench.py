@@ -63,13 +63,7 @@ def bench(
     inspections, dense_file = [inspect_file(f) for f in files], None if dense is None else inspect_file(dense)
     check_request(inspections, dense_file, batches=batches, threads=threads, seconds=seconds, processes=processes)
     check_comparable(inspections, dense_file, sweep=sweep, bound=bound)
-    if any(is_engine(f.path) for f in inspections):
-        runtimes = (ENGINES,)
-    else:
-        if cuda_graph:
-            raise UsageError("cuda-graph is of engines (.plan): an ONNX file has no graph to replay")
-        for runtime in runtimes:
-            require(runtime)
+    runtimes = _runtimes(inspections, runtimes, cuda_graph=cuda_graph)
     with tempfile.TemporaryDirectory(prefix="tokexport-") as folder:
         candidates = collect(
             inspections, Path(folder), dense=dense and Path(dense), sweep=sweep, bound=bound, progress=progress
@@ -77,10 +71,20 @@ def bench(
         jobs = _jobs(candidates, runtimes, batches, threads=threads, seconds=seconds, cuda_graph=cuda_graph)
         rows = _rows(candidates, jobs, processes=processes, progress=progress)
         if sweep:
-            progress("comparing with the dense model")
-            rows = _with_agreement(rows, candidates, runtimes[0], images)
+            rows = _with_agreement(rows, candidates, runtime=runtimes[0], images=images, progress=progress)
         profiles = _profiles(candidates, jobs, progress=progress) if profile else []
     return LatencyReport(machine(threads), threads, rows, profiles, sweep.option if sweep else None)
+
+
+def _runtimes(files: list[Inspection], runtimes: tuple[str, ...], *, cuda_graph: bool) -> tuple[str, ...]:
+    """What runs the files. Raises: UsageError for a runtime that is not here, or a CUDA graph of what is no engine."""
+    if any(is_engine(f.path) for f in files):
+        return (ENGINES,)
+    if cuda_graph:
+        raise UsageError("cuda-graph is of engines (.plan): an ONNX file has no graph to replay")
+    for runtime in runtimes:
+        require(runtime)
+    return runtimes
 
 
 def check_request(
@@ -122,7 +126,18 @@ def _jobs(
             files = dict.fromkeys([*(c.dense for c in reduced), *(c.path for c in reduced), *bounds.values()])
             pairs = [*((c.dense, c.path) for c in reduced), *((limit, path) for path, limit in bounds.items())]
             image = image_of(reduced[0].inspection)
-            jobs.append(Job(runtime, batch, threads, seconds, image, tuple(files), tuple(pairs), cuda_graph))
+            jobs.append(
+                Job(
+                    runtime,
+                    batch,
+                    threads=threads,
+                    seconds=seconds,
+                    image=image,
+                    files=tuple(files),
+                    pairs=tuple(pairs),
+                    cuda_graph=cuda_graph,
+                )
+            )
     return jobs
 
 
@@ -221,7 +236,10 @@ def agreement(
     return float(cosines(*outputs).mean()), float(np.mean(top(*outputs, 1))) if name == "logits" else None
 
 
-def _with_agreement(rows: list[LatencyRow], candidates: list[Candidate], runtime: str, images) -> list[LatencyRow]:
+def _with_agreement(
+    rows: list[LatencyRow], candidates: list[Candidate], *, runtime: str, images, progress: Callable[[str], None]
+) -> list[LatencyRow]:
+    progress("comparing with the dense model")
     runtime = "ort" if runtime == "torch" else runtime
     alike = {}
     for c in candidates:

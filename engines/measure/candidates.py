@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
+from zlib import crc32
 
 from ...export import reducers
 from ...export.errors import UsageError
@@ -187,14 +188,21 @@ class _Exporter:
         self.folder, self.origin, self.progress, self.loaded = folder, origin, progress, None
 
     def write(self, method: str, options: dict, settings: ExportSettings) -> Path:
-        """A file in the folder; one that was made before is taken. Raises: UsageError for int8, whose scales are not
-        ours to choose.
+        """A file in the folder; one that was made before is taken.
+
+        Args:
+            method: of the reducer table.
+            options: of it.
+            settings: what the file shares with those it is compared with.
+        Raises:
+            UsageError: int8, whose scales are not ours to choose.
         """
         from ...export.graph.export import export_onnx
 
         if settings.precision == "int8":
             raise UsageError(
-                "an int8 file is compared with a dense int8 file that was calibrated on the same images: give it as dense"
+                "an int8 file is compared with a dense int8 file that was calibrated on the same images: make one (tokexport onnx "
+                "--method none --dtype int8 --calib IMAGES --for cpu) and give it as dense"
             )
         values = ".".join(f"{k}={v}" for k, v in options.items() if k in reducers.swept()).replace("/", "_")
         numbers = [
@@ -204,7 +212,7 @@ class _Exporter:
             settings.input,
             settings.target,
         ]
-        numbers.append(f"{hash(settings.emission) & 0xFFFFFFFF:08x}")
+        numbers.append(f"{crc32(repr(settings.emission).encode()):08x}")
         path = self.folder / ".".join(filter(None, [method, values, *numbers, "onnx"]))
         if path.exists():
             return path

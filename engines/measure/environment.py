@@ -109,11 +109,11 @@ def environment() -> Environment:
     return Environment(
         versions.get("tokexport", "not installed"),
         f"{platform.python_implementation()} {platform.python_version()}",
-        f"{platform.system()} {platform.release()} {platform.machine()}",
-        processor(),
-        versions,
-        runtime_states(),
-        gpu_driver(),
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        processor=processor(),
+        versions=versions,
+        runtimes=runtime_states(),
+        driver=gpu_driver(),
     )
 
 

@@ -116,17 +116,10 @@ def evaluate(
 
     inspection = inspect_file(path)
     check_classifier(inspection)
-    if (checkpoint or predictor) and not (reference or dense):
-        raise UsageError(
-            f"{checkpoint or predictor}: checkpoint and predictor are for the reference and the dense model, which are not asked for"
-        )
     if not 0 <= shard < shards:
         raise UsageError(f"shard {shard} of {shards}: wanted 0 to {shards - 1}")
-    models = {}
-    if reference or dense:
-        models = _eager_models(
-            inspection, reference=reference, dense=dense, checkpoint=checkpoint, predictor=predictor, progress=progress
-        )
+    wanted = {"reference": reference, "dense": dense, "checkpoint": checkpoint, "predictor": predictor}
+    models = _eager_models(inspection, **wanted, progress=progress)
     names = {str(inspection.path): inspection.provenance.schedule.n_final, **dict.fromkeys(models)}
     counts = dict.fromkeys(names, Hits())
     with _opened(images, inspection, limit) as every:
@@ -167,7 +160,13 @@ def check_same_classes(inspections: list[Inspection]) -> None:
 
 
 def _eager_models(inspection: Inspection, *, reference: bool, dense: bool, checkpoint, predictor, progress) -> dict:
-    """Name -> a function from images to logits: the reference of a file, and the dense model."""
+    """Name -> a function from images to logits: the reference of a file, and the dense model, as far as they are asked for."""
+    if not (reference or dense):
+        if checkpoint or predictor:
+            raise UsageError(
+                f"{checkpoint or predictor}: checkpoint and predictor are for the reference and the dense model, which are not asked for"
+            )
+        return {}
     progress("loading torch")
     import torch
 

@@ -41,7 +41,12 @@ class LabelledImages:
         return len(self.places)
 
     def shard(self, shard: int, shards: int) -> LabelledImages:
-        """Every `shards`-th image from `shard` on."""
+        """Every `shards`-th image from `shard` on.
+
+        Args:
+            shard: from 0.
+            shards: how many there are.
+        """
         return replace(self, places=self.places[shard::shards])
 
     def items(self) -> Iterator[ImageItem]:

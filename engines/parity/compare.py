@@ -126,7 +126,9 @@ class Comparison:
         cosine = np.min([e.cosine for e in errors], 0)
         maps = _Maps(self.schedule, (side, wanted))
         for i in range(len(chunk.names)):
-            self._add_image(chunk, i, judged, bool(failed[i]), (float(rel[i]), float(cosine[i])), maps)
+            self._add_image(
+                chunk, i, judged=judged, failed=bool(failed[i]), figures=(float(rel[i]), float(cosine[i])), maps=maps
+            )
         worst = max((float(f), float(r)) for f, r in zip(failed, rel))
         self._chunks.add(worst, WorstChunk(chunk.images, side))
 
@@ -164,7 +166,7 @@ class Comparison:
         margins[rows] = np.where(differs[rows], regrets, 0.0)
         # where both decide alike they are compared with each other, not through the reference
         like = {name: _put(wanted.outputs[name], rows, own.side.outputs[name]) for name in self.names}
-        return Judged(alike, differs, margins, like, rows, other, other_wanted)
+        return Judged(alike, differs, margins=margins, wanted=like, rows=rows, other=other, other_wanted=other_wanted)
 
     def _add_image(self, chunk: Chunk, i: int, judged: Judged, failed: bool, figures: tuple, maps: _Maps) -> None:
         """Count one image of a chunk, and keep it when it is among the worst.
@@ -183,7 +185,7 @@ class Comparison:
             self._flips.add((not flip.passed, margin / limit if limit else margin), flip)
         badness = (failed, verdict == "flipped", max_rel)
         if self._images.admits(badness):
-            row = ImageParity(index, name, verdict, max_rel, cosine, len(steps))
+            row = ImageParity(index, name, verdict=verdict, max_rel=max_rel, cosine=cosine, flips=len(steps))
             self._images.add(badness, (row, maps(i)))
 
     def _note_not_finite(self, names: list[str], wanted: Side) -> None:

@@ -118,7 +118,18 @@ def _job(path, runtime: str, against, bisect: bool, progress) -> _Job:
         precision = max(precision, other.precision, key=lambda name: precisions.get(name).output_limit)
         outputs = tuple(name for name in outputs if name in other.outputs)
     chunk = _chunk_size(provenance, [inspect_file(p).batch for p in (path, against) if p is not None])
-    return _Job(Path(path), provenance, runtime, against, other, precision, outputs, chunk, bisect, progress)
+    return _Job(
+        Path(path),
+        provenance,
+        runtime=runtime,
+        against=against,
+        against_provenance=other,
+        precision=precision,
+        outputs=outputs,
+        chunk=chunk,
+        bisect=bisect,
+        progress=progress,
+    )
 
 
 def _chunk_size(provenance: Provenance, batches: list[int | None]) -> int:

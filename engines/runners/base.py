@@ -11,6 +11,7 @@ A runtime's module (see `table`) has `open_file(path, runtime, options)`, which 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ class RunnerOptions:
     share_weights: bool = False
 
 
-class Runner:
+class Runner(ABC):
     """An opened file. Use it in a `with` block, or call `close`: only then is what the runtime holds given back.
 
     Args:
@@ -71,10 +72,11 @@ class Runner:
         self.input_types = {**dict.fromkeys(inputs, "float32"), **(input_types or {})}
         self.closed = False
 
+    @abstractmethod
     def _run(self, feeds: dict) -> dict:
-        raise NotImplementedError(f"{type(self).__name__} has no _run")
+        """What the runtime gives: input name -> array, output name -> array."""
 
-    def _release(self) -> None:
+    def _release(self) -> None:  # noqa: B027  most runtimes hold nothing
         """Drop what the runtime holds."""
 
     def __enter__(self) -> Runner:

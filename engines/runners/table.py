@@ -80,18 +80,24 @@ TABLE = {
         Runtime("openvino-plugin", "OpenVINO with the native node", "openvino", "cpu", ".openvino", library="openvino"),
         Runtime("torch", "PyTorch, the eager reference", "torch", "export", ".eager"),
         Runtime(
-            "ort-cuda", "ONNX Runtime with CUDA", "onnxruntime", "gpu", ".ort", "gpu", provider="CUDAExecutionProvider"
+            "ort-cuda",
+            "ONNX Runtime with CUDA",
+            package="onnxruntime",
+            extra="gpu",
+            module=".ort",
+            device="gpu",
+            provider="CUDAExecutionProvider",
         ),
         Runtime(
             "ort-tensorrt",
             "ONNX Runtime with TensorRT",
-            "onnxruntime",
-            "gpu",
-            ".ort",
-            "gpu",
+            package="onnxruntime",
+            extra="gpu",
+            module=".ort",
+            device="gpu",
             provider="TensorrtExecutionProvider",
         ),
-        Runtime(ENGINES, "TensorRT", None, "trt", ".tensorrt", "gpu", reads="engine"),
+        Runtime(ENGINES, "TensorRT", package=None, extra="trt", module=".tensorrt", device="gpu", reads="engine"),
     )
 }
 

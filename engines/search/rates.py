@@ -126,22 +126,32 @@ def learn_rates(
     for step in range(first, settings.steps):
         rows = _rows(step, n_images, settings)
         pixels = torch.from_numpy(np.ascontiguousarray(images(rows)))
-        for group in optimizer.param_groups:
-            group["lr"] = LAST_RATE + (RATE - LAST_RATE) * (1 + math.cos(math.pi * step / settings.steps)) / 2
-        distance = _distance(
-            model, masked(pixels), pixels, labels=None if labels is None else [labels[i] for i in rows]
-        )
-        over = expected_macs(masked.kept(), masked.n_tokens, cost=budget.cost) / budget.target - 1
-        optimizer.zero_grad()
-        (distance + BUDGET_WEIGHT * over.square()).backward()
-        optimizer.step()
-        losses.append(float(distance.detach()))
+        _set_rate(optimizer, step / settings.steps)
+        chosen = None if labels is None else [labels[i] for i in rows]
+        distance, over = _descend(model, masked, optimizer, budget, pixels=pixels, labels=chosen)
+        losses.append(distance)
         progress(_line(masked, over, losses), (step + 1) / settings.steps)
         if (step + 1) % 10 == 0:
             state.write(step + 1, parameters, optimizer, losses)
     result = _result(masked, budget, losses, n_images=n_images, settings=settings)
     state.remove()
     return result
+
+
+def _descend(model, masked: MaskedViT, optimizer, budget: _Budget, *, pixels, labels) -> tuple[float, torch.Tensor]:
+    """One step of the optimizer. Returns: the distance to the teacher, and by what share the expected cost is over the budget."""
+    distance = _distance(model, masked(pixels), pixels, labels=labels)
+    over = expected_macs(masked.kept(), masked.n_tokens, cost=budget.cost) / budget.target - 1
+    optimizer.zero_grad()
+    (distance + BUDGET_WEIGHT * over.square()).backward()
+    optimizer.step()
+    return float(distance.detach()), over
+
+
+def _set_rate(optimizer, share: float) -> None:
+    """The learning rate falls along a cosine. share: of the steps that are done."""
+    for group in optimizer.param_groups:
+        group["lr"] = LAST_RATE + (RATE - LAST_RATE) * (1 + math.cos(math.pi * share)) / 2
 
 
 @dataclass(frozen=True)
@@ -160,7 +170,9 @@ class _Budget:
     def of_model(cls, plain: PlainViT, target: int) -> _Budget:
         dims, (n, prefix, depth) = plain.dims, plain.size
         dense = macs.count(dims, Schedule("none", n, prefix, depth))
-        budget = cls(BlockCost.of_dims(dims), dims, target, dense, n, prefix, depth)
+        budget = cls(
+            BlockCost.of_dims(dims), dims, target=target, dense=dense, n_tokens=n, n_prefix=prefix, depth=depth
+        )
         least = budget.macs_of([n] + [prefix + 1] * (depth - 1), [n] + [prefix + 1] * (depth - 1))
         if not least <= target < dense:
             raise UsageError(

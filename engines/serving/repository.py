@@ -20,9 +20,9 @@ import numpy as np
 from ...export.errors import UsageError
 from ...export.files import aside_folder
 from .. import images
-from ..bundle.manifest import Manifest, read_manifest
+from ..bundle.folder import checked_manifest, named_folder
+from ..bundle.manifest import Manifest
 from ..bundle.proof import read_tensors
-from ..bundle.target import file_of
 from .batching import Batching, batching_of, read_latencies
 from .config import (
     LABELS,
@@ -169,9 +169,7 @@ class _Plan:
 
 def _check_place(folder: str | Path, *, force: bool) -> Path:
     """The folder, when a repository can be written there. Raises: UsageError."""
-    folder = Path(folder)
-    if not str(folder).strip() or folder.name in ("", "..") or "\0" in str(folder):
-        raise UsageError(f"output {str(folder)!r}: wanted the name of a folder")
+    folder = named_folder(folder)
     if folder.is_symlink() or folder.is_file():
         raise UsageError(f"output {folder} is no folder: wanted another name")
     if folder.exists() and any(folder.iterdir()):
@@ -189,8 +187,7 @@ def _check_place(folder: str | Path, *, force: bool) -> Path:
 
 def _plan(bundle: Path, options: ServeOptions) -> _Plan:
     """What a bundle becomes. Raises: UsageError when it is none, or the options are not for it."""
-    file_of(bundle / ".", allow_host_code=options.allow_host_code)  # hashes and native code
-    manifest = read_manifest(bundle)
+    manifest = checked_manifest(bundle, allow_host_code=options.allow_host_code)
     backend = backend_for(manifest, options.backend)
     device = options.device or backend.runs_on
     if device != backend.runs_on and backend.name != "onnxruntime":

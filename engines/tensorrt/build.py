@@ -108,7 +108,13 @@ class _Job:
             task = BuildTask(self.request, str(self._source(Path(folder))), "", plugin=self._library(), dry_run=True)
             built, warnings = run_child(task, self.progress)
         return BuildResult(
-            output, None, built.layers, False, 0.0, warnings, Builder(self.request.builder, built.version)
+            output,
+            None,
+            layers=built.layers,
+            cached=False,
+            seconds=0.0,
+            warnings=warnings,
+            builder=Builder(self.request.builder, built.version),
         )
 
     def build(self, output: Path, force: bool) -> BuildResult:
@@ -117,7 +123,15 @@ class _Job:
         key = self.request.key(version, source_sha256)
         known = None if force else _cached(output, key)
         if known:
-            return BuildResult(output, known, known.layers, True, 0.0, known.warnings, known.builder)
+            return BuildResult(
+                output,
+                known,
+                layers=known.layers,
+                cached=True,
+                seconds=0.0,
+                warnings=known.warnings,
+                builder=known.builder,
+            )
         check_output(output, force, self.inputs, beside=(ENDING,))
         if self.timing_cache:
             check_output(self.timing_cache, True, [*self.inputs, output, sidecar(output)], beside=())
@@ -135,7 +149,15 @@ class _Job:
             built, warnings = run_child(task, self.progress)
             engine = self._engine_file(new, built, warnings, key=key, source_sha256=source_sha256)
             write_sidecar(new, engine)
-        return BuildResult(output, engine, built.layers, False, built.seconds, warnings, engine.builder)
+        return BuildResult(
+            output,
+            engine,
+            layers=built.layers,
+            cached=False,
+            seconds=built.seconds,
+            warnings=warnings,
+            builder=engine.builder,
+        )
 
     def _new_timing_cache(self) -> AbstractContextManager[Path | None]:
         return aside(self.timing_cache) if self.timing_cache else nullcontext()

@@ -86,7 +86,7 @@ def fill(
         raise UsageError("pos_grid: the model or the checkpoint has no position embedding: leave it out")
     shapes = [k for k in own if k in state and state[k].shape != own[k].shape]
     if missing or unexpected or shapes:
-        raise UsageError(_misfit(file, state, own, missing, unexpected, shapes))
+        raise UsageError(_misfit(file, state, own=own, missing=missing, unexpected=unexpected, shapes=shapes))
     broken = [k for k, v in state.items() if not v.is_floating_point() or not v.isfinite().all()]
     if broken:
         raise UsageError(

@@ -100,12 +100,12 @@ def read_folder(folder: Path) -> Folder:
     return Folder(
         weights,
         found.name,
-        found.kwargs,
-        found.labels,
-        processor,
-        {},
-        found.activation,
-        f"Hugging Face {config['model_type']}",
+        kwargs=found.kwargs,
+        labels=found.labels,
+        processor=processor,
+        data={},
+        activation=found.activation,
+        source=f"Hugging Face {config['model_type']}",
     )
 
 
@@ -129,7 +129,7 @@ def _timm(weights: Path, config: dict) -> Folder:
     name = config.get("architecture") or data.get("architecture")
     if not isinstance(name, str) or not re.fullmatch(r"\w+", name):
         raise UsageError(f"{weights.parent / 'config.json'}: its architecture is no name of a timm model")
-    return Folder(weights, name, kwargs, labels, {}, data, None, "timm")
+    return Folder(weights, name, kwargs=kwargs, labels=labels, processor={}, data=data, activation=None, source="timm")
 
 
 def hub_folder(name: str) -> Path:

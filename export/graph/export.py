@@ -59,6 +59,7 @@ def export_onnx(
     loaded: LoadedModel,
     schedule: Schedule,
     path: str | Path,
+    *,
     batch: int | None = None,
     opset: int = 20,
     simplify: bool = True,
@@ -99,27 +100,45 @@ def export_onnx(
     dims = cost_dims(plain, heads, emission)
     more = {"emission": emission, "input": form, "dtype": dtype, "target": target, "dims": dims}
     provenance = _provenance(loaded, schedule, opset=opset, **more)
-    progress("tracing")
     static = StaticViT(plain, schedule, batch, heads, emission=emission, pixels=pixels, calls=plugin).eval()
-    n_outputs, shape = len(provenance.outputs), input_shape(form, plain.preprocess, plain.dims["channels"])
-    model = trace(static, shape, batch=batch, opset=max(opset, TRACED_OPSET))
-    decisions = [o.name for o in model.graph.outputs[n_outputs:] if o.name not in static.edges]
-    progress("simplifying")
-    graph = passes.finish(model, n_outputs=n_outputs, batch=batch, simplify=simplify, keep_inner=plugin)
-    proto = conventional(*graph, opset=opset, target=target, batch=batch)
-    proto, weights = _for_target(*precision.convert(proto, graph.weights, dtype), target)
-    there = {o for n in proto.graph.node for o in n.output}
-    provenance = replace(provenance, decisions=tuple(d for d in decisions if d in there))
-    progress("checking")
-    checks.check_graph(proto, schedule, provenance.n_blocks, target=target)
-    checks.check_decisions(provenance.decisions, schedule)
-    if plugin:
-        shaped, by_score = precision.with_shapes(proto, weights), not plain.has_class_token
-        proto, weights = calls.wrap(shaped, weights, schedule, by_score=by_score)
+    shape = input_shape(form, plain.preprocess, plain.dims["channels"])
+    how = {"batch": batch, "simplify": simplify, "plugin": plugin, "progress": progress}
+    proto, weights, decisions = _graph(static, shape, provenance, **how)
+    provenance = replace(provenance, decisions=decisions)
     proto.metadata_props.add(key=KEY, value=provenance.to_json())
     cost = {"macs": macs.count(dims, schedule), "macs_dense": macs.count(dims, macs.dense(schedule))}
     progress("writing")
     return ExportResult(path, provenance, len(proto.graph.node), write_model(proto, weights, path), **cost)
+
+
+def _graph(
+    static: StaticViT,
+    shape: tuple[int, int, int],
+    provenance: Provenance,
+    *,
+    batch: int | None,
+    simplify: bool,
+    plugin: bool,
+    progress: Callable[[str], None],
+) -> tuple:
+    """The graph as its target, precision and operator set want it: (onnx.ModelProto, weights, names of the decisions that it gives)."""
+    n_outputs, p = len(provenance.outputs), provenance
+    progress("tracing")
+    model = trace(static, shape, batch=batch, opset=max(p.opset, TRACED_OPSET))
+    decisions = [o.name for o in model.graph.outputs[n_outputs:] if o.name not in static.edges]
+    progress("simplifying")
+    graph = passes.finish(model, n_outputs=n_outputs, batch=batch, simplify=simplify, keep_inner=plugin)
+    proto = conventional(*graph, opset=p.opset, target=p.target, batch=batch)
+    proto, weights = _for_target(*precision.convert(proto, graph.weights, p.precision), p.target)
+    there = {o for n in proto.graph.node for o in n.output}
+    decisions = tuple(d for d in decisions if d in there)
+    progress("checking")
+    checks.check_graph(proto, p.schedule, p.n_blocks, target=p.target)
+    checks.check_decisions(decisions, p.schedule)
+    if plugin:
+        shaped = precision.with_shapes(proto, weights)
+        proto, weights = calls.wrap(shaped, weights, p.schedule, by_score=not static.has_class)
+    return proto, weights, decisions
 
 
 def computed(schedule: Schedule, emission: Emission) -> Schedule:

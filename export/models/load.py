@@ -133,10 +133,7 @@ def load_model(
         raise UsageError("weights and pos_grid speak of a checkpoint: give one, or leave them out")
     name, kwargs = _named(name, kwargs, source, preprocess or {})
     heads = read_heads(read_state(predictor, "predictor"), str(predictor)) if predictor else {}
-    model = _create(name, kwargs, False, seed)
-    as_plain(model)  # refuses by name what cannot be reduced
-    if pretrained and source.file is None:  # only now: nothing is downloaded for a model that cannot be used
-        model = _create(name, kwargs, True, seed)
+    model = _plain_model(name, kwargs, pretrained=pretrained and source.file is None, seed=seed)
     filled = _filled(model, source, pretrained, seed=seed, weights=weights, pos_grid=pos_grid)
     heads = _chosen_heads(heads, filled, predictor)
     state = {**model.state_dict(), **{HEAD + k: v for k, v in heads.items()}}
@@ -144,15 +141,22 @@ def load_model(
     return LoadedModel(
         model.eval().requires_grad_(False),
         source.name or name,
-        kwargs,
-        origin,
-        filled.notes,
-        _preprocess(model, source, preprocess or {}, filled.notes),
-        heads,
-        source.folder.labels if len(source.folder.labels) == model.num_classes else (),
-        _activation(model, source, activation, filled.notes),
-        filled.learned,
+        kwargs=kwargs,
+        weights=origin,
+        notes=filled.notes,
+        preprocess=_preprocess(model, source, preprocess or {}, filled.notes),
+        heads=heads,
+        labels=source.folder.labels if len(source.folder.labels) == model.num_classes else (),
+        activation=_activation(model, source, activation, filled.notes),
+        learned=filled.learned,
     )
+
+
+def _plain_model(name: str, kwargs: dict, *, pretrained: bool, seed: int) -> nn.Module:
+    """The model, a plain ViT; nothing is downloaded for one that cannot be reduced."""
+    model = _create(name, kwargs, False, seed)
+    as_plain(model)  # refuses by name what cannot be reduced
+    return _create(name, kwargs, True, seed) if pretrained else model
 
 
 def _chosen_heads(heads: dict, filled: Filled, predictor: str | Path | None) -> dict[str, torch.Tensor]:

@@ -206,7 +206,15 @@ def _judged(s: Signals, step: Step, plan: MergePlan) -> _Judged:
     keep, src = (column[..., 0] - p for column in (plan.keep, plan.src))
     left, b = (rows.clamp(min=0) for rows in keep[:, p:].split([n_left, n_b], 1))
     src, host = src.clamp(min=0), (plan.dst[..., 0] - p - n_left).clamp(min=0)
-    return _Judged(energy, left, b, src, host, _between(cosine, left, b), _between(cosine, src, b))
+    return _Judged(
+        energy,
+        left,
+        b=b,
+        src=src,
+        host=host,
+        left_scores=_between(cosine, left, b),
+        src_scores=_between(cosine, src, b),
+    )
 
 
 def regret(s: Signals, step: Step, plan: MergePlan) -> Tensor:

@@ -116,7 +116,15 @@ def compile_kernel(variant: Variant, token_type: str = "", *, chip: int, ptx: bo
     registers, stack = (0, 0) if ptx else resources(result.asm["cubin"])
     code = result.asm["ptx"].encode() + b"\0" if ptx else result.asm["cubin"]
     return CompiledKernel(
-        variant, token_type, chip, ptx, code, result.metadata.name, result.metadata.shared, registers, stack
+        variant,
+        token_type,
+        chip=chip,
+        is_ptx=ptx,
+        code=code,
+        symbol=result.metadata.name,
+        shared=result.metadata.shared,
+        registers=registers,
+        stack=stack,
     )
 
 

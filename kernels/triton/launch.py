@@ -78,14 +78,21 @@ def decide(op: Reduction, x: Tensor, *, signal: Tensor) -> Decision:
 
     if pairs:
         host = new(batch, p.n_a, dtype=torch.int64)
-        value = _match(_unit(signal, 0.0), src, keep, host, (p.n_a, p.n_b, op.n_kept, p.a_first, p.b_first, 0), pairs)
+        value = _match(
+            _unit(signal, 0.0),
+            src,
+            b=keep,
+            host=host,
+            counts=(p.n_a, p.n_b, op.n_kept, p.a_first, p.b_first, 0),
+            pairs=pairs,
+        )
         order(value, host, p.n_a, p.n_b)
         return Decision(keep, src, dst, value)
     order(signal, keep, n, 0)
     value = signal
     if op.fold in ("mean", "squeeze"):
         hosts = (op.n_folded, op.n_kept - op.n_prefix, op.n_kept, 0, op.n_prefix, op.n_prefix)
-        value = _match(_unit(x[:, None], op.eps), src, keep, dst, hosts, pairs)
+        value = _match(_unit(x[:, None], op.eps), src, b=keep, host=dst, counts=hosts, pairs=pairs)
     return Decision(keep, src, dst, value)
 
 

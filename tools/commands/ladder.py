@@ -45,7 +45,8 @@ def command(method, sweep, tuned, images, output, force, as_json, **options):
 
     tokexport ladder --method tome --sweep r=0,8,13,16 -o ladder
     """
-    from ...engines.ladder_manifest import check_place
+    from ...engines.bundle.folder import check_place
+    from ...engines.ladder_manifest import NAME
     from ..show.terminal import bar, console, print_json
 
     model, options = split(options)
@@ -53,7 +54,7 @@ def command(method, sweep, tuned, images, output, force, as_json, **options):
     given = {name: value for name, value in options.items() if value is not None}
     swept = _swept(method, sweep, tuned, given)
     with as_flags(ARGUMENTS):
-        folder, settings = check_place(output, force=force), _settings(how)
+        folder, settings = check_place(output, force=force, manifest=NAME, kind="ladder"), _settings(how)
     out = console()
     with bar(out) as progress, as_flags((*ARGUMENTS, *given)):
         progress("loading torch", 0.0)

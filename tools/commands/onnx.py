@@ -54,20 +54,7 @@ from .output_options import input_words, output_options, output_words, split_out
 @click.option("-o", "--output", metavar="FILE", help="Default: MODEL.METHOD.onnx in this directory.")
 @click.option("--force", is_flag=True, help="Replace the output file.")
 @click.option("--json", "as_json", is_flag=True, help="The summary as JSON on stdout.")
-def command(
-    method,
-    batch,
-    dtype,
-    target,
-    calib,
-    opset,
-    simplify,
-    plugin,
-    output,
-    force,
-    as_json,
-    **options,
-):
+def command(method, batch, dtype, target, calib, output, force, as_json, **options):
     """Export a ViT, reduced or not, to a static ONNX file.
 
     tokexport onnx --method tome --r 13 -o vit.onnx
@@ -76,7 +63,8 @@ def command(
     from ...export.files import check_output
     from ..show.terminal import console, print_json, stages
 
-    images, outputs = _batch(batch), split_outputs(options)
+    images, asked = _batch(batch), split_outputs(options)
+    asked |= {name: options.pop(name) for name in ("opset", "simplify", "plugin")}
     model, options = split(options)
     check_precision(dtype, calib, target=target)
     inputs = [model["checkpoint"], model["predictor"], *calib]
@@ -91,7 +79,7 @@ def command(
         loaded = load(model)
         with as_flags(options):
             schedule = loaded.schedule(method, **options)
-        with as_flags((*options, *outputs, "opset", "dtype", "batch", "predictor")):
+        with as_flags((*options, *asked, "dtype", "batch", "predictor")):
             result = export_onnx(
                 loaded,
                 schedule,
@@ -102,10 +90,7 @@ def command(
                 force=force,
                 progress=progress,
                 batch=images,
-                opset=opset,
-                simplify=simplify,
-                plugin=plugin,
-                **outputs,
+                **asked,
             )
     notes = [*loaded.notes, *schedule.notes]
     if learned and not loaded.heads:

@@ -58,7 +58,7 @@ def run(folder: Path, as_json: bool, out, *, methods: tuple[str, ...]) -> None:
         files = {m: _export(folder, m, layers, progress) for m in methods}
         speedups = _time(files, progress)
         for method, result in files.items():
-            rows.append(_row(folder, method, result, images, speedups[method], progress))
+            rows.append(_row(folder, method, result=result, images=images, speedup=speedups[method], progress=progress))
     if as_json:
         print_json({"images": n, "batch": BATCH, "rows": rows})
     else:

@@ -30,7 +30,7 @@ def run(folder: Path, as_json: bool, out) -> None:
             "           MACs are multiply-accumulates: the arithmetic of one image"
         )
         results = {
-            name: _export(folder, checkpoint, name, method, progress, out)
+            name: _export(folder, checkpoint, name=name, method=method, progress=progress, out=out)
             for name, method in (("dense", "none"), (f"tome r={R}", "tome"))
         }
         out.print(
