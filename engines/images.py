@@ -33,7 +33,7 @@ def find_images(names: str | Path | list[str | Path]) -> list[Path]:
         if path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
             if not inside:
-                raise UsageError(f"images: folder {path} has no image ({', '.join(SUFFIXES)})")
+                raise UsageError(f"images: folder {path} has no image{_below(path)}")
             paths += inside
         elif path.is_file():
             paths.append(path)
@@ -42,6 +42,19 @@ def find_images(names: str | Path | list[str | Path]) -> list[Path]:
     if not paths:
         raise UsageError("images: none were given: wanted files or folders")
     return paths
+
+
+def _below(folder: Path) -> str:
+    """Where the images of a folder without any are, in words."""
+    below = [
+        p.name
+        for p in sorted(folder.iterdir())
+        if p.is_dir() and any(q.suffix.lower() in SUFFIXES for q in p.iterdir())
+    ]
+    if not below:
+        return f" ({', '.join(SUFFIXES)})"
+    names = ", ".join(below[:3]) + (", ..." if len(below) > 3 else "")
+    return f" itself, only in its folders {names}: name those, e.g. {folder / below[0]}"
 
 
 def read_image(path: str | Path, channels: int = 3):

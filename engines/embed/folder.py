@@ -25,6 +25,11 @@ from .columns import Column
 
 NAME, LISTING, PARTS, ERRORS, LOCK = "manifest.json", "images.txt", "parts", "errors", ".lock"
 OWN = {NAME, LISTING, PARTS, ERRORS, LOCK}
+OTHER = {
+    "sha256": "another file",
+    "data_sha256": "other images",
+    "data": "images of another kind",
+}  # fields whose values say nothing
 
 
 @dataclass(frozen=True)
@@ -175,10 +180,13 @@ def begin(folder: Path, manifest: EmbedManifest) -> EmbedManifest:
     for side in (ours, theirs):
         side["columns"] = " ".join("x".join(map(str, (c["name"], *c["shape"]))) for c in side["columns"])
     if unlike:
-        words = "; ".join(f"{name} was {_short(theirs[name])}, is {_short(ours[name])}" for name in unlike[:3])
+        told = lambda name: (
+            OTHER.get(name) or f"{name.replace('_', ' ')} was {_short(theirs[name])}, is {_short(ours[name])}"
+        )
+        words = "; ".join(dict.fromkeys(map(told, unlike)))
         raise UsageError(
             f"output {folder} holds another run ({words}): give force to start anew, or another folder; a run goes on "
-            f"only with the same file, images and columns"
+            f"only with the same file, images, columns and part size"
         )
     return earlier
 

@@ -73,8 +73,7 @@ class Budget:
             return f"{self.value:g} times the dense model's speed"
         if self.kind == "latency_ms":
             return f"{self.value:g} ms a run"
-        scale, unit = (1e9, "G") if self.value >= 1e9 else (1e6, "M")
-        return f"{self.value / scale:.4g} {unit} multiply-accumulates an image"
+        return f"{self._macs(self.value)} multiply-accumulates an image"
 
     def reached_words(self, ms: float, macs: int, *, dense_ms: float) -> str:
         """What a schedule comes to, in the budget's own unit.
@@ -84,4 +83,9 @@ class Budget:
         """
         if self.kind == "speedup":
             return f"{dense_ms / ms:.3f} times"
-        return f"{ms:.2f} ms" if self.kind == "latency_ms" else f"{macs / 1e9:.4g} G"
+        return f"{ms:.2f} ms" if self.kind == "latency_ms" else self._macs(macs)
+
+    def _macs(self, macs: float) -> str:
+        """In the unit of the budget, so that two of them can be compared."""
+        scale, unit = (1e9, "G") if self.value >= 1e9 else (1e6, "M")
+        return f"{macs / scale:.4g} {unit}"

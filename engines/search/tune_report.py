@@ -153,8 +153,13 @@ class TuneReport:
     def _speed_words(self, row: TuneRow) -> str:
         time = f"{row.measured_ms:.2f} ms a run instead of {self.dense_ms:.2f}"
         spread = f"{row.speedup:.3f} times ({row.speedup_low:.3f} to {row.speedup_high:.3f})"
+        gain = (
+            ""
+            if row.speedup > 1
+            else " That is no faster than the dense model: fewer multiply-accumulates gain nothing here."
+        )
         return (
-            f"{row.name}: {time} in {self.runtime}, {spread}; asked were {self.budget.words}. "
+            f"{row.name}: {time} in {self.runtime}, {spread}; asked were {self.budget.words}.{gain} "
             f"MACs fall by {row.macs_ratio:.3f}, the prediction was {row.predicted_ms:.2f} ms."
         )
 

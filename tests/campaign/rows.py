@@ -143,8 +143,8 @@ ROWS = {
     ),
     "inspect": Row(
         "inspect {onnx}",
-        others=("inspect {beside}", "inspect {plan}", "inspect {calls}"),
-        contradictions=("{dense}", "= inspect {checkpoint}", "= inspect {photo}", "= inspect {bundle}"),
+        others=("inspect {beside}", "inspect {plan}", "inspect {calls}", "inspect {bundle}"),
+        contradictions=("{dense}", "= inspect {checkpoint}", "= inspect {photo}", "= inspect {photos}"),
     ),
     "run": Row(
         "run {onnx} {photo}",

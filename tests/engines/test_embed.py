@@ -288,9 +288,9 @@ def test_another_job_is_refused_and_force_starts_anew(whole, exported, photos, p
     file, options = exported("tiny_vit"), EmbedOptions(columns=("class",))
     with pytest.raises(UsageError, match="another run.*columns"):
         embed(file, photos[0], output=out, options=options)
-    with pytest.raises(UsageError, match="another run.*data"):
+    with pytest.raises(UsageError, match="another run.*other images"):
         embed(file, parquet, output=out)
-    with pytest.raises(UsageError, match="another run.*sha256"):
+    with pytest.raises(UsageError, match="another run.*another file"):
         model = onnx.load(file)
         model.doc_string = "another file"
         onnx.save(model, tmp_path / "other.onnx")

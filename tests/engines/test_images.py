@@ -181,3 +181,15 @@ def test_what_is_stated_stands_in_place_of_the_models_own():
     assert (p.mean, p.std, p.interpolation, p.crop) == ((0.5,) * 3, (1.0, 2.0, 3.0), "lanczos", 0.8)
     assert words(p) == "24x24, center crop 0.8, lanczos, mean 0.5, std 1 2 3"
     assert words(GREY) == "24x24, in grey, center crop 1, bicubic, mean 0.5, std 0.25"
+
+
+def test_a_folder_whose_images_lie_deeper_says_where(tmp_path):
+    for name in ("0", "1", "2", "3"):
+        (tmp_path / name).mkdir()
+        photo().save(tmp_path / name / "a.png")
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(
+        UsageError, match=r"no image itself, only in its folders 0, 1, 2, \.\.\.: name those, e\.g\. .*/0$"
+    ):
+        find_images(tmp_path)
+    assert len(find_images([tmp_path / "0", tmp_path / "1"])) == 2

@@ -66,3 +66,16 @@ def test_a_folder_in_place_of_a_file_says_which_file(tmp_path):
     (tmp_path / "ladder" / "ladder.json").write_text("{}")
     (tmp_path / "ladder" / "0.onnx").write_text("")
     assert "is a ladder: wanted a file in it, e.g. " in str(run("run", tmp_path / "ladder", tmp_path).exception)
+
+
+def test_inspect_takes_a_bundle_and_looks_at_its_file(tmp_path):
+    from tokexport.engines.bundle.write import write_bundle
+    from tokexport.tools.demo import samples
+
+    path = tmp_path / "small.onnx"
+    assert run("onnx", *TINY, "--method", "tome", "--r", 2, "-o", path).exit_code == 0
+    write_bundle(path, tmp_path / "b", images=samples.sample_photos(), n_images=1)
+    wanted, got = (json.loads(run("inspect", place, "--json").stdout) for place in (path, tmp_path / "b"))
+    assert got["provenance"] == wanted["provenance"]
+    (tmp_path / "b" / "small.onnx").write_bytes(path.read_bytes() + b"\0")
+    assert "bytes, wanted" in str(run("inspect", tmp_path / "b").exception)

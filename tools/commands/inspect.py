@@ -9,14 +9,15 @@ import click
 @click.argument("file")
 @click.option("--json", "as_json", is_flag=True, help="Everything as JSON on stdout.")
 def command(file, as_json):
-    """Show what FILE (ONNX, an engine or a ladder) is: provenance, tokens per block, MACs, operators, what builders refuse."""
+    """Show what FILE (ONNX, an engine, a bundle or a ladder) is: provenance, tokens per block, MACs, operators, what builders refuse."""
+    from ...engines.bundle.target import file_of
     from ...engines.files import EngineInspection, inspect_file
     from ...engines.ladder_manifest import is_ladder
     from ..show.terminal import print_json
 
     if is_ladder(file):
         return _ladder(file, as_json)
-    inspection = inspect_file(file)
+    inspection = inspect_file(file_of(file))
     if isinstance(inspection, EngineInspection):
         layers = _layers(file)
         if as_json:

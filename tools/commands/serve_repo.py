@@ -26,7 +26,7 @@ import click
 @click.option("--force", is_flag=True, help="Replace a repository that is there.")
 @click.option("--json", "as_json", is_flag=True, help="What was written as JSON on stdout.")
 def command(bundles, output, as_json, **choices):
-    """Write a Triton model repository of BUNDLES: photo in, answer out, requests put together in batches.
+    """Write a Triton model repository of BUNDLES: photo in (of a file made with --input uint8: pixels in), answer out, requests put together in batches.
 
     tokexport serve-repo vit-bundle -o repository --kserve
     """
@@ -38,7 +38,9 @@ def command(bundles, output, as_json, **choices):
         progress("writing the repository")
         served = write_repository(list(bundles), output, options=ServeOptions(**choices))
     for model in served:
-        what = "photos as they lie on disk" if model.input == "photo" else f"the file's own input {model.input!r}"
+        what = "photos as they lie on disk"
+        if model.input != "photo":
+            what = f"the file's own input {model.input!r}, pixels that the client has decoded and resized"
         b = model.batching
         batch = f"up to {b.most}" if b.most else "one size"
         words = (

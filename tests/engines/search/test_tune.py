@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -198,6 +199,13 @@ def test_a_budget_of_macs_is_counted(tiny, photos, clock, tmp_path):
     dense = macs.count(inspect_dims(loaded), Schedule("none", 65, 1, 6))
     report = run(loaded, photos, tmp_path / "a.onnx", Budget("macs", dense * 0.7), methods=("tome", "evit"))
     assert report.passed and report.chosen.macs <= dense * 0.7 and {r.method for r in report.rows} == {"tome", "evit"}
+
+
+def test_a_choice_that_is_no_faster_is_told(tiny, photos, clock, tmp_path):
+    report = run(tiny("tiny_vit"), photos, tmp_path / "a.onnx", Budget("macs", 9e6), methods=("tome",))
+    told = lambda speedup: replace(report, rows=(replace(report.chosen, speedup=speedup),)).words()[0]
+    assert "no faster than the dense model" in told(0.99) and "no faster" not in told(1.2)
+    assert report.budget.reached_words(1.0, 9_500_000, dense_ms=1.0) == "9.5 M"
 
 
 def inspect_dims(loaded):
