@@ -4,7 +4,6 @@ One build serves all tests, with the address and undefined-behaviour sanitizers 
 memory too.
 """
 
-import importlib.util
 import json
 import os
 import shutil
@@ -13,8 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
-from safetensors.numpy import load_file, save_file
 from tokexport.engines.bundle.folder import sha256_of
 from tokexport.engines.bundle.write import write_bundle
 from tokexport.engines.images import crop, normalise
@@ -23,53 +20,16 @@ from tokexport.tools.demo import digits
 
 from tokexport import export_onnx, load_model, open_runner
 
-SOURCE = Path(__file__).parents[2] / "engines" / "cpp"
+from .broken_bundles import BROKEN, changed, other_decision
+from .cpp_build import HEADERS, NO_HEADERS, SOURCE, built, needed_programs, package_folder
+from .image_kinds import image_kinds
+
 pytestmark = pytest.mark.programs
 
 
-def package_folder(package, inside):
-    spec = importlib.util.find_spec(package)
-    folders = [Path(d) / inside for d in (spec.submodule_search_locations if spec else []) or []]
-    return next((str(f) for f in folders if f.is_dir()), None)
-
-
-def first(*folders):
-    return next((f for f in folders if f and os.path.isdir(f)), None)
-
-
-HEADERS = {
-    "onnxruntime": first(os.environ.get("ONNXRUNTIME_INCLUDE_DIR"), "/usr/include/onnxruntime"),
-    "tensorrt": first(os.environ.get("TENSORRT_INCLUDE_DIR"), package_folder("kernel_lens", "include/tensorrt")),
-    "cuda": first(
-        os.environ.get("CUDA_INCLUDE_DIR"),
-        package_folder("triton", "backends/nvidia/include"),
-        "/usr/local/cuda/include",
-    ),
-}
-NO_HEADERS = "no headers of ONNX Runtime: set ONNXRUNTIME_INCLUDE_DIR (engines/cpp/onnxruntime_headers.sh finds them)"
 ONNXRUNTIME = pytest.param("onnxruntime", marks=pytest.mark.skipif(not HEADERS["onnxruntime"], reason=NO_HEADERS))
 RUNTIMES = [pytest.param("openvino"), ONNXRUNTIME]
 ANY = ("--runtime", "onnxruntime") if HEADERS["onnxruntime"] else ()  # the one that starts faster under the sanitizers
-
-
-def built(folder, *options):
-    """Configure and build; one job at a time, since compiling takes memory."""
-    done = subprocess.run(["cmake", "-S", SOURCE, "-B", folder, *options], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    done = subprocess.run(["cmake", "--build", folder, "-j", "2"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "warning:" not in done.stdout + done.stderr
-    return folder
-
-
-def needed_programs():
-    missing = [p for p in ("cmake", "g++") if shutil.which(p) is None]
-    missing += [
-        h
-        for h in ("jpeglib.h", "png.h")
-        if not any(Path(d, h).is_file() for d in ("/usr/include", "/usr/local/include"))
-    ]
-    return missing
 
 
 @pytest.fixture(scope="session")
@@ -178,75 +138,6 @@ def _preprocess(bundle):
     return {k: values[k] for k in ("size", "mean", "std", "interpolation", "crop", "crop_mode")}
 
 
-def image_kinds(folder):
-    """Some forty photos of all kinds, written to a folder."""
-    random = np.random.default_rng(3)
-
-    def photo(w, h, mode="RGB"):
-        bands = {"RGB": 3, "RGBA": 4, "L": 1, "LA": 2, "CMYK": 4}[mode]
-        small = random.integers(0, 256, (max(h // 6, 2), max(w // 6, 2), bands), dtype=np.uint8)
-        image = (
-            Image.fromarray(small[..., 0] if bands == 1 else small, mode if mode != "CMYK" else None)
-            if mode != "CMYK"
-            else Image.frombytes("CMYK", small.shape[1::-1], small.tobytes())
-        )
-        return image.resize((w, h), Image.Resampling.BICUBIC)
-
-    def save(name, image, **options):
-        image.save(folder / name, **options)
-
-    for i, (w, h) in enumerate([(32, 32), (33, 47), (201, 64), (64, 203), (31, 31), (7, 5), (640, 427), (1, 40)]):
-        save(f"jpeg_{i}.jpg", photo(w, h), quality=90, subsampling=i % 3)
-        save(f"png_{i}.png", photo(w, h))
-    for w, h in ((30, 37), (80, 85), (144, 85), (27, 118), (20, 21)):
-        save(f"noise_{w}.png", Image.fromarray(random.integers(0, 256, (h, w, 3), dtype=np.uint8)))
-    save("progressive.jpg", photo(90, 61), progressive=True)
-    save("grey.jpg", photo(77, 50, "L"))
-    save("cmyk.jpg", photo(80, 60, "CMYK"))
-    save("coarse.jpg", photo(99, 101), quality=5)
-    for turn in range(1, 9):
-        exif = Image.Exif()
-        exif[0x0112] = turn
-        save(f"turned_{turn}.jpg", photo(60, 41), exif=exif)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    save("turned.png", photo(50, 33), exif=exif)
-    save("alpha.png", photo(50, 61, "RGBA"))
-    save("grey_alpha.png", photo(45, 41, "LA"))
-    save("grey.png", photo(44, 60, "L"))
-    save("palette.png", photo(70, 40).quantize(40))
-    save("two_colours.png", photo(70, 40, "L").convert("1"))
-    save("palette_clear.png", photo(60, 40).quantize(16), transparency=3)
-    save(
-        "clear_colour.png",
-        Image.fromarray(np.repeat(random.integers(0, 3, (40, 40, 1), dtype=np.uint8), 3, 2)),
-        transparency=(1, 1, 1),
-    )
-    save("few_greys.png", Image.fromarray(random.integers(0, 16, (40, 44), dtype=np.uint8) * 17), bits=4)
-    save("deep_grey.png", Image.fromarray(random.integers(0, 65536, (40, 50), dtype=np.uint16)))
-    info = PngImagePlugin.PngInfo()
-    info.add_text("Title", "a photo")
-    save("text.png", photo(48, 48), pnginfo=info)
-    _deep_colour(folder / "deep_colour.png", random.integers(0, 65536, (37, 30, 3), dtype=np.uint16))
-    return sorted(folder.iterdir())
-
-
-def _deep_colour(path, values):
-    """An RGB PNG of 16 bits, which Pillow does not write."""
-    import struct
-    import zlib
-
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    )
-
-
 @pytest.fixture(scope="session")
 def kinds(tmp_path_factory):
     """Folder's files, among them noise, which shows every rounding."""
@@ -306,26 +197,6 @@ def test_the_proof_passes(program, bundles, runtime, name):
     )
 
 
-def changed(folder, edit):
-    """Change a proof's tensors, and what the manifest says of the file."""
-    tensors = load_file(folder / "proof.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "proof.safetensors")
-    values = json.loads((folder / "tokexport.json").read_text())
-    values["proof"]["file"].update(
-        sha256=sha256_of(folder / "proof.safetensors"), size=(folder / "proof.safetensors").stat().st_size
-    )
-    (folder / "tokexport.json").write_text(json.dumps(values))
-
-
-def other_decision(tensors, margin):
-    """A token of the first image that stays in block 1 is said to have been folded."""
-    host = tensors["host.block1"]
-    row = next(r for r in range(3, host.shape[1]) if host[0, r] == r and np.isfinite(tensors["margin.block1"][0, 0, r]))
-    host[0, row] = host[0, host[0] != np.arange(host.shape[1])][0]
-    tensors["margin.block1"][0, 0, row] = margin
-
-
 def test_a_wrong_proof_fails_and_a_near_tie_does_not(program, bundles, tmp_path):
     faults = {
         "output": lambda t: t["reference.logits"].__setitem__((1, 0), 100),
@@ -344,21 +215,6 @@ def test_a_wrong_proof_fails_and_a_near_tie_does_not(program, bundles, tmp_path)
     changed(folder, lambda t: (other_decision(t, 1e-5), t["reference.logits"].__setitem__((0, 0), 100)))
     report = json.loads(program("verify", folder, "--json", *ANY))
     assert [i["verdict"] for i in report["images"]] == ["flipped", "equal", "equal", "equal"]
-
-
-BROKEN = {
-    "[9, 0]": (lambda v: v.update(format=[9, 0]), "format 9"),
-    "need": (lambda v: v.update(needs=["telepathy"]), "telepathy"),
-    "a way out": (lambda v: v["file"].update(name="../x.onnx"), "plain name"),
-    "labels": (lambda v: v.update(labels=["a"]), "1 of 10 classes"),
-    "size": (lambda v: v["preprocessing"].update(size=[30, 30]), "does not give what the input takes"),
-    "hash": (lambda v: v["file"].update(sha256="0" * 64), "SHA-256"),
-    "bytes": (lambda v: v["file"].update(size=5), "wanted 5"),
-    "field": (lambda v: v.pop("activation"), "'activation' is missing"),
-    "kind": (lambda v: v.update(classes="ten"), "wanted a whole number"),
-    "filter": (lambda v: v["preprocessing"].update(interpolation="psychic"), "not known"),
-    "counts": (lambda v: v["decisions"][0].update(n_kept=10**9), "do not fit"),
-}
 
 
 @pytest.mark.parametrize("fault", BROKEN)
