@@ -215,7 +215,7 @@ def test_wrong_arguments_are_one_error_and_nothing_is_written(bundles, photos, e
     for names, options, text in (
         ([], [], "BUNDLE"),
         ([photos], [], "has no tokexport.json"),
-        ([exported("tiny_vit")], [], "no such folder"),
+        ([exported("tiny_vit")], [], "is a file: wanted a bundle"),
         ([tmp_path / "nothing"], [], "no such folder"),
         ([bundles / "any"], ["--backend", "tensorrt"], "wanted onnxruntime or openvino or python"),
         ([bundles / "any"], ["--backend", "python", "--device", "gpu"], "runs on the cpu"),

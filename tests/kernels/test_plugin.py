@@ -284,14 +284,15 @@ def cached(fake, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def files(tiny, tmp_path_factory):
-    """Files of the tiny model: "dense", and ToMe with calls, with and without sizes in the attention."""
+    """Files of the tiny model: "dense", ToMe with calls, with and without sizes in the attention, and ToMe without calls."""
     from tokexport import export_onnx
 
     folder, loaded = tmp_path_factory.mktemp("files"), tiny("tiny_vit")
     schedules = {"dense": loaded.schedule("none"), "sized": loaded.schedule("tome", r=8)}
     schedules["plain"] = loaded.schedule("tome", r=8, prop_attn=False)
+    schedules["bodies"] = schedules["sized"]
     for name, schedule in schedules.items():
-        export_onnx(loaded, schedule, folder / f"{name}.onnx", batch=1, plugin=name != "dense")
+        export_onnx(loaded, schedule, folder / f"{name}.onnx", batch=1, plugin=name in ("sized", "plain"))
     return {name: folder / f"{name}.onnx" for name in schedules}
 
 
@@ -339,7 +340,7 @@ def test_an_engine_with_the_plugin_is_refused_where_it_cannot_run(cached, files)
     with refuse("compute-capability 75: the plugin has no kernels for it"):
         build_engine(files["sized"], dry_run=True, builder="rtx", plugin=True, capabilities=("75",))
     with refuse("has no TokenReduce nodes"):
-        build_engine(files["dense"], dry_run=True, builder="rtx", plugin=True)
+        build_engine(files["bodies"], dry_run=True, builder="rtx", plugin=True)
     cached.unlink()
     with refuse("TensorRT is not built"):
         build_engine(files["sized"], dry_run=True, builder="rtx", plugin=True)
