@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from .cases import DEIT, KWARGS, METHOD_CASES, TINY
+from .cases import DEIT, KWARGS, METHOD_CASES, METHODS, TINY
 
 GOLDEN = Path(__file__).parent / "golden"
 FAST_FIRST = (
@@ -35,12 +35,12 @@ def pytest_configure(config):
 
 
 def pytest_generate_tests(metafunc):
-    """A test with an argument `options` runs for every row of METHOD_CASES; it is what `schedule_of` and `exported` take. Marked
-    `fast_methods("tome", ...)`, all other rows are slow.
+    """A test with an argument `options` runs for every row of METHOD_CASES; it is what `schedule_of` and `exported` take. Rows of
+    variants are slow; marked `fast_methods("tome", ...)`, all rows but those are.
     """
     if "options" in metafunc.fixturenames:
         mark = metafunc.definition.get_closest_marker("fast_methods")
-        fast = METHOD_CASES if mark is None else mark.args
+        fast = METHODS if mark is None else mark.args
         slow = lambda name: () if name in fast else pytest.mark.slow
         rows = [
             pytest.param({"method": name.split()[0], **options}, id=name, marks=slow(name))

@@ -19,6 +19,8 @@ from tokexport.tools.cli import group
 
 from tokexport import UsageError, open_runner
 
+from ..cases import mostly_slow
+
 
 @pytest.fixture(scope="module")
 def tome(exported):
@@ -248,7 +250,7 @@ def test_a_measuring_process_that_dies_is_one_error(tome):
         jobs.measure_in_processes(job, 2)
 
 
-@pytest.mark.parametrize("batch", [None, 1])
+@pytest.mark.parametrize("batch", mostly_slow([None, 1], None))
 def test_the_bound_has_the_counts_and_no_matching(options, batch, exported):
     """Of every method: it runs, and neither a choice nor a scatter is left in it."""
     if options["method"] == "none":

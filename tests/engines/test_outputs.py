@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import onnx
@@ -134,8 +135,9 @@ def test_outputs_that_do_not_go_together_are_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("form", ["uint8", "uint8-nchw"])
-@pytest.mark.parametrize("batch", [None, 1])
+@pytest.mark.parametrize(
+    "form, batch", mostly_slow(product(["uint8", "uint8-nchw"], [None, 1]), ("uint8", None), ("uint8-nchw", 1))
+)
 def test_pixels_give_what_normalised_images_give(written, photos, form, batch):
     plain, pixels = written("tome", batch=batch), written("tome", batch=batch, input=form)
     p = inspect(pixels).provenance

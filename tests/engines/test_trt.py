@@ -32,7 +32,7 @@ def tome(exported):
     return exported("tiny_vit", method="tome", r=8)
 
 
-@pytest.mark.parametrize("batch", [1, None])
+@pytest.mark.parametrize("batch", mostly_slow([1, None], 1))
 @pytest.mark.parametrize("precision", KINDS)
 @pytest.mark.parametrize("method", mostly_slow(METHODS, "none", "tome", "evit"))
 def test_every_method_is_built_in_every_precision(method, precision, batch, exported, method_cases, tmp_path):

@@ -19,6 +19,8 @@ from tokexport.export.step import Step
 
 from tokexport import UsageError, export_onnx
 
+from ..cases import mostly_slow
+
 
 def _parameter_shapes(model) -> set[int]:
     """How many axes biases of linear layers and parameters of LayerNormalization have; a step adds columns and rows of its own."""
@@ -242,10 +244,10 @@ def test_other_operator_sets_are_refused(opset, tiny, schedule_of, tmp_path):
         export_onnx(loaded, schedule_of(loaded.module, 8), tmp_path / "v.onnx", opset=opset)
 
 
-SORTED = pytest.mark.parametrize("kind, batch", [("tiny_vit", 1), ("tiny_vit", None), ("tiny_vit_nocls", 3)])
+SORTS = [("tiny_vit", 1), ("tiny_vit", None), ("tiny_vit_nocls", 3)]
 
 
-@SORTED
+@pytest.mark.parametrize("kind, batch", mostly_slow(SORTS, ("tiny_vit", None)))
 def test_where_many_stay_the_few_that_go_are_sorted(
     kind, batch, tiny, schedule_of, exported, run_onnx, golden, relative, tmp_path, monkeypatch
 ):

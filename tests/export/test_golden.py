@@ -32,6 +32,10 @@ PER_BLOCK = TOME | {"keep_idx", "drop_idx", "host_idx", "score", "cls_attn", "or
 TOLERANCE = 2e-4
 UNITS = sorted({k.rsplit(".", 1)[0] for k in np.load(FOLDER / "units.npz").files if k.startswith("tome.")})
 OWN, ALWAYS, NEVER = None, 0, 10**9  # tokens from which a step is in the gather form; OWN is the exporter's choice
+SLOW = {
+    (3, OWN),
+    (None, ALWAYS),
+}  # the golden numbers of the reference are tested for every case, these by `make test-all`
 FORMS = {
     **{m: [(1, OWN), (3, OWN), (None, OWN)] for m in ("evit", "etps", "diffrate", "dtps", "dynamicvit")},
     "base": [(1, OWN), (None, OWN)],
@@ -42,6 +46,7 @@ GRAPHS = [
         name,
         *form,
         id=f"{name}-batch {form[0] or 'any'}-{ {OWN: 'own form', ALWAYS: 'gather', NEVER: 'matmul'}[form[1]] }",
+        marks=[pytest.mark.slow] if form in SLOW else [],
     )
     for name, case in TESTED.items()
     for form in FORMS[case["method"]]

@@ -36,7 +36,7 @@ def wrong_types(model, low):
     return wrong
 
 
-@pytest.mark.parametrize("batch", [1, None])
+@pytest.mark.parametrize("batch", mostly_slow([1, None], None))
 @pytest.mark.parametrize("dtype", LOW)
 def test_every_stage_has_its_type(dtype, batch, options, typed):
     model = onnx.load(typed(dtype, batch, **options))
@@ -80,6 +80,7 @@ def test_fp16_passes_its_own_tolerance_and_not_that_of_float32(runtime, options,
     assert report.outputs[0].max_rel > 1e-5, "rounding is to be seen"
 
 
+@pytest.mark.fast_methods("none", "tome", "diffrate", "pitome")
 def test_bf16_runs_in_openvino_and_is_refused_by_onnxruntime(options, typed):
     report = verify(typed("bf16", **options), runtime="openvino")
     assert report.passed and report.outputs[0].max_rel > 1e-4, report.summary()

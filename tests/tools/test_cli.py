@@ -204,7 +204,7 @@ def method_arguments(method):
 
 
 @pytest.mark.parametrize("batch", mostly_slow([1, "dynamic"], 1))
-@pytest.mark.parametrize("method", reducers.TABLE)
+@pytest.mark.parametrize("method", mostly_slow(reducers.TABLE, "tome", "evit", "diffrate", "dtem"))
 def test_every_method_is_exported_inspected_and_verified(call, tmp_path, monkeypatch, method, batch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rates.json").write_text(
