@@ -163,7 +163,10 @@ def test_setuptools_installs_every_folder_and_type_marker():
     settings = PROJECT["tool"]["setuptools"]
     folders = {path.parent for path in sources(*ROOMS)}
     assert not [folder for folder in folders if not (folder / "__init__.py").exists()]
-    parts = (folder.relative_to(ROOT).parts for folder in folders)
+    data = {
+        path.parent for kind in ("cpp/**/*", "web/page/*") for path in ROOT.glob(f"engines/{kind}") if path.is_file()
+    }
+    parts = (folder.relative_to(ROOT).parts for folder in folders | data)
     assert sorted(settings["packages"]) == sorted(
         ".".join(("tokexport", *p)).replace("tokexport.tokexport", "tokexport") for p in parts
     )
