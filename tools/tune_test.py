@@ -1,11 +1,13 @@
-"""How good `tokexport tune` is, measured: its predictions, and its choice on photos that it has not seen.
+"""How good `tokexport tune` and `tokexport rates learn` are, measured: predictions, and choices on photos that they have not seen.
 
     python -m tokexport.tools.tune_test prediction --runtime openvino --dtype bf16
     python -m tokexport.tools.tune_test choice tuned.onnx --images other-photos/ --limit 120
+    python -m tokexport.tools.tune_test rates learned.onnx --published deit_small@2.9 --images other-photos/ --limit 120
 
 `prediction` times six schedules that were not used for the fit, interleaved with the dense model, and compares them with the latency model.
 `choice` compares a file that tune wrote with ToMe at one r for all blocks at the same measured time, on other photos: the distance of ToMe is read
-between the two r whose times lie around the file's, image by image, so that the difference has a standard error.
+between the two r whose times lie around the file's, image by image, so that the difference has a standard error. `rates` compares a file
+of DiffRate with learned counts with the same model under published counts.
 """
 
 from __future__ import annotations
@@ -125,6 +127,33 @@ def choice(args) -> dict:
     }
 
 
+def rates(args) -> dict:
+    """The distances from the dense model, on other photos, under a file's counts and under published ones, and what both cost."""
+    from ..engines.files import inspect_file
+    from ..engines.images import find_images, load_images
+    from ..export.rebuild import rebuild
+
+    provenance = inspect_file(args.file).provenance
+    loaded = rebuild(provenance, args.file, checkpoint=args.checkpoint)
+    photos, _ = chosen_photos(find_images(args.images), None, limit=args.limit, seed=0)
+    schedules = {"learned": provenance.schedule, "published": loaded.schedule("diffrate", rates=args.published)}
+    meter = ErrorMeter(loaded, load_images(photos, loaded.preprocess), progress=lambda done: _say("dense", done))
+    errors = {name: meter.errors(schedule).distances for name, schedule in schedules.items()}
+    dims = as_plain(loaded.module).dims
+    cost = {name: macs.count(dims, schedule) for name, schedule in schedules.items()}
+    return {
+        "file": str(args.file),
+        "published": args.published,
+        "photos": len(photos),
+        "macs_ratio": {name: macs.count(dims, macs.dense(schedules[name])) / n for name, n in cost.items()},
+        "error": {name: float(e.mean()) for name, e in errors.items()},
+        "learned_over_published": float(errors["learned"].mean() / errors["published"].mean()),
+        "standard_error": float(
+            (errors["learned"] - errors["published"]).std(ddof=1) / len(photos) ** 0.5 / errors["published"].mean()
+        ),
+    }
+
+
 def _plain(time: FileTime) -> dict:
     return {"ms": time.ms, "speedup": time.speedup.middle}
 
@@ -134,9 +163,9 @@ def _say(text: str, share: float) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one of the two and print JSON; exit code 1 where the choice does not hold, 2 for wrong use, 3 for a runtime that failed."""
+    """Run one of the three and print JSON; exit code 1 where the choice does not hold, 2 for wrong use, 3 for a runtime that failed."""
     parser = argparse.ArgumentParser(
-        prog="python -m tokexport.tools.tune_test", description="How good tune is, measured."
+        prog="python -m tokexport.tools.tune_test", description="How good tune and rates learn are, measured."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     first = commands.add_parser("prediction", help="six schedules that were not used for the fit")
@@ -154,11 +183,17 @@ def main(arguments: list[str] | None = None) -> int:
     second.add_argument("--limit", type=int, default=120)
     second.add_argument("--checkpoint")
     second.add_argument("--r", type=lambda text: [int(r) for r in text.split(",")], default=[10, 12, 14, 16, 18])
+    third = commands.add_parser("rates", help="a file with learned counts against published ones, on other photos")
+    third.add_argument("file", type=Path)
+    third.add_argument("--published", default="deit_small@2.9", help="default %(default)s")
+    third.add_argument("--images", nargs="+", required=True)
+    third.add_argument("--limit", type=int, default=120)
+    third.add_argument("--checkpoint")
     for command in (first, second):
         command.add_argument("--seconds", type=float, default=40.0, help="most time for timing; default %(default)s")
     args = parser.parse_args(arguments)
     try:
-        result = prediction(args) if args.command == "prediction" else choice(args)
+        result = {"prediction": prediction, "choice": choice, "rates": rates}[args.command](args)
     except (UsageError, FailureError) as e:
         print(f"Error: {e}", file=sys.stderr)
         return 2 if isinstance(e, UsageError) else 3

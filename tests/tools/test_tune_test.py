@@ -13,6 +13,8 @@ from tokexport.export.inspection import inspect
 from tokexport.export.provenance import store
 from tokexport.tools import tune_test
 
+from tokexport import export_onnx, load_model
+
 STEP = 0.02  # milliseconds of a reduction
 
 
@@ -70,3 +72,21 @@ def test_the_choice_is_compared_with_one_r_at_the_same_time(exported, photos, tm
     assert "which lies between none of" in capsys.readouterr().err
     assert tune_test.main(["choice", str(source), "--images", str(photos)]) == 2
     assert "was not written by `tokexport tune`" in capsys.readouterr().err
+
+
+def test_learned_counts_are_compared_with_published_ones_at_the_cost_of_each(photos, tmp_path, capsys):
+    """The published counts are at no distance from themselves; counts that keep every token are the dense model."""
+    loaded = load_model("vit_tiny_patch16_224", {"img_size": 64, "embed_dim": 24})
+    every = {"prune_kept": (17,) * 12, "merge_kept": (17,) * 12}
+    results = []
+    for rates in ("deit_small@2.9", every):
+        schedule = loaded.schedule("diffrate", rates=rates)
+        path = export_onnx(loaded, schedule, tmp_path / f"{len(results)}.onnx", simplify=False).path
+        assert tune_test.main(["rates", str(path), "--images", str(photos)]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    same, dense = results
+    assert same["learned_over_published"] == 1 and same["standard_error"] == 0 and same["photos"] == 4
+    assert (
+        same["macs_ratio"]["learned"] == same["macs_ratio"]["published"] > 1.2 == 1.2 * dense["macs_ratio"]["learned"]
+    )
+    assert dense["learned_over_published"] < 1e-3 < dense["error"]["published"] / same["error"]["published"]
