@@ -23,7 +23,7 @@ import numpy as np
 from ..export.errors import EngineError, MissingPackageError, UsageError
 from ..export.files import aside, check_output, read_model, write_model
 from ..export.graph import calls, passes, precision, stages
-from ..export.graph.for_tensorrt import widen_parameters
+from ..export.graph.for_tensorrt import adapt_to_tensorrt
 from ..export.inspection import Inspection, inspect
 from ..export.provenance import store
 from .images import find_images
@@ -90,7 +90,7 @@ def _for_target(proto, weights: dict, target: str) -> tuple:
         _separate_biases(proto.graph)
         return precision.with_shapes(proto, weights), weights
     proto, weights = precision.convert(proto, weights, "fp16")
-    widen_parameters(proto, weights)
+    adapt_to_tensorrt(proto, weights)
     return proto, weights
 
 

@@ -23,7 +23,7 @@ from ..provenance import KEY, TARGETS, Provenance
 from ..schedule import Schedule
 from . import calls, checks, passes, precision
 from .conventional import TRACED_OPSET, conventional
-from .for_tensorrt import widen_parameters
+from .for_tensorrt import adapt_to_tensorrt
 from .static_vit import StaticViT
 from .trace import TRACED, trace
 
@@ -154,7 +154,7 @@ def computed(schedule: Schedule, emission: Emission) -> Schedule:
 
 def _for_target(proto, weights: dict, target: str) -> tuple:
     if target == "tensorrt":
-        widen_parameters(proto, weights)
+        adapt_to_tensorrt(proto, weights)
     passes.set_least_ir_version(proto)
     return proto, weights
 

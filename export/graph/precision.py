@@ -7,6 +7,7 @@ for each value. Which type a precision has is said by its row of `precisions.TAB
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from ..errors import UsageError
 from ..files import read_model, write_model
 from ..provenance import of_model, store
 from . import calls, stages
-from .for_tensorrt import widen_parameters
+from .for_tensorrt import adapt_to_tensorrt
 
 
 def graph_precisions() -> tuple[str, ...]:
@@ -63,7 +64,7 @@ def write_as(path: Path, output: Path, precision: str, *, target: str | None = N
         as_asked = lambda p, w: convert(p, w, precision)
         proto, weights = calls.converted(proto, weights, as_asked, provenance.schedule)
     if target == "tensorrt":
-        widen_parameters(proto, weights)
+        adapt_to_tensorrt(proto, weights)
     store(proto, replace(provenance, precision=precision, target=target or provenance.target))
     return write_model(proto, weights, output)
 
@@ -189,19 +190,25 @@ def _short_name(onnx_type: int) -> str:
 
 
 def _turned_products(nodes: list, casts: set[str]) -> list:
-    """Products A^T B of which B has just been cast, as (B^T A)^T.
+    """Products A^T B of which B has just been cast, as (B^T A)^T; B is cast once more for it where others read it too.
 
-    TensorRT-RTX 1.7 cannot build the first form (a check in its Myelin, tactic.cpp:2418, fails); the second is the same
-    sum. It can go when a newer TensorRT-RTX builds `test_every_method_is_built_in_every_precision` without it.
+    TensorRT-RTX 1.7 cannot build the first form (a check in its Myelin, tactic.cpp:2418, fails), nor the second of a B that
+    is gathered from as well (for the honesty map); what is built is the same sum. Both can go when a newer TensorRT-RTX builds
+    `test_every_method_is_built_in_every_precision` and `test_an_engine_gives_every_output_that_its_file_gives` without.
     """
     from onnx import helper
 
-    out = []
+    out, makers = [], {output: node for node in nodes for output in node.output}
+    n_readers = Counter(name for node in nodes for name in node.input)
     for node in nodes:
         attributes = {a.name: a.i for a in node.attribute}
         turned = attributes.get("transA") and not attributes.get("transB")
         if node.op_type == "Gemm" and turned and len(node.input) == 2 and node.input[1] in casts:
             name, a, b = node.output[0], *node.input
+            if n_readers[b] > 1 and makers[b].op_type == "Cast":
+                source, to = makers[b].input[0], makers[b].attribute[0].i
+                b = f"{name}.own"
+                out.append(helper.make_node("Cast", [source], [b], name=f"{node.name}_own", to=to))
             out.append(helper.make_node("Gemm", [b, a], [f"{name}.T"], name=node.name, transA=1))
             node = helper.make_node("Transpose", [f"{name}.T"], [name], name=f"{node.name}_T", perm=[1, 0])
         out.append(node)

@@ -1,11 +1,9 @@
 """The C++ runtime computes what the Python one does, prepares photos alike, takes many threads, and leaks nothing.
 
-One build serves all tests, with the address and undefined-behaviour sanitizers in it: every run of it is a test of
-memory too.
+Every run of the program is a test of memory too: it is built with sanitizers (conftest.py).
 """
 
 import json
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -21,7 +19,7 @@ from tokexport.tools.demo import digits
 from tokexport import export_onnx, load_model, open_runner
 
 from .broken_bundles import BROKEN, changed, other_decision
-from .cpp_build import HEADERS, NO_HEADERS, SOURCE, built, needed_programs, package_folder
+from .cpp_build import HEADERS, NO_HEADERS, SOURCE, package_folder
 from .image_kinds import image_kinds
 
 pytestmark = pytest.mark.programs
@@ -30,58 +28,6 @@ pytestmark = pytest.mark.programs
 ONNXRUNTIME = pytest.param("onnxruntime", marks=pytest.mark.skipif(not HEADERS["onnxruntime"], reason=NO_HEADERS))
 RUNTIMES = [pytest.param("openvino"), ONNXRUNTIME]
 ANY = ("--runtime", "onnxruntime") if HEADERS["onnxruntime"] else ()  # the one that starts faster under the sanitizers
-
-
-@pytest.fixture(scope="session")
-def build(tmp_path_factory):
-    """Folder of the sanitized build."""
-    if needed_programs():
-        pytest.skip(f"not installed: {', '.join(needed_programs())} (apt install cmake g++ libjpeg-dev libpng-dev)")
-    from openvino.utils import get_cmake_path
-
-    options = [
-        f"-DOpenVINO_DIR={get_cmake_path()}",
-        "-DTOKEXPORT_SANITIZE=ON",
-        "-DTOKEXPORT_TESTS=ON",
-        "-DCMAKE_CXX_FLAGS=-O1",
-    ]
-    options += [f"-DONNXRUNTIME_INCLUDE_DIR={HEADERS['onnxruntime']}"] if HEADERS["onnxruntime"] else []
-    if HEADERS["tensorrt"] and HEADERS["cuda"]:
-        options += [f"-DTENSORRT_INCLUDE_DIR={HEADERS['tensorrt']}", f"-DCUDA_INCLUDE_DIR={HEADERS['cuda']}"]
-    kept = os.environ.get("TOKEXPORT_CPP_BUILD")  # a folder to build in again and again while working on it
-    return built(Path(kept) if kept else tmp_path_factory.mktemp("cpp"), "-DCMAKE_BUILD_TYPE=None", *options)
-
-
-@pytest.fixture(scope="session")
-def environment():
-    """Where the libraries are, and what the sanitizers are to report."""
-    library = next(Path(package_folder("onnxruntime", "capi")).glob("libonnxruntime.so.*"))
-    supp = SOURCE / "tests" / "leaks.supp"
-    return {
-        **os.environ,
-        "TOKEXPORT_ONNXRUNTIME": str(library),
-        "LSAN_OPTIONS": f"suppressions={supp}:print_suppressions=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "TBB_ENABLE_SANITIZERS": "1",  # OpenVINO's TBB else opens a library in a way that the address sanitizer refuses
-    }
-
-
-@pytest.fixture(scope="session")
-def program(build, environment):
-    """program(*args, code=0) -> what tokexport-run writes to stdout (bytes); a leak or a bad access fails."""
-
-    def run(*args, code=0, env=None):
-        done = subprocess.run(
-            [build / "tokexport-run", *map(str, args)],
-            capture_output=True,
-            env={**environment, **(env or {})},
-            stdin=subprocess.DEVNULL,
-        )
-        assert done.returncode == code, (args, done.returncode, done.stdout[-500:], done.stderr.decode()[-3000:])
-        assert b"Sanitizer" not in done.stderr and b"runtime error" not in done.stderr
-        return done.stdout if code in (0, 1) else done.stderr.decode()
-
-    return run
 
 
 @pytest.fixture(scope="session")

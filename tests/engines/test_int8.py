@@ -164,6 +164,43 @@ def test_it_passes_its_own_tolerance_and_not_that_of_fp16(target, runtime, metho
     assert report.passed and report.precision == "int8" and report.outputs[0].max_rel > 8e-3, report.summary()
 
 
+@pytest.fixture(scope="module")
+def pixels(tiny, schedule_of, tmp_path_factory):
+    """pixels(target) -> an int8 file that takes uint8 images, and its twin that takes normalised ones, made once."""
+    files, folder, loaded = {}, tmp_path_factory.mktemp("pixels"), tiny("tiny_vit")
+
+    def make(target):
+        for form in ("uint8", "float32") if target not in files else ():
+            plain, path = folder / f"{form}.onnx", folder / f"{form}_{target}.onnx"
+            export_onnx(loaded, schedule_of(loaded.module, 8), plain, batch=1, input=form, force=True)
+            quantize(plain, path, calibration=samples.sample_photos(), target=target)
+            files.setdefault(target, []).append(path)
+        return files[target]
+
+    return make
+
+
+@pytest.mark.parametrize("target, runtime", [("cpu", "ort"), ("cpu", "openvino"), ("tensorrt", "ort")])
+def test_one_that_takes_pixels_passes_its_own_tolerance(target, runtime, pixels):
+    path, _ = pixels(target)
+    provenance = inspect(path).provenance
+    assert (provenance.input, provenance.precision, provenance.calibration) == ("uint8-nhwc", "int8", 2)
+    report = verify(path, samples.sample_photos(), runtime=runtime)
+    assert report.passed and report.precision == "int8", report.summary()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_pixels_calibrate_to_the_scales_of_normalised_images(target, pixels):
+    """So the quantizer was fed what the file takes; that it is one way or the other is no matter of the scales."""
+    scales = []
+    for path in pixels(target):
+        initializers = onnx.load(path).graph.initializer
+        scales.append([onnx.numpy_helper.to_array(i) for i in initializers if "_scale" in i.name])
+    ours, theirs = (np.sort(np.concatenate([v.astype(np.float64).ravel() for v in side])) for side in scales)
+    assert ours.shape == theirs.shape and len(ours) > 24
+    assert np.abs(ours / theirs - 1).max() < 5e-3
+
+
 def test_a_wrong_scale_is_found(quantised, tmp_path):
     model = onnx.load(quantised(method="tome", r=8))
     scales = [i for i in model.graph.initializer if i.name.startswith("blocks.3") and "_scale" in i.name]

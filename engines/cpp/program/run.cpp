@@ -1,4 +1,4 @@
-// tokexport-run: classes or features of photos, the speed and the proof of a bundle, without Python.
+// tokexport-run: classes or features of photos, the speed and the proof of a bundle, the rungs of a ladder, without Python.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -6,9 +6,11 @@
 #include <cstdio>
 #include <iostream>
 #include <numeric>
+#include <optional>
 #include <sstream>
 #include <thread>
 
+#include "tokexport/ladder.hpp"
 #include "tokexport/tokexport.hpp"
 
 namespace {
@@ -16,30 +18,41 @@ namespace {
 using namespace tokexport;
 
 const char kHelp[] =
-    "tokexport-run COMMAND BUNDLE [PHOTOS...] [options]\n"
+    "tokexport-run COMMAND FOLDER [PHOTOS...] [options]\n"
     "\n"
-    "  classify BUNDLE PHOTOS...   the likeliest classes of each photo (JPEG, PNG)\n"
-    "  features BUNDLE PHOTOS...   the feature of each photo\n"
-    "  bench    BUNDLE             milliseconds a run, on the inputs of the proof\n"
+    "FOLDER is a bundle (`tokexport bundle`) or a ladder (`tokexport ladder`). Of a ladder one rung runs: the one with the most\n"
+    "tokens whose run is within --budget-ms, or the fastest where none is. Which one that was is told on stderr.\n"
+    "\n"
+    "  classify FOLDER PHOTOS...   the likeliest classes of each photo (JPEG, PNG)\n"
+    "  features FOLDER PHOTOS...   the feature of each photo\n"
+    "  bench    FOLDER             milliseconds a run, on the inputs of the proof; of a ladder on noise\n"
     "  verify   BUNDLE             run the bundle's proof: exit 0 passed, 1 failed\n"
-    "  input    BUNDLE PHOTOS...   the prepared input as raw values on stdout, [B, C, H, W] float32 (or the uint8 it takes)\n"
-    "  output   BUNDLE PHOTOS...   every output as JSON\n"
+    "  rungs    LADDER             times and errors of its rungs, and which one runs\n"
+    "  input    FOLDER PHOTOS...   the prepared input as raw values on stdout, [B, C, H, W] float32 (or the uint8 it takes)\n"
+    "  output   FOLDER PHOTOS...   every output as JSON\n"
     "\n"
-    "  --runtime NAME        what runs it; default: the first built in that can\n"
+    "  --runtime NAME        what runs it; default: the first built in that can; of a ladder the one it was timed in\n"
     "  --library PATH        the runtime's shared library (ONNX Runtime, TensorRT)\n"
-    "  --threads N           of the processor for one run; default: the runtime's choice\n"
+    "  --threads N           of the processor for one run; default: the runtime's choice; of a ladder those it was timed with\n"
     "  --runtime-precision   let OpenVINO choose what it computes in (bf16 on some processors)\n"
+    "  --share-weights       ONNX Runtime: read weights where their file is mapped; all rungs of a ladder then share them\n"
     "  --allow-host-code     load an engine that carries native code of a plugin\n"
+    "  --budget-ms MS        ladder: time for all photos together, or for a run of bench; default: any\n"
+    "  --times NAME          ladder: stored, measured (here, when it is opened), or auto (measured where the stored ones are of\n"
+    "                        another runtime, thread count or processor)\n"
     "  --top N               classes to show (5)\n"
-    "  --batch N             bench: images a run (1)\n"
+    "  --batch N             bench: images a run (1); rungs: images that share the budget (1)\n"
     "  --runs N, --warmup N  bench: runs that are timed (100), and before them (10)\n"
     "  --concurrency N       bench: threads that run at the same time (1)\n"
     "  --json                JSON on stdout\n";
 
 struct Arguments {
-  std::string command, bundle;
+  std::string command, folder;
   std::vector<std::string> photos;
   Options options;
+  std::optional<double> budget_ms;
+  std::optional<Times> times;
+  std::string rung;  // the label of the one that runs; empty for a bundle
   int top = 5, batch = 1, runs = 100, warmup = 10, concurrency = 1;
   bool json = false;
 };
@@ -53,6 +66,24 @@ int number(const std::string& option, const std::string& text, int least) {
   }
   if (value < least || used != text.size() || value > 1000000) throw Error(Fault::usage, option + " " + text + ": wanted a whole number from " + std::to_string(least) + " on");
   return value;
+}
+
+double milliseconds(const std::string& option, const std::string& text) {
+  std::size_t used = 0;
+  double value = -1;
+  try {
+    value = std::stod(text, &used);
+  } catch (const std::exception&) {
+  }
+  if (!(value > 0) || used != text.size()) throw Error(Fault::usage, option + " " + text + ": wanted milliseconds, above 0");
+  return value;
+}
+
+Times times_of(const std::string& option, const std::string& text) {
+  if (text == "auto") return Times::automatic;
+  if (text == "stored") return Times::stored;
+  if (text == "measured") return Times::measured;
+  throw Error(Fault::usage, option + " " + text + ": wanted auto, stored or measured");
 }
 
 Arguments parse(int argc, char** argv) {
@@ -69,6 +100,9 @@ Arguments parse(int argc, char** argv) {
     else if (word == "--threads") a.options.threads = number(word, value(), 1);
     else if (word == "--runtime-precision") a.options.runtime_precision = true;
     else if (word == "--allow-host-code") a.options.allow_host_code = true;
+    else if (word == "--share-weights") a.options.share_weights = true;
+    else if (word == "--budget-ms") a.budget_ms = milliseconds(word, value());
+    else if (word == "--times") a.times = times_of(word, value());
     else if (word == "--top") a.top = number(word, value(), 1);
     else if (word == "--batch") a.batch = number(word, value(), 1);
     else if (word == "--runs") a.runs = number(word, value(), 1);
@@ -78,11 +112,11 @@ Arguments parse(int argc, char** argv) {
     else if (word.rfind("--", 0) == 0) throw Error(Fault::usage, "no option " + word + ": tokexport-run --help lists them");
     else plain.push_back(word);
   }
-  if (plain.size() < 2) throw Error(Fault::usage, "wanted a command and a bundle: tokexport-run --help");
+  if (plain.size() < 2) throw Error(Fault::usage, "wanted a command and the folder of a bundle or a ladder: tokexport-run --help");
   a.command = plain[0];
-  a.bundle = plain[1];
+  a.folder = plain[1];
   a.photos.assign(plain.begin() + 2, plain.end());
-  const bool wants_photos = a.command != "bench" && a.command != "verify";
+  const bool wants_photos = a.command != "bench" && a.command != "verify" && a.command != "rungs";
   if (wants_photos == a.photos.empty()) throw Error(Fault::usage, a.command + (wants_photos ? ": wanted photos" : ": takes no photos"));
   a.options.decisions = a.command == "verify";
   if (a.command == "input") a.options.runtime = "none";
@@ -118,6 +152,9 @@ std::string list(const std::vector<T>& values) {
   return out + "]";
 }
 
+// What a JSON answer begins with: the rung that ran, of a ladder.
+std::string opening(const Arguments& a) { return a.rung.empty() ? "{" : "{\"rung\": " + quoted(a.rung) + ", "; }
+
 std::vector<Image> read(const Arguments& a, const Engine& engine) {
   std::vector<Image> images;
   for (const std::string& path : a.photos) images.push_back(Image::read(path, engine.channels()));
@@ -136,7 +173,7 @@ int classify(const Arguments& a, const Engine& engine) {
     }
     json += (i ? ", " : "") + ("{\"image\": " + quoted(a.photos[i])) + ", \"top\": [" + rows + "]}";
   }
-  if (a.json) std::cout << "{\"images\": [" << json << "]}\n";
+  if (a.json) std::cout << opening(a) << "\"images\": [" << json << "]}\n";
   return 0;
 }
 
@@ -148,7 +185,7 @@ int features(const Arguments& a, const Engine& engine) {
     if (!a.json) std::cout << a.photos[i] << "\n  " << results[i].size() << " features, length " << figure(length) << "\n";
     json += (i ? ", " : "") + ("{\"image\": " + quoted(a.photos[i])) + ", \"features\": " + list(results[i]) + "}";
   }
-  if (a.json) std::cout << "{\"images\": [" << json << "]}\n";
+  if (a.json) std::cout << opening(a) << "\"images\": [" << json << "]}\n";
   return 0;
 }
 
@@ -166,7 +203,7 @@ int input(const Arguments& a, const Engine& engine) {
   return std::fflush(stdout) == 0 ? 0 : 3;
 }
 
-// The proof's inputs, repeated until there are n.
+// Some inputs, repeated until there are n.
 Tensor batch_of(const Tensor& some, int n) {
   Tensor out;
   out.shape = some.shape;
@@ -182,7 +219,7 @@ Tensor batch_of(const Tensor& some, int n) {
 
 int bench(const Arguments& a, const Engine& engine) {
   using Clock = std::chrono::steady_clock;
-  Tensor input = batch_of(engine.proof_inputs(), a.batch);
+  Tensor input = batch_of(engine.sample_inputs(), a.batch);
   std::vector<double> times(a.runs);
   std::atomic<int> next{0};
   std::vector<std::thread> threads;
@@ -210,7 +247,7 @@ int bench(const Arguments& a, const Engine& engine) {
   auto percentile = [&](double share) { return times[static_cast<std::size_t>(std::ceil(share * a.runs)) - 1]; };
   double mean = std::accumulate(times.begin(), times.end(), 0.0) / a.runs, rate = a.runs * a.batch / seconds;
   if (a.json) {
-    std::cout << "{\"runtime\": " << quoted(engine.runtime()) << ", \"batch\": " << a.batch << ", \"concurrency\": " << a.concurrency << ", \"runs\": " << a.runs
+    std::cout << opening(a) << "\"runtime\": " << quoted(engine.runtime()) << ", \"batch\": " << a.batch << ", \"concurrency\": " << a.concurrency << ", \"runs\": " << a.runs
               << ", \"mean\": " << figure(mean) << ", \"p50\": " << figure(percentile(.5)) << ", \"p90\": " << figure(percentile(.9)) << ", \"p95\": " << figure(percentile(.95))
               << ", \"p99\": " << figure(percentile(.99)) << ", \"images_per_second\": " << figure(rate) << "}\n";
   } else {
@@ -236,6 +273,57 @@ int verify(const Arguments& a, const Engine& engine) {
   return proof.passed() ? 0 : 1;
 }
 
+using Command = int (*)(const Arguments&, const Engine&);
+
+int rungs(const Arguments& a, const Ladder& ladder) {
+  const std::size_t place = ladder.pick(a.budget_ms, a.batch);
+  std::string json;
+  if (!a.json) std::printf("%s; times %s\n", ladder.summary().c_str(), ladder.measured() ? "measured here" : "as stored");
+  for (std::size_t i = 0; i < ladder.rungs().size(); ++i) {
+    const Rung& r = ladder.rungs()[i];
+    const long long tokens = r.tokens.empty() ? 0 : r.tokens.back();
+    if (!a.json) std::printf("%s %-16s %5lld tokens at the end, %9.3f ms, error %.4g\n", i == place ? ">" : " ", r.label.c_str(), tokens, r.ms, r.error);
+    json += (i ? ", " : "") + ("{\"label\": " + quoted(r.label)) + ", \"method\": " + quoted(r.method) + ", \"tokens\": " + list(r.tokens) + ", \"macs\": " + std::to_string(r.macs) +
+            ", \"ms\": " + figure(r.ms) + ", \"error\": " + figure(r.error) + "}";
+  }
+  if (a.json) std::cout << "{\"runtime\": " << quoted(ladder.engine(0).runtime()) << ", \"measured\": " << (ladder.measured() ? "true" : "false") << ", \"picked\": " << quoted(ladder.rungs()[place].label) << ", \"rungs\": [" << json << "]}\n";
+  return 0;
+}
+
+LadderOptions ladder_options(const Arguments& a) {
+  LadderOptions options;
+  options.runtime = a.options.runtime;
+  options.library = a.options.library;
+  if (a.options.threads) options.threads = a.options.threads;
+  options.streams = a.options.streams;
+  options.share_weights = a.options.share_weights;
+  options.runtime_precision = a.options.runtime_precision;
+  options.times = a.times.value_or(Times::automatic);
+  return options;
+}
+
+// A command on the rung that the budget allows.
+int run_ladder(Arguments a, Command command) {
+  if (a.command == "verify") throw Error(Fault::usage, a.folder + " is a ladder, which has no proof to run here: `tokexport verify " + a.folder + "` judges every rung against PyTorch");
+  const Ladder ladder = Ladder::open(a.folder, ladder_options(a));
+  if (a.command == "rungs") return rungs(a, ladder);
+  const std::int64_t images = a.command == "bench" ? a.batch : static_cast<std::int64_t>(a.photos.size());
+  const std::size_t place = ladder.pick(a.budget_ms, images);
+  const Rung& rung = ladder.rungs()[place];
+  a.rung = rung.label;
+  if (a.command != "input") {
+    const std::int64_t runs = (images - 1) / std::max<std::int64_t>(ladder.batch(), 1) + 1;
+    const bool late = a.budget_ms && rung.ms * static_cast<double>(runs) > *a.budget_ms;
+    std::fprintf(stderr, "rung %s: %.3f ms a run%s%s\n", rung.label.c_str(), rung.ms, ladder.measured() ? ", measured here" : "", late ? "; none is within the budget, this is the fastest" : "");
+  }
+  return command(a, ladder.engine(place));
+}
+
+int run_bundle(const Arguments& a, Command command) {
+  if (a.command == "rungs" || a.budget_ms || a.times) throw Error(Fault::usage, a.folder + " is no ladder: rungs, --budget-ms and --times want one, which `tokexport ladder` makes");
+  return command(a, Engine::open(a.folder, a.options));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -247,11 +335,10 @@ int main(int argc, char** argv) {
         std::cout << "\n";
         return 0;
       }
-    Arguments a = parse(argc, argv);
-    using Command = int (*)(const Arguments&, const Engine&);
-    const std::vector<std::pair<std::string, Command>> commands = {{"classify", classify}, {"features", features}, {"bench", bench}, {"verify", verify}, {"input", input}, {"output", output}};
+    const Arguments a = parse(argc, argv);
+    const std::vector<std::pair<std::string, Command>> commands = {{"classify", classify}, {"features", features}, {"bench", bench}, {"verify", verify}, {"input", input}, {"output", output}, {"rungs", nullptr}};
     for (const auto& [name, command] : commands)
-      if (a.command == name) return command(a, Engine::open(a.bundle, a.options));
+      if (a.command == name) return Ladder::is_at(a.folder) ? run_ladder(a, command) : run_bundle(a, command);
     throw Error(Fault::usage, "no command " + a.command + ": tokexport-run --help");
   } catch (const Error& e) {
     std::cerr << "Error: " << e.what() << "\n";

@@ -89,6 +89,7 @@ class OrtSession : public Session {
     Ort::SessionOptions settings;
     settings.SetLogSeverityLevel(3);
     if (options.threads) settings.SetIntraOpNumThreads(options.threads);
+    if (options.share_weights) settings.AddConfigEntry("session.disable_prepacking", "1");  // packed weights are copies
     for (const OutputEntry& output : manifest.outputs) names_.push_back(output.name);
     auto inner = decision_names(manifest, options);
     names_.insert(names_.end(), inner.begin(), inner.end());

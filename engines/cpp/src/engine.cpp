@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <random>
 
 #include "backend.hpp"
 #include "files.hpp"
@@ -49,6 +50,26 @@ void append(Tensor& whole, const Tensor& part) {
       whole.values);
 }
 
+// Values for one run that no photo has, the same each time. shape: of the input, with one image where it takes any number.
+Tensor noise(std::vector<std::int64_t> shape, bool normalised) {
+  if (shape[0] == kAny) shape[0] = 1;
+  const std::size_t n = static_cast<std::size_t>(std::accumulate(shape.begin(), shape.end(), std::int64_t(1), std::multiplies<>()));
+  std::mt19937 random(0);
+  Tensor out;
+  out.shape = std::move(shape);
+  if (normalised) {
+    std::normal_distribution<float> values;
+    std::vector<float> floats(n);
+    for (float& v : floats) v = values(random);
+    out.values = std::move(floats);
+  } else {
+    std::vector<std::uint8_t> pixels(n);
+    for (std::uint8_t& v : pixels) v = static_cast<std::uint8_t>(random());
+    out.values = std::move(pixels);
+  }
+  return out;
+}
+
 // Runtimes have exception types of their own; what comes out is always an Error.
 template <class F>
 auto in_words(const std::string& doing, F&& call) {
@@ -84,7 +105,7 @@ void check_weights(const Manifest& m) {
   const std::string path = plain_file(m.folder, m.file.name);
   for (const std::string& name : external_files(read_file(path), path)) {
     auto own = [&](const FileEntry& entry) { return entry.name == name; };
-    if (std::none_of(m.beside.begin(), m.beside.end(), own)) throw Error(Fault::usage, path + " reads " + name.substr(0, 80) + ", which is no file of this bundle: do not trust it");
+    if (std::none_of(m.beside.begin(), m.beside.end(), own)) throw Error(Fault::usage, path + " reads " + name.substr(0, 80) + ", which is no file that its manifest names: do not trust it");
   }
 }
 
@@ -104,11 +125,17 @@ Engine& Engine::operator=(Engine&&) noexcept = default;
 Engine::~Engine() = default;
 
 Engine Engine::open(const std::string& folder, const Options& options) {
+  const Manifest manifest = Manifest::read(folder);
+  manifest.check_files(options.check_hashes);
+  return of(manifest, options);
+}
+
+Engine Engine::of(const Manifest& manifest, const Options& options) {
   auto state = std::make_unique<State>();
-  state->manifest = Manifest::read(folder);
+  state->manifest = manifest;
   state->options = options;
   const Manifest& m = state->manifest;
-  m.check_files(options.check_hashes);
+  const std::string& folder = m.folder;
   if (m.builder.host_code && !options.allow_host_code)
     throw Error(Fault::usage, folder + ": the engine carries native code of a plugin, which would run here: if you trust who made it, allow it (allow_host_code)");
   if (m.kind == "onnx") check_weights(m);
@@ -129,6 +156,8 @@ Engine Engine::open(const std::string& folder, const Options& options) {
                                                       : "runtime '" + options.runtime + "': wanted one of " + known);
   if (m.kind != state->runtime->kind) throw Error(Fault::usage, m.file.name + " is an " + (m.kind == "onnx" ? "ONNX file" : "engine") + ", which " + state->runtime->words + " does not run");
   state->words = state->runtime->words;
+  if (options.share_weights && std::string(state->runtime->name) != "onnxruntime")
+    throw Error(Fault::usage, "share_weights: " + state->words + " packs or copies weights for each file; only runtime onnxruntime shares them");
   state->session = in_words(m.file.name + ": " + state->words + " cannot load it", [&] { return state->runtime->open(m, options); });
   return Engine(std::move(state));
 }
@@ -173,6 +202,8 @@ std::vector<std::vector<Class>> Engine::classify(const std::vector<Image>& image
   Tensors values = run(images);
   const auto& logits = values.at(output->name).floats();
   const std::size_t n = static_cast<std::size_t>(m.classes);
+  if (logits.size() != n * images.size())
+    throw Error(Fault::usage, m.file.name + " gives " + std::to_string(logits.size() / images.size()) + " logits for an image, its manifest says " + std::to_string(n) + " classes: they do not belong together");
   std::vector<std::vector<Class>> out(images.size());
   for (std::size_t i = 0; i < images.size(); ++i) {
     const float* row = logits.data() + i * n;
@@ -202,10 +233,14 @@ std::vector<std::vector<float>> Engine::features(const std::vector<Image>& image
   return out;
 }
 
-Tensor Engine::proof_inputs() const { return read_proof(state_->manifest).at("input"); }
+Tensor Engine::sample_inputs() const {
+  const Manifest& m = state_->manifest;
+  return m.proof.name.empty() ? noise(m.input.shape, m.preprocessing.normalised) : read_proof(m).at("input");
+}
 
 Proof Engine::verify() const {
   const Manifest& m = state_->manifest;
+  if (m.proof.name.empty()) throw Error(Fault::usage, m.file.name + " is a rung of a ladder, which has no proof: `tokexport verify` judges it");
   if (!m.decisions.empty() && !state_->options.decisions) throw Error(Fault::usage, "verify wants an engine that was opened with `decisions`");
   Tensors proof = read_proof(m);
   return judge(m, proof, run(proof.at("input")));
@@ -218,11 +253,13 @@ std::int64_t Engine::batch() const {
 }
 const std::string& Engine::runtime() const { return state_->words; }
 
-std::string Engine::summary() const {
+std::string Engine::content() const {
   const Manifest& m = state_->manifest;
-  return m.file.name + ", " + m.precision + ", " + std::to_string(m.preprocessing.height) + " x " + std::to_string(m.preprocessing.width) + " pixels, " +
-         (m.classes ? std::to_string(m.classes) + " classes" : std::string("features")) + ", on " + state_->words;
+  return m.precision + ", " + std::to_string(m.preprocessing.height) + " x " + std::to_string(m.preprocessing.width) + " pixels, " +
+         (m.classes ? std::to_string(m.classes) + " classes" : std::string("features"));
 }
+
+std::string Engine::summary() const { return state_->manifest.file.name + ", " + content() + ", on " + state_->words; }
 
 std::vector<std::string> runtimes() {
   std::vector<std::string> names;

@@ -86,15 +86,15 @@ std::string read_file(const std::string& path) {
   return bytes;
 }
 
-std::string plain_file(const std::string& folder, const std::string& name) {
+std::string plain_file(const std::string& folder, const std::string& name, const std::string& kind) {
   bool plain = !name.empty() && name != "." && name != ".." && name.size() <= 200;
   for (unsigned char c : name) plain = plain && c >= 0x20 && c != '/' && c != '\\' && c != ':' && c != 0x7f;
-  if (!plain) throw Error(Fault::usage, folder + " names a file '" + name.substr(0, 80) + "': wanted a plain name, without folders: do not trust this bundle");
+  if (!plain) throw Error(Fault::usage, folder + " names a file '" + name.substr(0, 80) + "': wanted a plain name, without folders: do not trust this " + kind);
   std::string path = folder + "/" + name;
   struct stat status {};
   if (::lstat(path.c_str(), &status) != 0)
-    throw Error(Fault::usage, folder + " has no " + name + ": wanted a complete bundle, which `tokexport bundle` makes");
-  if (!S_ISREG(status.st_mode)) throw Error(Fault::usage, path + " is a link or no regular file: bundles hold plain files only");
+    throw Error(Fault::usage, folder + " has no " + name + ": wanted a complete " + kind + ", which `tokexport " + kind + "` makes");
+  if (!S_ISREG(status.st_mode)) throw Error(Fault::usage, path + " is a link or no regular file: a " + kind + " holds plain files only");
   return path;
 }
 

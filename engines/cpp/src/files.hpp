@@ -1,4 +1,4 @@
-// Files of a bundle: plain names in its folder, read whole, with their SHA-256.
+// Files of a bundle or a ladder: plain names in its folder, read whole, with their SHA-256.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,9 @@ namespace tokexport {
 // The bytes of a file. Throws Error when it cannot be read.
 std::string read_file(const std::string& path);
 
-// Where a file of a bundle is. Throws Error for a name that is not plain, and for what is missing, a link or no regular file.
-std::string plain_file(const std::string& folder, const std::string& name);
+// Where a file of a folder is. Throws Error for a name that is not plain, and for what is missing, a link or no regular file.
+// kind: what the folder is, the name of the command that makes it.
+std::string plain_file(const std::string& folder, const std::string& name, const std::string& kind = "bundle");
 
 // SHA-256 of a file's bytes in hexadecimal (FIPS 180-4).
 std::string sha256_of(const std::string& path);

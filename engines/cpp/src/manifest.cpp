@@ -10,13 +10,6 @@
 namespace tokexport {
 namespace {
 
-constexpr int kMajor = 1;
-const std::set<std::string> kUnderstood = {"uint8_input", "class_tail", "activation"};
-
-[[noreturn]] void refuse(const std::string& where, const std::string& what) { throw Error(Fault::usage, where + ": " + what); }
-
-FileEntry file_entry(const Field& field) { return {field["name"].text(), field["sha256"].text(), field["size"].integer()}; }
-
 std::vector<std::int64_t> shape_of(const Field& field) {
   std::vector<std::int64_t> shape;
   for (const Field& axis : field.list()) {
@@ -40,37 +33,12 @@ OutputEntry output_entry(const Field& field) {
   return entry;
 }
 
-std::vector<double> numbers(const Field& field) {
-  std::vector<double> values;
-  for (const Field& item : field.list()) values.push_back(item.number());
-  return values;
-}
-
-Preprocessing preprocessing_of(const Field& field, const TensorEntry& input) {
-  Preprocessing p;
-  auto size = field["size"].list();
-  if (size.size() != 2) refuse(field.where(), "size: wanted height and width");
-  p.height = static_cast<int>(size[0].integer());
-  p.width = static_cast<int>(size[1].integer());
+Preprocessing to_input(const Field& field, const TensorEntry& input) {
+  Preprocessing p = preprocessing_of(field);
   p.channels = static_cast<int>(field["channels"].integer());
-  p.mean = numbers(field["mean"]);
-  p.std = numbers(field["std"]);
-  p.interpolation = field["interpolation"].text();
-  p.crop_mode = field["crop_mode"].text();
-  p.crop = field["crop"].number();
   p.nhwc = field["layout"].text() == "nhwc";
   p.normalised = field["normalised"].boolean();
-  static const std::set<std::string> filters = {"nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"}, modes = {"center", "squash", "border"};
-  if (!filters.count(p.interpolation)) refuse(field.where(), "interpolation '" + p.interpolation + "' is not known");
-  if (!modes.count(p.crop_mode)) refuse(field.where(), "crop_mode '" + p.crop_mode + "' is not known");
-  if (p.height < 1 || p.width < 1 || p.height > 1 << 16 || p.width > 1 << 16 || !(p.crop > 0 && p.crop <= 8))
-    refuse(field.where(), "size and crop must be above 0");
-  std::size_t n = static_cast<std::size_t>(p.channels);
-  if ((n != 1 && n != 3) || p.mean.size() != n || p.std.size() != n) refuse(field.where(), "wanted mean and std of 1 or 3 channels");
-  for (double s : p.std)
-    if (s == 0) refuse(field.where(), "std: wanted no 0");
-  std::vector<std::int64_t> axes = p.nhwc ? std::vector<std::int64_t>{p.height, p.width, p.channels} : std::vector<std::int64_t>{p.channels, p.height, p.width};
-  if (std::vector<std::int64_t>(input.shape.begin() + 1, input.shape.end()) != axes) refuse(field.where(), "it does not give what the input takes");
+  check_preprocessing(p, input, field.where());
   return p;
 }
 
@@ -92,25 +60,20 @@ Decision decision_of(const Field& field) {
   return d;
 }
 
-void check_format(const Field& root) {
-  auto format = root["format"].list();
-  if (format.size() != 2) refuse(root.where(), "format: wanted two numbers");
-  if (format[0].integer() != kMajor)
-    refuse(root.where(), "it has format " + std::to_string(format[0].integer()) + ", this program reads format " + std::to_string(kMajor) + ": use another version");
-  for (const Field& need : root["needs"].list())
-    if (!kUnderstood.count(need.text())) refuse(root.where(), "it needs " + need.text() + ", which this program does not understand: use a newer one");
-}
-
 void check_classes(const Manifest& m, const std::string& where) {
   if (!m.labels.empty() && static_cast<std::int64_t>(m.labels.size()) != m.classes)
     refuse(where, "labels: " + std::to_string(m.labels.size()) + " of " + std::to_string(m.classes) + " classes");
   for (const OutputEntry& o : m.outputs)
     if (o.kind == "logits" && o.shape.back() != m.classes) refuse(where, "classes: " + std::to_string(m.classes) + ", which is not what " + o.name + " has");
-  static const std::set<std::string> activations = {"softmax", "sigmoid", "none"};
-  if (!activations.count(m.activation)) refuse(where, "activation '" + m.activation + "' is not known");
+  check_activation(m.activation, where);
 }
 
 }  // namespace
+
+void check_activation(const std::string& activation, const std::string& where) {
+  static const std::set<std::string> known = {"softmax", "sigmoid", "none"};
+  if (!known.count(activation)) refuse(where, "activation '" + activation + "' is not known");
+}
 
 Manifest Manifest::read(const std::string& folder) {
   std::string path = plain_file(folder, "tokexport.json");
@@ -130,7 +93,7 @@ Manifest Manifest::read(const std::string& folder) {
   if (m.input.shape.size() != 4) refuse(path, "wanted an input of four axes");
   for (const Field& output : root["outputs"].list()) m.outputs.push_back(output_entry(output));
   if (m.outputs.empty()) refuse(path, "wanted an output");
-  m.preprocessing = preprocessing_of(root["preprocessing"], m.input);
+  m.preprocessing = to_input(root["preprocessing"], m.input);
   m.classes = root["classes"].integer();
   for (const Field& label : root["labels"].list()) m.labels.push_back(label.text());
   m.activation = root["activation"].text();
@@ -157,11 +120,7 @@ Manifest Manifest::read(const std::string& folder) {
 void Manifest::check_files(bool hashes) const {
   std::vector<FileEntry> files = {file, proof};
   files.insert(files.end(), beside.begin(), beside.end());
-  for (const FileEntry& entry : files) {
-    std::string path = plain_file(folder, entry.name);
-    if (size_of(path) != entry.size) throw Error(Fault::usage, path + " has " + std::to_string(size_of(path)) + " bytes, wanted " + std::to_string(entry.size) + ": it was truncated or replaced, copy the bundle again");
-    if (hashes && sha256_of(path) != entry.sha256) throw Error(Fault::usage, path + " is not the file that tokexport.json speaks of (SHA-256 differs): it was changed or replaced");
-  }
+  for (const FileEntry& entry : files) check_file(folder, entry, "tokexport.json", "bundle", hashes);
 }
 
 }  // namespace tokexport

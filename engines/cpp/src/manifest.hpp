@@ -6,32 +6,14 @@
 #include <string>
 #include <vector>
 
+#include "document.hpp"
+
 namespace tokexport {
-
-constexpr std::int64_t kAny = -1;  // an axis of any length
-
-struct FileEntry {
-  std::string name, sha256;
-  std::int64_t size = 0;
-};
-
-struct TensorEntry {
-  std::string name, type;
-  std::vector<std::int64_t> shape;
-};
 
 struct OutputEntry : TensorEntry {
   std::string kind;
   bool exact = false, by_row = false;
   double limit = 0, own_limit = 0;
-};
-
-struct Preprocessing {
-  int height = 0, width = 0, channels = 3;
-  std::vector<double> mean, std;
-  std::string interpolation, crop_mode;
-  double crop = 1;
-  bool nhwc = false, normalised = true;
 };
 
 struct Decision {
@@ -65,5 +47,8 @@ struct Manifest {
   // Throws Error when a file is missing, no plain file, or has other bytes than the manifest says. hashes: compare those too.
   void check_files(bool hashes) const;
 };
+
+// Throws Error for an activation that is not known. where: it stands, for the message.
+void check_activation(const std::string& activation, const std::string& where);
 
 }  // namespace tokexport

@@ -1,4 +1,4 @@
-// tokexport: run a bundle (`tokexport bundle`) from C++, photos to classes or features, and prove it.
+// tokexport: run a bundle (`tokexport bundle`) from C++, photos to classes or features, and prove it. ladder.hpp runs ladders.
 //
 //   auto engine = tokexport::Engine::open("vit-bundle");
 //   for (auto& c : engine.classify({tokexport::Image::read("cat.jpg", engine.channels())})[0])
@@ -16,6 +16,8 @@
 #include <vector>
 
 namespace tokexport {
+
+struct Manifest;
 
 // What failed: the arguments or the bundle (a program exits with 2), or a runtime, a GPU or the disk (3).
 enum class Fault { usage = 2, failure = 3 };
@@ -69,6 +71,7 @@ struct Options {
   int streams = 1;               // runs that OpenVINO does at the same time, each with its share of the threads
   bool runtime_precision = false;  // let OpenVINO compute in what it finds fastest (bf16 on some processors) instead of float32
   bool decisions = false;        // give the file's merge decisions too, as `verify` needs them
+  bool share_weights = false;    // of ONNX Runtime: read weights where their file is mapped, instead of packing them for every session
   bool check_hashes = true;      // of the file that is run and of those beside it
   bool allow_host_code = false;  // load an engine that carries native code of a plugin
 };
@@ -114,12 +117,13 @@ class Engine {
   Tensor prepare(const std::vector<Image>& images) const;
   // The proof of the bundle, as `tokexport verify` runs it. Wants an engine that was opened with `decisions`.
   Proof verify() const;
-  // The prepared inputs that are in the proof: real ones to time with.
-  Tensor proof_inputs() const;
+  // Prepared inputs to time with: those of the proof; of a rung of a ladder, which has none, noise for one run.
+  Tensor sample_inputs() const;
 
   int channels() const;         // of photos
   std::int64_t batch() const;   // of a run, 0 for any
   const std::string& runtime() const;  // what runs the file, in words
+  std::string content() const;  // precision, pixels and what comes out, in words
   std::string summary() const;  // what the bundle is, in a line
 
   Engine(Engine&&) noexcept;
@@ -127,7 +131,10 @@ class Engine {
   ~Engine();
 
  private:
+  friend class Ladder;
   struct State;
+  // A file whose manifest and bytes have been checked.
+  static Engine of(const Manifest& manifest, const Options& options);
   explicit Engine(std::unique_ptr<State>);
   std::unique_ptr<State> state_;
 };
