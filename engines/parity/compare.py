@@ -78,14 +78,14 @@ class Comparison:
     """Adds up chunks of images.
 
     Args:
-        provenance: of the file.
+        provenance: of the file, or of two files of the one with fewer steps.
         precision: of the looser side; its limits are used.
         outputs: names of the outputs that are compared, the main one first.
         other_file: the other side is a file too, whose decisions are judged by themselves as well.
     """
 
     def __init__(self, provenance: Provenance, precision: str, *, outputs: tuple[str, ...], other_file: bool = False):
-        schedule = provenance.schedule
+        schedule = provenance.file_schedule
         self.schedule, self.precision, self.names, self.other_file = schedule, precision, outputs, other_file
         self.limits = np.array([near_tie_limit(precision, s) for s in schedule.steps])
         self.verdicts = Counter({"equal": 0, "flipped": 0, "failed": 0})
