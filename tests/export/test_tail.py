@@ -31,6 +31,7 @@ from tokexport.tools.cli import group
 
 from tokexport import UsageError, export_onnx, load_model, reduce_model
 
+from ..cases import mostly_slow
 from ..engines.test_curves import KEY, stairs
 
 LAST = 5  # block of the tiny models
@@ -78,18 +79,18 @@ def check(path, kind, tiny, golden, run_onnx, relative):
     assert not any((s.block, s.site) == (LAST, "post_attn") for s in p.file_schedule.steps)
 
 
-@pytest.mark.parametrize("batch", [None, 1])
+@pytest.mark.parametrize("batch", mostly_slow([None, 1], None))
 def test_every_method_gives_the_same_with_less(options, batch, tailed, tiny, golden, run_onnx, relative):
     check(tailed(batch=batch, **options), "tiny_vit", tiny, golden, run_onnx, relative)
 
 
-@pytest.mark.parametrize("batch", [None, 1, 3])
-@pytest.mark.parametrize("options", [{"method": "none"}, {"method": "tome", "r": 8}], ids=["none", "tome"])
-def test_a_distilled_model_keeps_both_of_its_tokens(options, batch, tailed, tiny, golden, run_onnx, relative):
-    check(tailed("tiny_vit_distilled", batch=batch, **options), "tiny_vit_distilled", tiny, golden, run_onnx, relative)
+@pytest.mark.parametrize("batch", mostly_slow([None, 1, 3], 1))
+@pytest.mark.parametrize("asked", [{"method": "none"}, {"method": "tome", "r": 8}], ids=["none", "tome"])
+def test_a_distilled_model_keeps_both_of_its_tokens(asked, batch, tailed, tiny, golden, run_onnx, relative):
+    check(tailed("tiny_vit_distilled", batch=batch, **asked), "tiny_vit_distilled", tiny, golden, run_onnx, relative)
 
 
-@pytest.mark.parametrize("batch", [None, 1])
+@pytest.mark.parametrize("batch", mostly_slow([None, 1], 1))
 def test_a_reduction_in_front_of_the_last_block_stays(batch, tailed, tiny, golden, run_onnx, relative):
     path = tailed(method="dynamicvit", at=(1, 3, LAST), batch=batch)
     check(path, "tiny_vit", tiny, golden, run_onnx, relative)
@@ -134,10 +135,10 @@ def products(path) -> int:
 
 
 @pytest.mark.parametrize("tail", ["class", "full"])
-@pytest.mark.parametrize("kind", ["tiny_vit", "tiny_vit_distilled"])
-@pytest.mark.parametrize("options", [{"method": "none"}, {"method": "tome", "r": 8}], ids=["none", "tome"])
-def test_what_is_said_to_be_executed_is_in_the_graph(options, kind, tail, tailed):
-    path = tailed(kind, batch=1, tail=tail, **options)
+@pytest.mark.parametrize("kind", mostly_slow(["tiny_vit", "tiny_vit_distilled"], "tiny_vit_distilled"))
+@pytest.mark.parametrize("asked", [{"method": "none"}, {"method": "tome", "r": 8}], ids=["none", "tome"])
+def test_what_is_said_to_be_executed_is_in_the_graph(asked, kind, tail, tailed):
+    path = tailed(kind, batch=1, tail=tail, **asked)
     assert products(path) == inspect(path).macs_executed
 
 
@@ -180,20 +181,20 @@ def test_another_row_than_the_class_tokens_is_caught(tailed, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-@pytest.mark.parametrize("options", [{"method": "none"}, {"method": "tome", "r": 8}, {"method": "evit", "at": (1, 3, 5)}],
-                         ids=lambda options: options["method"])  # fmt: skip
-def test_verify_passes_and_says_what_is_not_in_the_file(options, dtype, tailed, tmp_path):
-    path = tailed(**options)
+@pytest.mark.parametrize("asked", [{"method": "none"}, {"method": "tome", "r": 8}, {"method": "evit", "at": (1, 3, 5)}],
+                         ids=lambda asked: asked["method"])  # fmt: skip
+def test_verify_passes_and_says_what_is_not_in_the_file(asked, dtype, tailed, tmp_path):
+    path = tailed(**asked)
     if dtype != "fp32":
         path = tmp_path / "typed.onnx"
-        write_as(tailed(**options), path, dtype)
+        write_as(tailed(**asked), path, dtype)
     report = verify(path, bisect=True)
     assert report.passed, report.summary()
     said = [note for note in report.notes if "is not in the file" in note]
-    assert len(said) == (options["method"] != "none") and all(note.startswith(f"block {LAST}: ") for note in said)
+    assert len(said) == (asked["method"] != "none") and all(note.startswith(f"block {LAST}: ") for note in said)
     assert (
         LAST not in {b.block for b in report.by_block}
-        and len(report.by_block) == {"none": 0, "tome": 5, "evit": 2}[options["method"]]
+        and len(report.by_block) == {"none": 0, "tome": 5, "evit": 2}[asked["method"]]
     )
     named = {s.stage for s in report.stages}
     assert {f"block{LAST}.attn", f"block{LAST}.mlp", "head"} <= named and f"block{LAST}.merge" not in named
@@ -262,7 +263,7 @@ def test_a_file_whose_tail_is_not_what_it_says_is_refused(tailed, tmp_path):
             inspect(tmp_path / "v.onnx")
 
 
-@pytest.mark.parametrize("batch", [None, 1])
+@pytest.mark.parametrize("batch", mostly_slow([None, 1], None))
 def test_a_node_per_reduction_but_the_last(batch, tailed, golden, run_onnx, tmp_path):
     path = tailed(method="tome", r=8, batch=batch, plugin=True)
     n_calls, _ = calls.inline_file(path, tmp_path / "flat.onnx")
@@ -272,7 +273,7 @@ def test_a_node_per_reduction_but_the_last(batch, tailed, golden, run_onnx, tmp_
     assert verify(path).passed
 
 
-@pytest.mark.parametrize("batch", [None, 1])
+@pytest.mark.parametrize("batch", mostly_slow([None, 1], 1))
 def test_both_sides_of_a_benchmark_have_the_same_tail(batch, tailed, tmp_path):
     files = [inspect(tailed(method="tome", r=8, batch=batch, tail=tail)) for tail in ("class", "full")]
     rows = candidates.collect(files, tmp_path, bound=True)
@@ -280,7 +281,10 @@ def test_both_sides_of_a_benchmark_have_the_same_tail(batch, tailed, tmp_path):
     assert len(rows) == 4 and all(by_path[c.path] == by_path[c.dense] for c in rows)
     assert ["class tail" in c.label for c in rows if c.is_dense] == [True, False]
     for c in (c for c in rows if not c.is_dense):
-        graph, n = onnx.load(c.bound).graph, c.inspection.provenance.schedule.tokens_per_block()[LAST][0]
+        graph, n = (
+            onnx.shape_inference.infer_shapes(onnx.load(c.bound)).graph,
+            c.inspection.provenance.schedule.tokens_per_block()[LAST][0],
+        )
         last = [node for node in graph.node if node.op_type == "Softmax"][-1].output[0]
         shape = next(v for v in graph.value_info if v.name == last).type.tensor_type.shape.dim
         assert [d.dim_value for d in shape][-2:] == [1 if by_path[c.path] == "class" else n, n]
@@ -352,13 +356,11 @@ def test_tune_knows_the_tail_of_its_files(tiny, tmp_path, monkeypatch):
     from tokexport.export import tail
 
     files = lambda kind: TimedFiles(tiny(kind), tmp_path, runtime="ort", dtype="fp32", batch=1, threads=1, seconds=1)
-    for default in ("class", "full"):
+    for default, kind in (("class", "tiny_vit"), ("full", "tiny_vit"), ("class", "tiny_vit_nocls")):
         monkeypatch.setattr(tail, "DEFAULT", default)
-        for kind in ("tiny_vit", "tiny_vit_nocls"):
-            made = files(kind)
-            path = made.path_of(Schedule("none", *as_plain(tiny(kind).module).size))
-            assert (inspect(path).provenance.tail == "class") == (made.tail_dims is not None)
-            assert (made.tail_dims is not None) == (default == "class" and kind == "tiny_vit")
+        made, wanted = files(kind), "class" if (default, kind) == ("class", "tiny_vit") else "full"
+        path = made.path_of(Schedule("none", *as_plain(tiny(kind).module).size))
+        assert inspect(path).provenance.tail == wanted and (made.tail_dims is not None) == (wanted == "class")
 
 
 def run(*args):
