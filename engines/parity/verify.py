@@ -188,7 +188,7 @@ def _compare(job: _Job, reference, names: list[str], chunks: Chunks) -> Comparis
     """All images, up to the first chunk whose decisions are no plan."""
     two_files, largest, n_steps = job.against is not None, {}, len(job.judged.file_schedule.steps)
     watched = any(has_fp16_trunk(p) for p in (job.provenance, job.against_provenance) if p)
-    comparison = Comparison(job.judged, job.precision, outputs=job.outputs, other_file=two_files)
+    comparison = Comparison(job.judged.file_schedule, job.precision, outputs=job.outputs, other_file=two_files)
     share = (1 - BISECTION if job.bisect else 1.0) / len(names)
     with closing(chunks), open_side(job.path, job.runtime) as run, open_side(job.against, job.runtime) as run_other:
         for start, images in chunks:
