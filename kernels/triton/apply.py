@@ -30,10 +30,8 @@ def apply_kernel(
     image = tl.program_id(1).to(tl.int64)
     column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    x_ptr += image * n_rows * width
-    size_ptr += image * n_rows
-    src_ptr += image * n_fold
-    dst_ptr += image * n_fold
+    x_ptr, size_ptr = x_ptr + image * n_rows * width, size_ptr + image * n_rows
+    src_ptr, dst_ptr = src_ptr + image * n_fold, dst_ptr + image * n_fold
     sized = (with_size > 0) | (fold == 0)
     is_sum = fold == 3
     extra = j >= n_kept
@@ -54,10 +52,7 @@ def apply_kernel(
         if count > 0:
             hits += count
             for t in range(start, tl.minimum(start + CHUNK, n_fold)):
-                take = is_sum
-                if is_sum == 0:
-                    take = tl.load(dst_ptr + t) + first_host == j
-                if take:
+                if is_sum | (tl.load(dst_ptr + t, mask=fold != 3, other=0) + first_host == j):
                     source = tl.load(src_ptr + t)
                     source_size = tl.load(size_ptr + source, mask=sized, other=1.0)
                     at = value_ptr + tl.where(is_sum, image * n_rows + source, image * n_fold + t)

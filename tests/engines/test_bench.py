@@ -128,6 +128,7 @@ def test_a_sweep_exports_each_value_and_shows_agreement(tome, tmp_path):
     assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG" and (tmp_path / "s.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_keep_rate_is_swept_too(exported):
     out = run(
         exported("tiny_vit", method="evit", at=(1, 3, 4)),
