@@ -139,6 +139,6 @@ def _steps(schedule, blocks: str | None) -> list[int]:
     wrong = [b for b in asked if not (b.isascii() and b.isdigit()) or int(b[:9]) not in index_of]
     if wrong:
         raise UsageError(
-            f"--at {blocks[:60]!r}: {wrong[0][:20]!r} is no block with a reduction; these have one: {', '.join(map(str, index_of))}"
+            f"--at {blocks[:60]!r}: {wrong[0][:20]!r} is no block with a reduction in the file; these have one: {', '.join(map(str, index_of))}"
         )
     return sorted({index_of[int(b)] for b in asked})
