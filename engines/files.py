@@ -21,7 +21,13 @@ class EngineInspection(Inspection):
 
     def to_json(self) -> dict:
         """Plain JSON values."""
-        return {"path": str(self.path), "macs": self.macs, "macs_dense": self.macs_dense, **encode(self.engine)}
+        return {
+            "path": str(self.path),
+            "macs": self.macs,
+            "macs_dense": self.macs_dense,
+            "macs_executed": self.macs_executed,
+            **encode(self.engine),
+        }
 
 
 def is_engine(path: str | Path) -> bool:

@@ -76,7 +76,7 @@ def quantize(
             progress("writing")
             return _for_target(*read_model(raw), target)
 
-        proto, weights = calls.converted(*original, convert, inspection.provenance.schedule)
+        proto, weights = calls.converted(*original, convert, inspection.provenance.file_schedule)
         passes.set_least_ir_version(proto)
         store(proto, replace(inspection.provenance, precision="int8", target=target, calibration=len(photos)))
         write_model(proto, weights, new)

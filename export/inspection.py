@@ -39,6 +39,11 @@ class Inspection:
     batch: int | None
     files: tuple[Path, ...]
 
+    @property
+    def macs_executed(self) -> int:
+        """Multiply-accumulates per image that the file computes; less than `macs` with the class tail."""
+        return self.provenance.macs_executed
+
     def to_json(self) -> dict:
         """Plain JSON values."""
         import json
@@ -51,6 +56,7 @@ class Inspection:
             "ops": self.ops,
             "macs": self.macs,
             "macs_dense": self.macs_dense,
+            "macs_executed": self.macs_executed,
             "tokens": self.provenance.schedule.tokens_per_block(),
             "refusals": self.refusals,
             "provenance": json.loads(self.provenance.to_json()),
@@ -94,9 +100,10 @@ def read_onnx(path: str | Path):
 
 def _check_graph(path: Path, model, provenance: Provenance) -> None:
     """Raises: UsageError when the graph is not the one the provenance speaks of."""
-    schedule, wrong = provenance.schedule, []
+    schedule, wrong = provenance.file_schedule, []
     known = {o for n in model.graph.node for o in n.output}
-    if checks.attention_tokens(model) != [n for n, _ in schedule.tokens_per_block()][: provenance.n_blocks]:
+    wanted = [n for n, _ in schedule.tokens_per_block()][: provenance.n_blocks]
+    if checks.attention_tokens(model, provenance.tail_rows) != wanted:
         wrong.append("token counts")
     if [i.name for i in model.graph.input] != ["image"]:
         wrong.append("inputs")
@@ -107,7 +114,7 @@ def _check_graph(path: Path, model, provenance: Provenance) -> None:
     decided = {f"block{s.block}" for s in schedule.steps if s.n_in > 1}  # of one token nothing is left to decide
     if not decided <= named <= steps or not known.issuperset(provenance.decisions):
         wrong.append("merge decisions")
-    if bool(schedule.steps) and schedule.method == "none":
+    if bool(provenance.schedule.steps) and schedule.method == "none":
         wrong.append("method")
     if wrong:
         raise UsageError(

@@ -11,6 +11,8 @@ from .errors import UsageError
 from .outputs import POOLED, Emission, is_pooled
 from .records import from_document, parse, to_document
 from .schedule import Schedule
+from .step import Step
+from .tail import Tail, in_file, left_out
 
 Target = Literal["portable", "cpu", "tensorrt"]
 TARGETS = get_args(Target)
@@ -57,7 +59,7 @@ class Provenance:
         model_kwargs: what the model was made with beside its name.
         weights: where they are from: "source" (of WEIGHT_SOURCES), its "seed" or "file", "sha256", and "predictor", a
             file of score heads.
-        schedule: the token counts.
+        schedule: the token counts that were asked for; those in the graph are `file_schedule`.
         preprocess: of the images.
         opset: of the graph.
         precision: a name of `precisions.TABLE`.
@@ -71,7 +73,7 @@ class Provenance:
         target: what the graph was written for: any tool, runtimes on CPUs, or TensorRT.
         activation: what makes probabilities of the classifier's outputs; null: not said, a softmax is taken.
         input: of the graph: normalised float32 images, or uint8 ones of either layout.
-        tail: whether the last block computes all tokens or the class token alone.
+        tail: whether the last block computes all tokens or, behind its keys and values, the prefix tokens alone (see `tail`).
         tuning: the table of candidates that the schedule was chosen from (`tokexport tune`); null for one that was asked for.
     """
 
@@ -92,7 +94,7 @@ class Provenance:
     target: Target = "portable"
     activation: Literal["softmax", "sigmoid", "none"] | None = None
     input: Literal["float32", "uint8-nhwc", "uint8-nchw"] = "float32"
-    tail: Literal["full", "class"] = "full"
+    tail: Tail = "full"
     emission: Emission = POOLED
     tuning: dict[str, Any] | None = None
 
@@ -108,7 +110,29 @@ class Provenance:
             raise UsageError(
                 f"outputs: {', '.join(self.outputs)[:200]}, which is not what was asked for ({self.emission})"
             )
+        if self.tail == "class" and self.emission.emit != ("pooled",):
+            raise UsageError(f"tail class with outputs {', '.join(self.outputs)[:200]}: wanted the pooled one alone")
         self._check_dims()
+
+    @property
+    def file_schedule(self) -> Schedule:
+        """The schedule with the steps that are in the graph: with the class tail the one behind the last attention is not."""
+        return in_file(self.schedule, self.tail)
+
+    @property
+    def step_left_out(self) -> Step | None:
+        """The step of the schedule that is not in the graph; None when all are."""
+        return left_out(self.schedule, self.tail)
+
+    @property
+    def tail_rows(self) -> int | None:
+        """Rows in the last block's attention with the class tail; None for all."""
+        return self.schedule.n_prefix if self.tail == "class" else None
+
+    @property
+    def macs_executed(self) -> int:
+        """Multiply-accumulates for one image that the file computes, where `macs.count` counts as the papers do."""
+        return macs.executed(self.dims, self.schedule, self.tail)
 
     @property
     def pooled(self) -> str | None:

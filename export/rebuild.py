@@ -80,7 +80,8 @@ def reference_of(
 
     loaded = rebuild(provenance, path, checkpoint=checkpoint, predictor=predictor)
     options = {"emission": provenance.emission, "pixels": pixels_of(provenance.input, provenance.preprocess)}
-    return ReducedViT(loaded.module, provenance.schedule, learned_layers(loaded, provenance.schedule), **options)
+    schedule = provenance.file_schedule  # a step that the file lacks changes none of its outputs
+    return ReducedViT(loaded.module, schedule, learned_layers(loaded, provenance.schedule), **options)
 
 
 def _find_weights(stored: str, path: Path, argument: str) -> Path:

@@ -26,7 +26,7 @@ FEATURES = {
     "plugin": "it runs native code that has to be brought along",
 }
 UNDERSTOOD: frozenset[str] = frozenset(
-    {"activation", "plugin", "uint8_input"}
+    {"activation", "class_tail", "plugin", "uint8_input"}
 )  # the features that this version can serve
 
 R = TypeVar("R")

@@ -79,11 +79,15 @@ class Observed:
         tokens: by stage name.
         rounding: of the numbers they are kept in, relative.
         departs: takes how far each stage departs [B], by its name.
+        tail: stages of which rows may be observed that stand first and no others (the last block's, see `tail`).
+        n_prefix: how many.
     """
 
     tokens: dict[str, Tensor]
     rounding: float
     departs: dict[str, Tensor]
+    tail: tuple[str, ...] = ()
+    n_prefix: int = 0
 
     def replace(self, stage: str, x: Tensor, *, added_to: Tensor | None = None) -> Tensor:
         """The observed tokens of a stage instead of the reference's, when there are any, after noting how far they depart.
@@ -96,7 +100,10 @@ class Observed:
         """
         if stage not in self.tokens:
             return x
-        observed = self.tokens[stage].to(x).reshape(x.shape)
+        observed, whole = self.tokens[stage].to(x), x
+        if stage in self.tail and observed.numel() == x[:, : self.n_prefix].numel():
+            x, added_to = (t if t is None else t[:, : self.n_prefix] for t in (x, added_to))
+        observed = observed.reshape(x.shape)
         length = lambda a, dims: a.square().sum(dims).sqrt()
         if added_to is None:
             error = (length(observed - x, 2) / length(x, 2).clamp(min=1e-30)).amax(1)
@@ -104,7 +111,7 @@ class Observed:
             apart = (length(observed - x, (1, 2)) - 2 * self.rounding * length(x, (1, 2))).clamp(min=0)
             error = apart / length(x - added_to, (1, 2)).clamp(min=1e-30)
         self.departs[stage] = error.nan_to_num(torch.inf, torch.inf)
-        return observed
+        return torch.cat([observed, whole[:, observed.shape[1] :]], 1)
 
 
 class Run(NamedTuple):
@@ -189,7 +196,8 @@ class ReducedViT(nn.Module):
         rows = torch.arange(n, device=x.device).expand(batch, n)
         state = TokenState(x, x.new_ones(batch, n, 1), rows, rows)
         result = ReferenceResult(x, x, rows, state.size[..., 0], margins=[] if margins else None)
-        seen = Observed(observed or {}, rounding, result.departs)
+        tail = tuple(f"block{self.schedule.depth - 1}.{part}" for part in ("attn", "mlp"))
+        seen = Observed(observed or {}, rounding, result.departs, tail, plain.n_prefix)
         run = Run(replay, seen, result, plain.rotary(), self._trail(x))
         state = state._replace(x=seen.replace("embed", x))
         for i, block in enumerate(plain.blocks()):

@@ -59,7 +59,7 @@ def prediction(args) -> dict:
     for (method, options), schedule in zip(SCHEDULES, schedules, strict=True):
         measured = 1 / speedups[key_of(schedule)]  # of the dense model's time
         share = model.predict(schedule) / model.predict(dense)
-        halves = curves.half_blocks(schedule) / curves.half_blocks(dense)
+        halves = curves.half_blocks(schedule, model.tail_dims) / curves.half_blocks(dense, model.tail_dims)
         rows.append(
             {
                 "schedule": f"{method} {options}",

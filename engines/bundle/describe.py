@@ -71,7 +71,7 @@ def decision_entries(provenance: Provenance) -> tuple[DecisionEntry, ...]:
     from ...export import reducers
     from ..parity.decisions import near_tie_limit
 
-    schedule, entries = provenance.schedule, []
+    schedule, entries = provenance.file_schedule, []
     for step in schedule.steps:
         prefix = f"block{step.block}."
         parts = {d.removeprefix(prefix): d for d in provenance.decisions if d.startswith(prefix)}

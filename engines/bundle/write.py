@@ -181,7 +181,7 @@ def _against_reference(path: Path, photo, values: dict, manifest: Manifest, prov
     result, reach = run_with_reach(reference, values["input"], replay=plans, margins=True)
     wanted = {o.name: result.outputs[o.name].numpy() for o in manifest.outputs}
     scale = {name: float(kind_of(name).scales(value, reach)[0]) for name, value in wanted.items()}
-    decided = [m for m, s in zip(result.margins, provenance.schedule.steps) if s.n_in > 1]
+    decided = [m for m, s in zip(result.margins, provenance.file_schedule.steps) if s.n_in > 1]
     clear = [min(m.fate.min(), m.host.min()) / s.near_tie for m, s in zip(decided, manifest.decisions)]
     pixels = np.asarray(photo)
     return _Run(

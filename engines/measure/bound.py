@@ -38,7 +38,7 @@ def write_bound(inspection: Inspection, path: Path) -> Path:
     """
     import onnx
 
-    if not inspection.provenance.schedule.steps:
+    if not inspection.provenance.file_schedule.steps:
         raise UsageError(f"{inspection.path} is dense: it has no bound but itself")
     proto, weights = read_model(inspection.path)
     graph = proto.graph
@@ -119,7 +119,7 @@ def _cut_nodes(graph, inspection: Inspection) -> tuple[list, list]:
         v.name: _Value(v.type.tensor_type.elem_type, tuple(d.dim_value or None for d in v.type.tensor_type.shape.dim))
         for v in graph.value_info
     }
-    cuts = [_cut_of(graph, step, values, inspection) for step in inspection.provenance.schedule.steps]
+    cuts = [_cut_of(graph, step, values, inspection) for step in inspection.provenance.file_schedule.steps]
     home = {name: cut for cut in cuts for name in cut.made}
     live = _live_names(graph, home)
     nodes, constants = [], [tensor for cut in cuts for tensor in cut.constants()]

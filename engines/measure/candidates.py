@@ -18,7 +18,9 @@ MODEL = "deit_small_patch16_224"  # of a benchmark without files, with random we
 
 
 class ExportSettings(NamedTuple):
-    """How a file was exported: what a dense one must share to be compared with it. batch: None for any number."""
+    """How a file was exported: what a dense one must share to be compared with it. batch: None for any number. tail: None
+    for the default.
+    """
 
     batch: int | None = None
     opset: int = 20
@@ -26,6 +28,7 @@ class ExportSettings(NamedTuple):
     input: str = "float32"
     emission: Emission = POOLED
     target: str = "portable"
+    tail: str | None = None
 
 
 class Sweep(NamedTuple):
@@ -68,7 +71,13 @@ def settings_of(inspection: Inspection) -> ExportSettings:
     """How a file was exported."""
     p = inspection.provenance
     return ExportSettings(
-        inspection.batch, p.opset, precision=p.precision, input=p.input, emission=p.emission, target=p.target
+        inspection.batch,
+        p.opset,
+        precision=p.precision,
+        input=p.input,
+        emission=p.emission,
+        target=p.target,
+        tail=p.tail,
     )
 
 
@@ -112,7 +121,7 @@ def collect(
     made = [Candidate(d, dense_label(d), str(d.path)) for d in {str(d.path): d for d in denses.values()}.values()]
     for i, file in enumerate(files):
         limit = None
-        if bound and file.provenance.schedule.steps:
+        if bound and file.provenance.file_schedule.steps:
             from .bound import write_bound
 
             progress(f"making the free bound of {file.path.name}")
@@ -125,8 +134,8 @@ def collect(
 def dense_label(inspection: Inspection) -> str:
     """What a dense file is called in the report."""
     p = inspection.provenance
-    target = "" if p.target == "portable" else f", for {p.target}"
-    return f"dense, batch {inspection.batch or 'dynamic'}, {p.precision}{target}"
+    more = ("" if p.target == "portable" else f", for {p.target}") + (", class tail" if p.tail == "class" else "")
+    return f"dense, batch {inspection.batch or 'dynamic'}, {p.precision}{more}"
 
 
 def check_comparable(files: list[Inspection], dense: Inspection | None, *, sweep: Sweep | None, bound: bool) -> None:
@@ -160,6 +169,12 @@ def check_comparable(files: list[Inspection], dense: Inspection | None, *, sweep
     if dense and dense.provenance.schedule.steps:
         raise UsageError(
             f"dense {dense.path} is reduced ({dense.provenance.schedule.method}): wanted one made with method none"
+        )
+    other = next((f for f in files if dense and f.provenance.tail != dense.provenance.tail), None)
+    if other is not None:
+        raise UsageError(
+            f"dense {dense.path} has tail {dense.provenance.tail}, {other.path} has {other.provenance.tail}: one that computes "
+            f"less of its last block would win by that; wanted a dense one exported with tail {other.provenance.tail}"
         )
     if sweep and len(files) > 1:
         raise UsageError(f"sweep changes one file's {sweep.option}: give one file, not {len(files)}")
@@ -211,6 +226,7 @@ class _Exporter:
             settings.precision,
             settings.input,
             settings.target,
+            settings.tail or "",
         ]
         numbers.append(f"{crc32(repr(settings.emission).encode()):08x}")
         path = self.folder / ".".join(filter(None, [method, values, *numbers, "onnx"]))
@@ -225,6 +241,7 @@ class _Exporter:
             "dtype": settings.precision,
             "input": settings.input,
             "target": settings.target,
+            "tail": settings.tail,
         }
         return export_onnx(loaded, schedule, path, **options, **asdict(settings.emission)).path
 

@@ -5,6 +5,9 @@
 n and m are a block's tokens in the attention and in the MLP; q is the dense model's own time over the sum of its half blocks (the
 embedding, the head, and how fast the machine is today); step is what one reduction of a method costs, fitted on one reduced file.
 
+With the class tail (`export/tail`) the last block's MLP is at its prefix tokens, and of its attention half the share is left that its
+multiply-accumulates have.
+
 Time over tokens is a staircase: runtimes multiply rows in eights. Of 120 and 121 tokens the second takes 2 to 6 % longer, of 121
 and 128 both take almost the same. So curves are measured at multiples of 8 and right behind them, and read in between.
 """
@@ -17,6 +20,7 @@ from itertools import pairwise
 from ...export import macs
 from ...export.errors import UsageError
 from ...export.schedule import Schedule
+from ...export.tail import in_file
 
 STEP = 8  # rows that runtimes multiply at once
 DISTANCE = 6  # measured multiples of STEP, roughly
@@ -70,12 +74,21 @@ class LatencyCurves:
         if min(self.tokens) < 1 or min(*self.attention, *self.mlp) <= 0 or min(self.steps.values(), default=0.0) < 0:
             raise UsageError("curves: wanted token counts and times above 0")
 
-    def half_blocks(self, schedule: Schedule) -> float:
-        """Milliseconds of all half blocks of a schedule, as they were measured."""
-        return sum(
-            staircase(self.tokens, self.attention, n=n) + staircase(self.tokens, self.mlp, n=m)
-            for n, m in schedule.tokens_per_block()
-        )
+    def half_blocks(self, schedule: Schedule, tail_dims: dict | None = None) -> float:
+        """Milliseconds of all half blocks of a schedule, as they were measured.
+
+        Args:
+            schedule: of the file.
+            tail_dims: of the model (see `macs.count`) where the file has the class tail; None where it computes the last block whole.
+        """
+        attention = lambda n: staircase(self.tokens, self.attention, n=n)
+        mlp = lambda n: staircase(self.tokens, self.mlp, n=n)
+        blocks = schedule.tokens_per_block()
+        whole = sum(attention(n) + mlp(m) for n, m in blocks)
+        if tail_dims is None:
+            return whole
+        (n, m), p = blocks[-1], schedule.n_prefix
+        return whole - attention(n) * macs.tail_share(tail_dims, n, n_prefix=p) - (mlp(m) - mlp(p))
 
 
 def staircase(tokens: tuple[int, ...], times: tuple[float, ...], *, n: int) -> float:
@@ -130,22 +143,27 @@ class LatencyModel:
         curves: of its blocks.
         scale: q: the dense model's time over that of its half blocks.
         steps: method -> milliseconds of one reduction at q = 1.
+        tail_dims: see `LatencyCurves.half_blocks`; of all files alike.
     """
 
     curves: LatencyCurves
     scale: float
     steps: dict[str, float]
+    tail_dims: dict | None = None
 
     @classmethod
-    def of_dense(cls, curves: LatencyCurves, schedule: Schedule, *, ms: float) -> LatencyModel:
+    def of_dense(
+        cls, curves: LatencyCurves, schedule: Schedule, *, ms: float, tail_dims: dict | None = None
+    ) -> LatencyModel:
         """The model with q from the dense model's own time.
 
         Args:
             curves: of its blocks.
             schedule: any of the model.
             ms: of one run of the dense file.
+            tail_dims: see `LatencyCurves.half_blocks`.
         """
-        return cls(curves, ms / curves.half_blocks(macs.dense(schedule)), dict(curves.steps))
+        return cls(curves, ms / curves.half_blocks(macs.dense(schedule), tail_dims), dict(curves.steps), tail_dims)
 
     def fitted(self, schedule: Schedule, *, ms: float) -> LatencyModel:
         """The model with the cost of one reduction of a method, from one reduced file.
@@ -154,8 +172,12 @@ class LatencyModel:
             schedule: of the file, with a step or more.
             ms: of one run of it, by the same clock as the dense model's.
         """
-        rest = ms / self.scale - self.curves.half_blocks(schedule)
-        return replace(self, steps={**self.steps, schedule.method: max(rest / len(schedule.steps), 0.0)})
+        rest = ms / self.scale - self.curves.half_blocks(schedule, self.tail_dims)
+        return replace(self, steps={**self.steps, schedule.method: max(rest / max(self._n_steps(schedule), 1), 0.0)})
+
+    def _n_steps(self, schedule: Schedule) -> int:
+        """Reductions in a schedule's file."""
+        return len(in_file(schedule, "full" if self.tail_dims is None else "class").steps)
 
     def predict(self, schedule: Schedule) -> float:
         """Milliseconds of a run. Raises: UsageError for a method whose reductions have not been fitted."""
@@ -163,5 +185,5 @@ class LatencyModel:
             raise UsageError(
                 f"latency of {schedule.method}: no file of it has been timed, so its reductions have no cost"
             )
-        reductions = len(schedule.steps) * self.steps.get(schedule.method, 0.0)
-        return self.scale * (self.curves.half_blocks(schedule) + reductions)
+        reductions = self._n_steps(schedule) * self.steps.get(schedule.method, 0.0)
+        return self.scale * (self.curves.half_blocks(schedule, self.tail_dims) + reductions)

@@ -161,7 +161,7 @@ def stage_parity(
     """
     import torch
 
-    precision, schedule = precisions.get(provenance.precision), provenance.schedule
+    precision, schedule = precisions.get(provenance.precision), provenance.file_schedule
     observed = observe(path, runtime, images=worst.images, progress=progress)
     tokens = {stage: torch.from_numpy(values) for stage, values in observed.items()}
     result, reach = run_with_reach(

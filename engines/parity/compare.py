@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 
 from ...export.outputs import is_pooled
-from ...export.provenance import Provenance
 from ...export.schedule import Schedule
 from .decisions import decided_alike, near_tie_limit, token_maps
 from .outputs import kind_of
@@ -78,14 +77,13 @@ class Comparison:
     """Adds up chunks of images.
 
     Args:
-        provenance: of the file.
+        schedule: the steps that are in the file, or in both files.
         precision: of the looser side; its limits are used.
         outputs: names of the outputs that are compared, the main one first.
         other_file: the other side is a file too, whose decisions are judged by themselves as well.
     """
 
-    def __init__(self, provenance: Provenance, precision: str, *, outputs: tuple[str, ...], other_file: bool = False):
-        schedule = provenance.schedule
+    def __init__(self, schedule: Schedule, precision: str, *, outputs: tuple[str, ...], other_file: bool = False):
         self.schedule, self.precision, self.names, self.other_file = schedule, precision, outputs, other_file
         self.limits = np.array([near_tie_limit(precision, s) for s in schedule.steps])
         self.verdicts = Counter({"equal": 0, "flipped": 0, "failed": 0})

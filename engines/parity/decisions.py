@@ -46,7 +46,7 @@ def check_parts(path, provenance: Provenance) -> None:
     Raises:
         UsageError: a part of a decision is missing.
     """
-    for step in provenance.schedule.steps:
+    for step in provenance.file_schedule.steps:
         parts = {d.partition(".")[2] for d in provenance.decisions if d.startswith(f"block{step.block}.")}
         if step.n_in == 1 and not parts:  # nothing to decide: the graph has it as a constant
             continue
@@ -69,14 +69,14 @@ def read_plans(values: dict[str, np.ndarray], provenance: Provenance, *, n_image
         provenance: of the file.
         n_images: B.
     Returns:
-        A `MergePlan` of row numbers for every step.
+        A `MergePlan` of row numbers for every step that is in the file.
     Raises:
         DecisionError: a decision is no plan.
     """
     import torch
 
     plans = []
-    for step in provenance.schedule.steps:
+    for step in provenance.file_schedule.steps:
         prefix = f"block{step.block}."
         columns = {k.removeprefix(prefix): torch.from_numpy(v) for k, v in values.items() if k.startswith(prefix)}
         if step.n_in == 1 and not columns:

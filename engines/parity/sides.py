@@ -21,12 +21,16 @@ class Side:
     """What one side computed for a chunk of B images.
 
     Attributes:
-        plans: its decisions, a `MergePlan` for every step.
+        plans: its decisions, a `MergePlan` for every step that it has.
         outputs: name -> [B, ...].
     """
 
     plans: list
     outputs: dict[str, np.ndarray]
+
+    def first_steps(self, n: int) -> Side:
+        """The same with the first n steps' decisions: what it shares with a side that leaves the last step out."""
+        return Side(self.plans[:n], self.outputs)
 
     def of_images(self, rows) -> Side:
         """The same of some images only. rows: [K] integer tensor."""
@@ -66,7 +70,7 @@ def verifiable(path: str | Path, runtime: str) -> Provenance:
             )
         require(runtime)
     provenance = inspect_file(path).provenance
-    if is_engine(path) and any(s.n_in > 1 for s in provenance.schedule.steps) and not provenance.decisions:
+    if is_engine(path) and any(s.n_in > 1 for s in provenance.file_schedule.steps) and not provenance.decisions:
         raise UsageError(
             f"{path} does not give its merge decisions, without which a flipped near-tie cannot be told from a bug: "
             f"build it with `tokexport trt --decisions`"

@@ -56,12 +56,24 @@ class _Job:
     progress: Callable[[str, float], None]
 
     @property
+    def judged(self) -> Provenance:
+        """Of the file; of two the one with fewer steps."""
+        both = [p for p in (self.provenance, self.against_provenance) if p]
+        return min(both, key=lambda p: len(p.file_schedule.steps))
+
+    @property
     def notes(self) -> list[str]:
-        """Outputs that only one of two files has."""
-        if self.against_provenance is None:
-            return []
-        here, there = (set(p.outputs) for p in (self.provenance, self.against_provenance))
-        return [f"{name} is not in both files: not compared" for name in sorted(here ^ there)]
+        """What is not compared: a reduction that the class tail leaves out, and outputs that only one of two files has."""
+        notes, step = [], self.judged.step_left_out
+        if step is not None:
+            notes.append(
+                f"block {step.block}: its reduction is not in the file, whose output reads nothing of what it leaves (tail class): "
+                f"not compared"
+            )
+        if self.against_provenance is not None:
+            here, there = (set(p.outputs) for p in (self.provenance, self.against_provenance))
+            notes += [f"{name} is not in both files: not compared" for name in sorted(here ^ there)]
+        return notes
 
 
 def verify(
@@ -101,7 +113,7 @@ def verify(
     job = _job(path, runtime, against, bisect, progress)
     names, chunks = _chunks(images, job.provenance, size=job.chunk)
     progress("rebuilding the reference", 0.0)
-    reference = reference_of(job.provenance, job.path, checkpoint=checkpoint, predictor=predictor)
+    reference = reference_of(job.judged, job.path, checkpoint=checkpoint, predictor=predictor)
     comparison = _compare(job, reference, names, chunks)
     return _report(job, comparison, n_images=len(names), stages=_bisect(job, reference, comparison))
 
@@ -115,6 +127,11 @@ def _job(path, runtime: str, against, bisect: bool, progress) -> _Job:
     if against is not None:
         other = inspect_file(against).provenance
         _check_comparable(path, provenance, against, other)
+        if bisect and provenance.file_schedule != other.file_schedule:
+            raise UsageError(
+                f"bisect: {path} has tail {provenance.tail}, {against} {other.tail}, so the last block's stages are not the same: "
+                f"bisect each by itself"
+            )
         precision = max(precision, other.precision, key=lambda name: precisions.get(name).output_limit)
         outputs = tuple(name for name in outputs if name in other.outputs)
     chunk = _chunk_size(provenance, [inspect_file(p).batch for p in (path, against) if p is not None])
@@ -169,9 +186,9 @@ def _form(provenance: Provenance, names: set[str]) -> tuple:
 
 def _compare(job: _Job, reference, names: list[str], chunks: Chunks) -> Comparison:
     """All images, up to the first chunk whose decisions are no plan."""
-    two_files, largest = job.against is not None, {}
+    two_files, largest, n_steps = job.against is not None, {}, len(job.judged.file_schedule.steps)
     watched = any(has_fp16_trunk(p) for p in (job.provenance, job.against_provenance) if p)
-    comparison = Comparison(job.provenance, job.precision, outputs=job.outputs, other_file=two_files)
+    comparison = Comparison(job.judged.file_schedule, job.precision, outputs=job.outputs, other_file=two_files)
     share = (1 - BISECTION if job.bisect else 1.0) / len(names)
     with closing(chunks), open_side(job.path, job.runtime) as run, open_side(job.against, job.runtime) as run_other:
         for start, images in chunks:
@@ -179,11 +196,15 @@ def _compare(job: _Job, reference, names: list[str], chunks: Chunks) -> Comparis
             with watch_range(reference, largest) if watched else nullcontext():
                 own, reach = run_reference(reference, images)
             try:
-                side = run(images)
-                wanted = run_other(images) if two_files else own
+                side = run(images).first_steps(n_steps)
+                wanted = run_other(images).first_steps(n_steps) if two_files else own
             except DecisionError as e:
                 comparison.add_fault(str(e))
-                where = first_not_finite(job.path, job.runtime, job.provenance.schedule, images) if job.bisect else None
+                where = (
+                    first_not_finite(job.path, job.runtime, job.provenance.file_schedule, images)
+                    if job.bisect
+                    else None
+                )
                 if where:
                     comparison.add_fault(f"{where} is the first stage whose tokens are not finite")
                 break

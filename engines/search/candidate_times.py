@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from ...export.errors import EngineError
+from ...export.outputs import POOLED
 from ...export.schedule import Schedule
+from ...export.tail import choose_tail
 from ..measure.curves import keep_steps
 from ..measure.jobs import Job, measure
 from ..measure.latency_model import LatencyCurves, LatencyModel
@@ -63,6 +65,15 @@ class TimedFiles:
             export_onnx(self.loaded, schedule, path, batch=self.batch, dtype=self.dtype, force=True)
             self._paths[key] = path
         return self._paths[key]
+
+    @property
+    def tail_dims(self) -> dict | None:
+        """What the last block's part in the time is told from where the files have the class tail; else None."""
+        from ...export.models import as_plain
+
+        plain = as_plain(self.loaded.module)
+        tail = choose_tail(None, POOLED, rows=plain.pooling.rows, n_prefix=plain.n_prefix)
+        return plain.dims if tail == "class" else None
 
     def forget(self, schedule: Schedule) -> None:
         """Remove the file of a schedule."""
@@ -134,7 +145,7 @@ def fitted_model(
         files.path_of(schedule)
     progress("timing the dense model" + (f" and {', '.join(wanted)}" if wanted else ""), 1 - 1 / (len(wanted) + 2))
     times = files.times(list(wanted.values()), dense, None if wanted else min(DENSE_SECONDS, files.seconds))
-    model = LatencyModel.of_dense(curves, dense, ms=times[key_of(dense)].ms)
+    model = LatencyModel.of_dense(curves, dense, ms=times[key_of(dense)].ms, tail_dims=files.tail_dims)
     for schedule in wanted.values():
         if key_of(schedule) in times:
             model = model.fitted(schedule, ms=times[key_of(schedule)].ms)

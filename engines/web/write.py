@@ -54,11 +54,11 @@ def add_page(bundle: str | Path, *, runtime: str | Path | None = None, dense: st
     Returns:
         The page's folder.
     Raises:
-        UsageError: no bundle, an engine, no onnxruntime-web, or dense is no such file.
+        UsageError: no bundle, an engine, no onnxruntime-web, or dense is no such file, or one of another tail.
         StorageError: the disk is full or failed; nothing was left behind.
     """
     bundle, manifest = Path(bundle), read_manifest(bundle)
-    check_web(manifest.kind == "engine", dense=dense)
+    check_web(manifest.kind == "engine", dense=dense, tail=manifest.provenance.get("tail"))
     dist = find_runtime(runtime)
     with aside_folder(bundle, f"output {bundle / FOLDER}") as aside:
         new = aside / FOLDER
@@ -76,17 +76,33 @@ def add_page(bundle: str | Path, *, runtime: str | Path | None = None, dense: st
     return bundle / FOLDER
 
 
-def check_web(is_engine: bool, *, dense: str | Path | None) -> None:
-    """Raises: UsageError when a browser could not run the file.
+def check_web(is_engine: bool, *, dense: str | Path | None, tail: str | None = None) -> None:
+    """Raises: UsageError when a browser could not run the file, or would time it against one that computes another last block.
 
     Args:
         is_engine: whether it is an engine.
         dense: ONNX file of the dense model, or None.
+        tail: of the file; None where it is not known.
     """
     if is_engine:
         raise UsageError("web: browsers run ONNX files, this is an engine: bundle the ONNX file it was built from")
     if dense is not None and not Path(dense).is_file():
         raise UsageError(f"dense {dense}: no such file: wanted the ONNX file of the dense model")
+    other = None if dense is None else _tail_of(Path(dense))
+    if tail and other and tail != other:
+        raise UsageError(
+            f"dense {dense} has tail {other}, the file has {tail}: wanted a dense one exported with tail {tail}"
+        )
+
+
+def _tail_of(dense: Path) -> str | None:
+    """What a dense file computes of its last block; None of a file that is not tokexport's."""
+    from ...export.inspection import inspect
+
+    try:
+        return inspect(dense).provenance.tail
+    except UsageError:
+        return None
 
 
 def decisions_of(manifest: Manifest) -> bytes:

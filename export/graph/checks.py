@@ -86,27 +86,36 @@ def sort_sizes(graph) -> dict[str, int]:
     return {n.output[0]: int(constants[n.input[1]].reshape(-1)[0]) for n in sorts}
 
 
-def attention_tokens(model) -> list[int]:
+def attention_tokens(model, tail_rows: int | None = None) -> list[int]:
     """Tokens in the attention of each block of an onnx.ModelProto with shapes, in graph order; -1 where not static.
 
     It is the softmax over a square matrix in a block's stage "attn"; where that has gone, a single token was left.
+
+    Args:
+        model: onnx.ModelProto with shapes.
+        tail_rows: rows of that matrix in the last block, which is then not square (see `tail`); None for a square one.
     """
     shapes = {
         v.name: [d.dim_value if d.HasField("dim_value") else -1 for d in v.type.tensor_type.shape.dim]
         for v in (*model.graph.value_info, *model.graph.output)
     }
-    tokens: dict[str, int] = {}
+    shape_of: dict[str, list[int]] = {}
     for node in model.graph.node:
         stage = stages.of_node(node.name)
         if stage.endswith(".attn"):
-            tokens.setdefault(stage, 1)
+            shape_of.setdefault(stage, [1, 1, tail_rows or 1, 1])
             if node.op_type == "Softmax":
-                shape = shapes.get(node.output[0], [])
-                tokens[stage] = shape[-1] if len(shape) == 4 and shape[-1] == shape[-2] else -1
-    return list(tokens.values())
+                shape_of[stage] = shapes.get(node.output[0], [])
+    counts, last = [], next(reversed(shape_of), None)
+    for stage, shape in shape_of.items():
+        rows = tail_rows if stage == last else None
+        counts.append(shape[-1] if len(shape) == 4 and shape[-2] == (rows or shape[-1]) else -1)
+    return counts
 
 
-def check_graph(model, schedule: Schedule, n_blocks: int | None = None, *, target: str = "portable") -> None:
+def check_graph(
+    model, schedule: Schedule, n_blocks: int | None = None, *, target: str = "portable", tail_rows: int | None = None
+) -> None:
     """Make sure an exported graph is static, free of banned nodes, and has the schedule's token counts.
 
     Args:
@@ -114,6 +123,7 @@ def check_graph(model, schedule: Schedule, n_blocks: int | None = None, *, targe
         schedule: it was made under.
         n_blocks: blocks that are in it, None for all.
         target: what it is written for.
+        tail_rows: see `attention_tokens`.
     Raises:
         UsageError: it is for TensorRT, and a block sorts more tokens than TensorRT can.
         GraphError: lists everything else that is wrong.
@@ -126,7 +136,7 @@ def check_graph(model, schedule: Schedule, n_blocks: int | None = None, *, targe
         )
     wrong = refusals(model.graph, sorts_any=target != "tensorrt")
     wanted = [n for n, _ in schedule.tokens_per_block()][:n_blocks]
-    tokens = attention_tokens(model)
+    tokens = attention_tokens(model, tail_rows)
     if tokens != wanted:
         wrong.append(f"tokens in the attention of each block are {tokens}, the schedule has {wanted}")
     _refuse(wrong)

@@ -21,6 +21,7 @@ from ..outputs import POOLED, Emission, parse_emission
 from ..pixels import input_form, input_shape, pixels_of
 from ..provenance import KEY, TARGETS, Provenance
 from ..schedule import Schedule
+from ..tail import choose_tail
 from . import calls, checks, passes, precision
 from .conventional import TRACED_OPSET, conventional
 from .for_tensorrt import adapt_to_tensorrt
@@ -39,20 +40,32 @@ class ExportResult:
         provenance: as it is stored in it.
         nodes: of the graph.
         size: bytes on disk, weights beside the file included.
-        macs, macs_dense: per image, with and without the reduction.
     """
 
     path: Path
     provenance: Provenance
     nodes: int
     size: int
-    macs: int
-    macs_dense: int
 
     @property
     def tokens(self) -> list[tuple[int, int]]:
         """(tokens in the attention, tokens in the MLP) of every block."""
         return self.provenance.schedule.tokens_per_block()
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per image, as the papers count."""
+        return macs.count(self.provenance.dims, self.provenance.schedule)
+
+    @property
+    def macs_dense(self) -> int:
+        """Those of the model without the reduction."""
+        return macs.count(self.provenance.dims, macs.dense(self.provenance.schedule))
+
+    @property
+    def macs_executed(self) -> int:
+        """Per image, what the file computes; less than `macs` with the class tail."""
+        return self.provenance.macs_executed
 
 
 def export_onnx(
@@ -68,6 +81,7 @@ def export_onnx(
     dtype: str = "fp32",
     target: str = "portable",
     plugin: bool = False,
+    tail: str | None = None,
     progress: Callable[[str], None] = lambda stage: None,
     **outputs: Any,
 ) -> ExportResult:
@@ -87,6 +101,7 @@ def export_onnx(
         dtype: of the trunk, a graph precision (see `precision`); input and outputs stay float32.
         target: what it is written for, one of `provenance.TARGETS`; portable: conventional ONNX, for any tool.
         plugin: write every reduction as one node whose body is a function of the file (see `calls`).
+        tail: of the last block compute all ("full"), or what prefix tokens alone need ("class", see `tail`); None: the default.
         progress: called with the name of each stage.
         outputs: emit, layers, norm_layers, layout, dropped and sources, see `outputs.parse_emission`: emit="pooled,patches".
     Raises:
@@ -96,19 +111,19 @@ def export_onnx(
     emission = parse_emission(**outputs).resolved(schedule.depth)
     schedule, form = computed(schedule, emission), input_form(input)
     _check_request(plain, schedule, batch=batch, opset=opset, dtype=dtype, target=target)
+    tail = choose_tail(tail, emission, rows=plain.pooling.rows, n_prefix=plain.n_prefix)
     heads, pixels = learned_layers(loaded, schedule), pixels_of(form, loaded.preprocess)
-    dims = cost_dims(plain, heads, emission)
-    more = {"emission": emission, "input": form, "dtype": dtype, "target": target, "dims": dims}
-    provenance = _provenance(loaded, schedule, opset=opset, **more)
-    static = StaticViT(plain, schedule, batch, heads, emission=emission, pixels=pixels, calls=plugin).eval()
+    more = {"emission": emission, "input": form, "dtype": dtype, "target": target, "tail": tail}
+    provenance = _provenance(loaded, schedule, opset=opset, dims=cost_dims(plain, heads, emission), **more)
+    parts = {"emission": emission, "pixels": pixels, "calls": plugin, "tail": tail}
+    static = StaticViT(plain, schedule, batch, heads, **parts).eval()
     shape = input_shape(form, plain.preprocess, plain.dims["channels"])
     how = {"batch": batch, "simplify": simplify, "plugin": plugin, "progress": progress}
     proto, weights, decisions = _graph(static, shape, provenance, **how)
     provenance = replace(provenance, decisions=decisions)
     proto.metadata_props.add(key=KEY, value=provenance.to_json())
-    cost = {"macs": macs.count(dims, schedule), "macs_dense": macs.count(dims, macs.dense(schedule))}
     progress("writing")
-    return ExportResult(path, provenance, len(proto.graph.node), write_model(proto, weights, path), **cost)
+    return ExportResult(path, provenance, len(proto.graph.node), write_model(proto, weights, path))
 
 
 def _graph(
@@ -133,11 +148,11 @@ def _graph(
     there = {o for n in proto.graph.node for o in n.output}
     decisions = tuple(d for d in decisions if d in there)
     progress("checking")
-    checks.check_graph(proto, p.schedule, p.n_blocks, target=p.target)
-    checks.check_decisions(decisions, p.schedule)
+    checks.check_graph(proto, p.file_schedule, p.n_blocks, target=p.target, tail_rows=p.tail_rows)
+    checks.check_decisions(decisions, p.file_schedule)
     if plugin:
         shaped = precision.with_shapes(proto, weights)
-        proto, weights = calls.wrap(shaped, weights, p.schedule, by_score=not static.has_class)
+        proto, weights = calls.wrap(shaped, weights, p.file_schedule, by_score=not static.has_class)
     return proto, weights, decisions
 
 
@@ -234,6 +249,7 @@ def _provenance(
     dtype: str,
     target: str,
     dims: dict,
+    tail: str,
 ) -> Provenance:
     from importlib.metadata import version
 
@@ -254,4 +270,5 @@ def _provenance(
         labels=loaded.labels or (() if loaded.weights["source"] == "random" else plain.labels()),
         activation=loaded.activation,
         target=target,
+        tail=tail,
     )

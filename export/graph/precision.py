@@ -62,7 +62,7 @@ def write_as(path: Path, output: Path, precision: str, *, target: str | None = N
     provenance = of_model(proto, str(path))
     if precision != provenance.precision:
         as_asked = lambda p, w: convert(p, w, precision)
-        proto, weights = calls.converted(proto, weights, as_asked, provenance.schedule)
+        proto, weights = calls.converted(proto, weights, as_asked, provenance.file_schedule)
     if target == "tensorrt":
         adapt_to_tensorrt(proto, weights)
     store(proto, replace(provenance, precision=precision, target=target or provenance.target))

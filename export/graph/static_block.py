@@ -110,6 +110,49 @@ class StaticBlock(nn.Module):
         return *qk.split(h, 1), v, *both.split(h, 1)
 
 
+class StaticTail(StaticBlock):
+    """A last block behind which prefix tokens alone are read: keys and values of all tokens, everything else of prefix tokens.
+
+    Args:
+        p, single, n_prefix, rotary: see `StaticBlock`.
+    """
+
+    def __init__(self, p: BlockParts, *, single: bool, n_prefix: int, rotary: bool):
+        super().__init__(p, single=single, n_prefix=n_prefix, rotary=rotary)
+        rows, bias = self.widths[0] // 3, self.qkv.bias
+        parts = (slice(rows), slice(rows, None))
+        self.q, self.kv = (linear(self.qkv.weight[s], None if bias is None else bias[s]) for s in parts)
+        del self.qkv
+
+    def forward(self, x: Tensor, n: int, bias: Tensor | None, signal: str | None, rope=None) -> tuple[Tensor, dict]:
+        """The attention half of the block.
+
+        Args:
+            x, n, bias, rope: see `StaticBlock.forward`.
+            signal: None: no step stands behind this attention.
+        Returns:
+            Prefix tokens after the attention residual [B n_prefix, C], and nothing.
+        """
+        h, p, images = self.heads, self.n_prefix, 1 if self.single else -1
+        y = self.norm1(x)
+        k, v = ops.reshape(self.kv(y), [images, n, 2 * h, self.kv.out_features // (2 * h)]).transpose(1, 2).split(h, 1)
+        k_t, y = turn(self.k_norm(k), rope).transpose(-1, -2), self._prefix(y, n)
+        q = self.q_norm(ops.reshape(self.q(y), [images, p, h, self.q.out_features // h]).transpose(1, 2))
+        q = q if self.scale is None else q * self.scale  # not turned: prefix tokens have no place in the image
+        logits = q @ k_t
+        attention = (logits if bias is None else logits + bias).softmax(-1)
+        out = self.attn_norm(ops.reshape((attention @ v).transpose(1, 2), [-1, self.proj.in_features]))
+        out = out if self.gate is None else out * self.gate(y).sigmoid()
+        return self._prefix(x, n) + self.proj(out), {}
+
+    def _prefix(self, x: Tensor, n: int) -> Tensor:
+        """The prefix tokens' rows [B n_prefix, C] of all [B n, C]."""
+        rows = list(range(self.n_prefix))
+        if self.single:
+            return ops.fixed_rows(x, rows)
+        return ops.reshape(ops.fixed_rows(ops.reshape(x, [-1, n, x.shape[-1]]), rows), [-1, x.shape[-1]])
+
+
 class StaticMetric(nn.Module):
     """What a trained layer makes of the tokens in front of a block, for a step that stands there.
 

@@ -23,7 +23,7 @@ class StaticHead(nn.Module):
 
         Args:
             norm: the final one.
-            x: tokens [.., n, C].
+            x: tokens [.., n, C]; where the class token alone was computed [B, C].
             single: one image, whose tokens have no batch axis.
             share: of every token in the average pool [.., n, 1]; None for the model's own pooling.
         """
@@ -31,14 +31,18 @@ class StaticHead(nn.Module):
             x = ops.matmul(share, norm(x), True, False)
             return self.head(self.fc_norm(x if single else ops.reshape(x, [-1, x.shape[-1]])))
         if self.head_dist is not None:
-            x = norm(ops.fixed_rows(x, list(self.rows)))
+            x = norm(self._read(x))
             first, second = (x[:1], x[1:]) if single else (x[:, 0], x[:, 1])
             return (self.head(first) + self.head_dist(second)) / 2
         if self.rows:
-            x = norm(ops.fixed_rows(x, list(self.rows)) if single else x[:, self.rows[0]])
+            x = norm(x[:, self.rows[0]] if x.ndim == 3 else self._read(x) if single else x)
         else:
             x = self.pool(norm(x[None] if single else x))
         return self.head(self.fc_norm(x))
+
+    def _read(self, x: Tensor) -> Tensor:
+        """The rows that are read [.., rows, C], of all or of those alone."""
+        return x if x.shape[-2] == len(self.rows) else ops.fixed_rows(x, list(self.rows))
 
 
 class StaticAttentionPool(nn.Module):

@@ -27,8 +27,9 @@ from ..plan import ATTENTION_SIGNALS, MergePlan, Signals, StaticLayout
 from ..reducers import matching
 from ..schedule import Schedule
 from ..step import Step
+from ..tail import Tail, in_file
 from .calls import boundaries
-from .static_block import Stage, StaticBlock, StaticMetric, StaticSignal, halves, size_bias
+from .static_block import Stage, StaticBlock, StaticMetric, StaticSignal, StaticTail, halves, size_bias
 from .static_head import StaticHead
 from .static_outputs import StaticOutputs, StaticTrail
 
@@ -44,6 +45,7 @@ class StaticViT(nn.Module):
         emission: which outputs are given.
         pixels: what images are made of, None for normalised ones.
         calls: name the values that go into and come out of every reduction, so that it can become one node (see `calls`).
+        tail: what is computed of the last block, see `tail.choose_tail`.
     """
 
     def __init__(
@@ -56,10 +58,12 @@ class StaticViT(nn.Module):
         emission: Emission = POOLED,
         pixels: Pixels | None = None,
         calls: bool = False,
+        tail: Tail = "full",
     ):
         super().__init__()
         plain = as_plain(model)
         plain.check_schedule(schedule, heads)
+        schedule, self.tail = in_file(schedule, tail), tail
         self.schedule, self.single, self.any_batch, self.pixels = schedule, batch == 1, batch is None, pixels
         self.emission = emission.resolved(schedule.depth)
         self.n_blocks = self.emission.last_block(schedule.depth) + 1
@@ -74,6 +78,8 @@ class StaticViT(nn.Module):
         self.blocks = nn.ModuleList(
             StaticBlock(p, **shape, metric=metric.get((i, "post_attn"))) for i, p in enumerate(parts)
         )
+        if tail == "class":
+            self.blocks[-1] = StaticTail(parts[-1], **shape)
         self.rotary = None if table is None else Rotary(table, half=parts[0].half, single=self.single)
         in_front = [s for s in schedule.steps if s.site == "pre_block" and s.signal in ATTENTION_SIGNALS]
         self.signals = nn.ModuleDict({str(s.block): StaticSignal(parts[s.block], s.signal, **shape) for s in in_front})
@@ -115,6 +121,8 @@ class StaticViT(nn.Module):
             x, offered = block(x, n, state.bias, signal, self._rope(i, state))
             if behind is not None:
                 x, n = self._reduce(behind, x, n, offered, state)
+            if self.tail == "class" and i == len(self.blocks) - 1:
+                n = self.n_prefix
             x = x + block.mlp(block.norm2(x))
             if i in self.emission.layers:
                 results |= self._outputs(x, n, state, i)
@@ -122,7 +130,8 @@ class StaticViT(nn.Module):
             results |= self._outputs(x, n, state, None)
         if "pooled" in self.emission.emit:
             share = None if not self.by_size or state.size is None else self.share(state.size)
-            results = {self.output_name: self.head(self.norm, self._rows(x, n), self.single, share), **results}
+            rows = x if self.tail == "class" and n == 1 else self._rows(x, n)
+            results = {self.output_name: self.head(self.norm, rows, self.single, share), **results}
         return {**results, **state.decisions, **state.boundaries}
 
     def _outputs(self, x, n: int, state, block: int | None) -> dict:

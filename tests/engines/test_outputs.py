@@ -93,7 +93,7 @@ def test_one_wrong_value_of_one_output_fails_that_row_alone(sides, name):
         at = int(np.abs(spoiled).argmin())  # where it is easiest to miss
         spoiled[at] += 1 if row_of(name).exact else 0.02 * max(np.abs(spoiled).max(), 1.0)
         side = replace(side, outputs={**side.outputs, name: values})
-    comparison = Comparison(provenance, "fp32", outputs=provenance.outputs)
+    comparison = Comparison(provenance.file_schedule, "fp32", outputs=provenance.outputs)
     comparison.add(None, Chunk(0, ["a", "b"], images), side=side, wanted=wanted, reach=reach)
     assert {row.name for row in comparison.outputs() if not row.passed} == ({name} - {None})
     assert comparison.verdicts["failed"] == (name is not None)

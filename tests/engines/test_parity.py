@@ -29,7 +29,7 @@ from tokexport import Schedule, UsageError, verify
 
 TOME = {"method": "tome", "r": 8}
 EVIT = {"method": "evit", "at": (1, 3, 4)}
-NONE = SimpleNamespace(schedule=Schedule("none", 65, 1, 6))
+NONE = Schedule("none", 65, 1, 6)
 
 
 def compared(values, wanted, precision="fp16", reach=0.0):
@@ -240,7 +240,7 @@ class Judge:
 def flipped(margin, n_images=2):
     """A comparison in which every image's first decision differs and gives away `margin`."""
     steps = (Step(0, "post_attn", 5, 4, 4, signal="keys"), Step(1, "post_attn", 4, 3, 3, signal="keys"))
-    provenance = SimpleNamespace(schedule=Schedule("tome", 5, 1, 2, {"r": [1, 1]}, steps))
+    schedule = Schedule("tome", 5, 1, 2, {"r": [1, 1]}, steps)
 
     def column(*rows):
         return torch.tensor(rows).expand(n_images, -1)[..., None]
@@ -248,7 +248,7 @@ def flipped(margin, n_images=2):
     first = [MergePlan(column(0, 2, 3, 4), column(1), column(1)), MergePlan(column(0, 2, 3), column(1), column(2))]
     second = [MergePlan(column(0, 1, 2, 4), column(3), column(1)), first[1]]
     logits = torch.tensor([[1.0, 2.0]]).expand(n_images, -1)
-    comparison = Comparison(provenance, "fp32", outputs=("logits",))
+    comparison = Comparison(schedule, "fp32", outputs=("logits",))
     sides = [Side(plans, {"logits": logits.numpy()}) for plans in (first, second)]
     chunk = Chunk(0, ["same.png"] * n_images, np.zeros((n_images, 3, 1, 1), np.float32))
     judge = Judge(margin, 2, logits)

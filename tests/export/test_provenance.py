@@ -111,7 +111,7 @@ def test_descriptions_of_a_newer_minor_are_left_out_everywhere(provenance):
 def test_a_need_follows_from_the_fields_and_is_refused_until_it_is_served(provenance, monkeypatch):
     for values, need in (
         ({"input": "uint8-nchw"}, "uint8_input"),
-        ({"tail": "class"}, "class_tail"),
+        ({"tail": "class", "emission": Emission(), "outputs": ("logits",)}, "class_tail"),
         ({"activation": "sigmoid"}, "activation"),
         ({"activation": "none"}, "activation"),
     ):

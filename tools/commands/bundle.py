@@ -51,8 +51,8 @@ def command(file, output, images, count, checkpoint, predictor, runtime, web, de
 
     check_place(output, force=force)
     paths = find_images(list(images))
-    inspect_file(file)  # wrong files are known before torch is loaded
-    _check_web(file, web, dense)
+    tail = inspect_file(file).provenance.tail  # wrong files are known before torch is loaded
+    _check_web(file, web, dense, tail=tail)
     out = console()
     with bar(out) as progress:
         progress("loading torch", 0.0)
@@ -101,7 +101,7 @@ def _lines(bundle) -> list[str]:
     return lines
 
 
-def _check_web(file: str, web: bool, dense: str | None) -> None:
+def _check_web(file: str, web: bool, dense: str | None, *, tail: str) -> None:
     """Raises: UsageError when no page can be made; known before a file is verified."""
     from ...engines.files import is_engine
     from ...engines.web.write import check_web, find_runtime
@@ -109,7 +109,7 @@ def _check_web(file: str, web: bool, dense: str | None) -> None:
     if dense is not None and not web:
         raise UsageError("--dense is of the page: wanted --web with it")
     if web:
-        check_web(is_engine(file), dense=dense)
+        check_web(is_engine(file), dense=dense, tail=tail)
         find_runtime()
 
 

@@ -46,13 +46,14 @@ def _ladder(folder: str, as_json: bool) -> None:
 
 def _file_lines(inspection) -> list[tuple[str, str]]:
     """What an `Inspection` of an ONNX file says, (title, text) each."""
-    from ..show.terminal import macs_words, size_words, tokens_words
+    from ..show.terminal import macs_words, size_words, tail_words, tokens_words
 
     p, refusals = inspection.provenance, inspection.refusals
     return [
         *_origin(p),
         ("tokens", tokens_words(p.schedule.n_tokens, p.schedule.tokens_per_block())),
-        ("MACs", macs_words(inspection.macs, inspection.macs_dense)),
+        ("MACs", macs_words(inspection.macs, inspection.macs_dense, inspection.macs_executed)),
+        ("tail", tail_words(p)),
         _input(p, inspection.batch or "dynamic"),
         ("outputs", ", ".join(p.outputs) + (f" ({len(p.labels)} labels)" if p.labels else "")),
         (

@@ -134,12 +134,14 @@ def _data(result, notes) -> dict:
         "tokens": result.tokens,
         "macs": result.macs,
         "macs_dense": result.macs_dense,
+        "macs_executed": result.macs_executed,
         "nodes": result.nodes,
         "size": result.size,
         "target": p.target,
         "outputs": list(p.outputs),
         "emission": asdict(p.emission),
         "input": p.input,
+        "tail": p.tail,
         "preprocess": asdict(p.preprocess),
         "activation": p.activation,
         "weights": p.weights,
@@ -149,7 +151,7 @@ def _data(result, notes) -> dict:
 
 def _print(out, result, notes, batch) -> None:
     from ...export.preprocess import words
-    from ..show.terminal import macs_words, size_words, tokens_words
+    from ..show.terminal import macs_words, size_words, tail_words, tokens_words
 
     p = result.provenance
     out.print(str(result.path), style="bold", end="", markup=False)
@@ -157,7 +159,9 @@ def _print(out, result, notes, batch) -> None:
         f"  {p.model}, {p.schedule.method}, batch {batch}, {p.precision}, for {p.target}, opset {p.opset}", markup=False
     )
     out.print(f"  tokens   {tokens_words(p.schedule.n_tokens, result.tokens)}")
-    out.print(f"  MACs     {macs_words(result.macs, result.macs_dense)}")
+    out.print(f"  MACs     {macs_words(result.macs, result.macs_dense, result.macs_executed)}")
+    if p.tail == "class":
+        out.print(f"  tail     {tail_words(p)}", markup=False)
     out.print(
         f"  graph    {result.nodes} nodes, {size_words(result.size)}; input {input_words(p, batch)}", markup=False
     )

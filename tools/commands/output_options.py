@@ -8,9 +8,10 @@ import click
 
 from ...export.outputs import DROPPED, PARTS, parse_emission, row_of
 from ...export.pixels import INPUTS, input_shape
+from ...export.tail import TAILS, check_tail
 from .method_options import as_flags
 
-NAMES = ["emit", "sources", "layers", "norm_layers", "layout", "dropped", "input"]
+NAMES = ["emit", "sources", "layers", "norm_layers", "layout", "dropped", "input", "tail"]
 OPTIONS = (
     click.option("--emit", metavar="PART[,PART]", help="Outputs: " + "; ".join(f"{k}, {v}" for k, v in PARTS.items()) + ". Default: pooled."),
     click.option("--sources", is_flag=True, help="Add sources to --emit."),
@@ -22,6 +23,8 @@ OPTIONS = (
                  + "; ".join(f"{k}, {v}" for k, v in DROPPED.items()) + ". Default: last."),
     click.option("--input", type=click.Choice(list(INPUTS)), default="float32", show_default=True, help="What the file takes: normalised "
                  "float32 [B, C, H, W], or pixels, uint8 [B, H, W, C] or uint8-nchw [B, C, H, W]: normalisation is then in the weights."),
+    click.option("--tail", type=click.Choice(TAILS), help="What is computed of the last block: full, all of it; class, keys and values of "
+                 "all tokens and the rest of prefix tokens alone, which changes no class-token output. Default: full."),
 )  # fmt: skip
 
 
@@ -40,7 +43,8 @@ def split_outputs(options: dict) -> dict:
     values = {name: options.pop(name) for name in NAMES}
     values = {name: value for name, value in values.items() if value is not None}
     with as_flags(NAMES):
-        parse_emission(**{name: value for name, value in values.items() if name != "input"})
+        emission = parse_emission(**{name: value for name, value in values.items() if name not in ("input", "tail")})
+        check_tail(values.get("tail"), emission)
     return values
 
 

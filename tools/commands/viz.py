@@ -48,11 +48,12 @@ def command(file, images, output, blocks, features, page, checkpoint, runtime, f
     runtime_for(file, runtime)
     _check_together(output, blocks, features, page, checkpoint)
     provenance = inspect_file(file).provenance
-    if not provenance.schedule.steps and not features:
+    schedule = provenance.file_schedule
+    if not schedule.steps and not features:
         raise UsageError(
             f"{file} is dense: nothing is merged or dropped; wanted a file with a --method other than none"
         )
-    steps = _steps(provenance.schedule, blocks)
+    steps = _steps(schedule, blocks)
     photos = find_images(list(images))
     if len(photos) > MOST:
         raise UsageError(f"{len(photos)} images are more than one picture can show: give at most {MOST}")
@@ -96,7 +97,7 @@ def _draw_tokens(path, file, photos, *, provenance, runtime, progress, steps) ->
 
     rows = draw.token_rows(file, photos, steps=steps, runtime=runtime, progress=progress)
     draw.save(draw.stacked(rows), path)
-    return ", ".join(draw.step_words(provenance.schedule.steps[i]) for i in steps)
+    return ", ".join(draw.step_words(provenance.file_schedule.steps[i]) for i in steps)
 
 
 def _draw_features(path, file, photos, *, provenance, runtime, progress, checkpoint) -> str:
@@ -121,7 +122,7 @@ def _write_page(path, file, photos, *, provenance, runtime, progress) -> str:
     maps = draw.patch_maps(file, photos, runtime=runtime, progress=progress)
     shown = [(photo.name, image, patches) for photo, image, patches in maps]
     title = f"{provenance.model}, {provenance.schedule.method}"
-    write_slider(path, title=title, schedule=provenance.schedule, grid=draw.grid_of(provenance), photos=shown)
+    write_slider(path, title=title, schedule=provenance.file_schedule, grid=draw.grid_of(provenance), photos=shown)
     return f"a slider over {provenance.schedule.depth} blocks"
 
 
@@ -138,6 +139,6 @@ def _steps(schedule, blocks: str | None) -> list[int]:
     wrong = [b for b in asked if not (b.isascii() and b.isdigit()) or int(b[:9]) not in index_of]
     if wrong:
         raise UsageError(
-            f"--at {blocks[:60]!r}: {wrong[0][:20]!r} is no block with a reduction; these have one: {', '.join(map(str, index_of))}"
+            f"--at {blocks[:60]!r}: {wrong[0][:20]!r} is no block with a reduction in the file; these have one: {', '.join(map(str, index_of))}"
         )
     return sorted({index_of[int(b)] for b in asked})

@@ -126,7 +126,7 @@ def _draw(folder: Path, method: str, result, images) -> Path:
     with open_side(result.path) as run:
         for i in SHOWN:
             image = crop(images[i], p.preprocess)
-            last = token_maps(run(normalise(image, p.preprocess)[None]).plans, p.schedule)[-1][0, 1:]
+            last = token_maps(run(normalise(image, p.preprocess)[None]).plans, p.file_schedule)[-1][0, 1:]
             merged = draw.draw_sources(image, draw.grid_of(p), last)
             shown += [image.resize(merged.size), merged]
             captions += [f"a {images[i].parent.name}: 64 patches", f"{method}: {len(np.setdiff1d(last, [-1]))} left"]

@@ -65,7 +65,8 @@ def _export(folder: Path, checkpoint: Path, name: str, method: str, progress, ou
     progress(f"exporting {name}")
     loaded = load_model(samples.MODEL, samples.KWARGS, checkpoint=checkpoint)
     schedule = loaded.schedule(method, **({"r": R} if method == "tome" else {}))
-    result = export_onnx(loaded, schedule, folder / f"dinov2_{method}.onnx", sources=method != "none", force=True)
+    asked = {"sources": method != "none", "tail": "full"}  # both files are timed: alike in their last block
+    result = export_onnx(loaded, schedule, folder / f"dinov2_{method}.onnx", **asked, force=True)
     out.print(
         f"   {result.path}: tokens {tokens_words(schedule.n_tokens, result.tokens) if schedule.steps else '257 throughout'}"
     )

@@ -43,7 +43,7 @@ def token_rows(
     from ...engines.files import inspect_file
 
     provenance, rows = inspect_file(file).provenance, []
-    schedule, grid = provenance.schedule, grid_of(provenance)
+    schedule, grid = provenance.file_schedule, grid_of(provenance)
     for photo, image, maps in patch_maps(file, photos, runtime=runtime, progress=progress):
         patches = [maps[i] for i in steps]
         pictures = [draw_sources(image, grid, sources) for sources in patches]
@@ -80,7 +80,7 @@ def patch_maps(
     with open_side(file, runtime) as run:
         for photo in photos:
             progress(f"drawing {photo.name}")
-            maps = token_maps(run(load_inputs([photo], provenance)).plans, provenance.schedule)
+            maps = token_maps(run(load_inputs([photo], provenance)).plans, provenance.file_schedule)
             yield photo, crop(photo, provenance.preprocess), [m[0, provenance.schedule.n_prefix :] for m in maps]
 
 

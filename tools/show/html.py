@@ -36,15 +36,14 @@ def page(report, provenance) -> str:
     """
     word = "passed" if report.passed else "failed"
     side = f"file {report.against}" if report.against else "PyTorch reference"
-    schedule = provenance.schedule
-    what = f"{provenance.model}, {schedule.method}, {provenance.precision}, run by {report.runtime}, against the {side}"
+    what = f"{provenance.model}, {provenance.schedule.method}, {provenance.precision}, run by {report.runtime}, against the {side}"
     parts = [
         f"<h1>{text(report.path)}</h1><p class=note>{text(what)}</p>",
         f"<p class='verdict {word}'>{text(report.summary())}</p>",
         *_faults(report),
         *section("Outputs, on equal decisions", _outputs(report)),
         *section("What it costs", _costs(report)),
-        *section("Tokens and decisions by block", _blocks(report, schedule)),
+        *section("Tokens and decisions by block", _blocks(report, provenance)),
         *section("Error of every stage, computed from the file's own tokens before it", _stages(report)),
         *section("Images", _images(report, provenance)),
         *section("Limits", _limits(report.precision)),
@@ -89,12 +88,14 @@ def _faults(report) -> list[str]:
     return [f"<p class=failed>{text(f)}</p>" for f in faults] + [f"<p class=note>{text(n)}</p>" for n in report.notes]
 
 
-def _blocks(report, schedule) -> str:
-    decided, rows = {b.block: b for b in report.by_block}, []
-    for i, (attention, mlp) in enumerate(schedule.tokens_per_block()):
+def _blocks(report, provenance) -> str:
+    decided, rows, step = {b.block: b for b in report.by_block}, [], provenance.step_left_out
+    for i, (attention, mlp) in enumerate(provenance.schedule.tokens_per_block()):
         b = decided.get(i)
         more = (
-            ["", "", ""] if b is None else [f"{b.equal:.1%}", f"{b.margin:.1e}" if b.margin else "0", f"{b.limit:.0e}"]
+            ["" if step is None or i != step.block else "not in the file", "", ""]
+            if b is None
+            else [f"{b.equal:.1%}", f"{b.margin:.1e}" if b.margin else "0", f"{b.limit:.0e}"]
         )
         rows.append([str(i), str(attention), str(mlp), *more])
     titles = ["block", "tokens in attention", "in MLP", "decided alike", "most given away", "a near-tie: at most"]

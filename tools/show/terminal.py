@@ -38,16 +38,37 @@ def size_words(n: int) -> str:
     return f"{n} B"
 
 
+TAIL_WORDS = {
+    "full": "full: all tokens of the last block are computed",
+    "class": "class: of the last block, keys and values of all tokens, the rest of prefix tokens alone",
+}
+
+
+def tail_words(provenance) -> str:
+    """What is computed of the last block, and the reduction that is therefore not in the file. provenance: of the file."""
+    step = provenance.step_left_out
+    return TAIL_WORDS[provenance.tail] + (
+        "" if step is None else f"; the reduction of block {step.block} is not in the file"
+    )
+
+
 def tokens_words(n_tokens: int, tokens: list) -> str:
     """Tokens before the first block and after each: "197 in, then 184 171 158 ..."."""
     return f"{n_tokens} in, then " + " ".join(str(m) for _, m in tokens)
 
 
-def macs_words(macs: int, dense: int) -> str:
-    """ "2.69 G per image (dense 4.58 G, ratio 1.702)"."""
+def macs_words(macs: int, dense: int, executed: int | None = None) -> str:
+    """ "2.69 G per image (dense 4.58 G, ratio 1.702); executed 2.63 G".
+
+    Args:
+        macs, dense: of the file and of the model without a reduction, as the papers count.
+        executed: what the file computes; told where it is another number.
+    """
     unit, scale = ("G", 1e9) if dense >= 1e9 else ("M", 1e6)
-    return f"{macs / scale:.2f} {unit} per image" + (
-        f" (dense {dense / scale:.2f} {unit}, ratio {dense / macs:.3f})" if macs != dense else ""
+    return (
+        f"{macs / scale:.2f} {unit} per image"
+        + (f" (dense {dense / scale:.2f} {unit}, ratio {dense / macs:.3f})" if macs != dense else "")
+        + ("" if executed in (None, macs) else f"; executed {executed / scale:.2f} {unit}")
     )
 
 
