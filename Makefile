@@ -60,7 +60,7 @@ cpp: $(VENV)/.installed $(HEADERS)
 	cmake --build build/cpp -j 2
 
 test-cpp: $(VENV)/.installed $(HEADERS)
-	ONNXRUNTIME_INCLUDE_DIR=$$(cat $(HEADERS)) $(PYTEST) tests/engines/test_cpp.py -m programs
+	ONNXRUNTIME_INCLUDE_DIR=$$(cat $(HEADERS)) $(PYTEST) tests/engines/test_cpp.py tests/engines/test_cpp_ladder.py -m programs
 
 test-gpu: $(VENV)/.installed
 	$(PYTEST) -m gpu -rs

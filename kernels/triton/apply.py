@@ -25,16 +25,14 @@ def apply_kernel(
     n_rows, width, n_kept, n_fold, first_host, fold, with_size,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    j = tl.program_id(0)
-    n_out = tl.num_programs(0)
+    j, n_out = tl.program_id(0), tl.num_programs(0)
     image = tl.program_id(1).to(tl.int64)
     column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     x_ptr, size_ptr = x_ptr + image * n_rows * width, size_ptr + image * n_rows
     src_ptr, dst_ptr = src_ptr + image * n_fold, dst_ptr + image * n_fold
     sized = (with_size > 0) | (fold == 0)
-    is_sum = fold == 3
-    extra = j >= n_kept
+    is_sum, extra = fold == 3, j >= n_kept
     row = tl.load(keep_ptr + image * n_kept + j, mask=j < n_kept, other=0)
     kept = tl.load(x_ptr + row * width + column, mask=inside, other=0.0)
     size = tl.load(size_ptr + row, mask=sized, other=1.0)
@@ -52,7 +50,10 @@ def apply_kernel(
         if count > 0:
             hits += count
             for t in range(start, tl.minimum(start + CHUNK, n_fold)):
-                if is_sum | (tl.load(dst_ptr + t, mask=fold != 3, other=0) + first_host == j):
+                take = is_sum
+                if is_sum == 0:
+                    take = tl.load(dst_ptr + t) + first_host == j
+                if take:
                     source = tl.load(src_ptr + t)
                     source_size = tl.load(size_ptr + source, mask=sized, other=1.0)
                     at = value_ptr + tl.where(is_sum, image * n_rows + source, image * n_fold + t)
