@@ -228,15 +228,17 @@ def _check_model(plain: PlainViT) -> None:
 
 def _start_on_a_line(masked: MaskedViT, budget: _Budget) -> None:
     """Logits -(c - c0)^2 / (2 SPREAD^2), c0 on a straight line from every token in block 0 to `last` in the last block, so that the
-    expected cost meets the target: the first steps then search instead of falling."""
+    expected cost meets the target: the first steps then search instead of falling. What is left after pruning starts at the count of
+    the block before, so that all that goes is merged at first: what is worth pruning is learned."""
     depth, n_patches = budget.depth, budget.n_tokens - budget.n_prefix
 
     def centre(last: float) -> list[float]:
         return [n_patches + (last - n_patches) * b / max(depth - 1, 1) for b in range(depth)]
 
     def put(last: float) -> float:
-        for b, c0 in enumerate(centre(last)):
-            for selector in (masked.prune[b], masked.merge[b]):
+        line = centre(last)
+        for b in range(depth):
+            for selector, c0 in ((masked.prune[b], line[max(b - 1, 0)]), (masked.merge[b], line[b])):
                 spread = SPREAD * n_patches / 256
                 with torch.no_grad():
                     selector.logits.copy_(-((selector.candidates - c0) ** 2) / (2 * spread**2))
