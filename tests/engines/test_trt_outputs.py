@@ -33,7 +33,7 @@ def written(tiny, schedule_of, tmp_path_factory):
 
 
 @pytest.mark.parametrize("precision", mostly_slow(["fp32", "fp16", "bf16"], "fp16"))
-@pytest.mark.parametrize("method", mostly_slow(METHODS, "tome", "evit"))
+@pytest.mark.parametrize("method", mostly_slow(METHODS, "tome"))
 def test_an_engine_gives_every_output_that_its_file_gives(method, precision, written, tmp_path):
     path = written(method, batch=1, **EVERYTHING)
     engine = build_engine(path, tmp_path / "v.plan", precision=precision, **RTX).engine
@@ -55,7 +55,7 @@ def test_so_it_does_of_inner_blocks_and_planes_with_any_batch(written, tmp_path)
     assert next(t for t in engine.outputs if t.name == "patches_1").shape == (None, 64, 8, 8)
 
 
-@pytest.mark.parametrize("batch", [1, None])
+@pytest.mark.parametrize("batch", mostly_slow([1, None], 1))
 @pytest.mark.parametrize("precision", mostly_slow(["fp32", "fp16", "bf16"], "fp16"))
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "float32"])
 def test_an_engine_takes_pixels(form, precision, batch, written, tmp_path):

@@ -79,6 +79,7 @@ def check(path, kind, tiny, golden, run_onnx, relative):
     assert not any((s.block, s.site) == (LAST, "post_attn") for s in p.file_schedule.steps)
 
 
+@pytest.mark.fast_methods("none", "tome", "evit", "diffrate")
 @pytest.mark.parametrize("batch", mostly_slow([None, 1], None))
 def test_every_method_gives_the_same_with_less(options, batch, tailed, tiny, golden, run_onnx, relative):
     check(tailed(batch=batch, **options), "tiny_vit", tiny, golden, run_onnx, relative)
@@ -180,7 +181,7 @@ def test_another_row_than_the_class_tokens_is_caught(tailed, tmp_path):
     assert not report.passed and report.departs.startswith(f"block {LAST}, attention is the first stage that departs")
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", mostly_slow(["fp32", "fp16"], "fp32"))
 @pytest.mark.parametrize("asked", [{"method": "none"}, {"method": "tome", "r": 8}, {"method": "evit", "at": (1, 3, 5)}],
                          ids=lambda asked: asked["method"])  # fmt: skip
 def test_verify_passes_and_says_what_is_not_in_the_file(asked, dtype, tailed, tmp_path):
