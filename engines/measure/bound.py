@@ -83,8 +83,11 @@ class _Cut:
         return len(value.shape) == 2 or len(value.shape) == 3 and value.shape[1] == self.step.n_out
 
     def nodes(self, name: str, value: _Value) -> list:
-        """Nodes that cut the first n_out rows of each image off, in the layout and the type of the value they
-        replace.
+        """Nodes that cut the first n_out rows of each image off, in the layout and the type of the value they replace.
+
+        Args:
+            name: of the value they give.
+            value: type and shape of what they replace.
         """
         from onnx import helper
 

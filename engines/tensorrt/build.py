@@ -118,7 +118,12 @@ class _Job:
         )
 
     def build(self, output: Path, force: bool) -> BuildResult:
-        """The engine that is there, when it is the one that is asked for, or a new one."""
+        """The engine that is there, when it is the one that is asked for, or a new one.
+
+        Args:
+            output: path of the engine.
+            force: replace what is there.
+        """
         version, source_sha256 = runtimes.installed_version(self.request.builder), sha256_of(*self.inspection.files)
         key = self.request.key(version, source_sha256)
         known = None if force else _cached(output, key)

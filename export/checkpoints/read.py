@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from . import torch_file
-from .torch_file import DamagedError, StoredTensor
+from .torch_file import ZIP_DAMAGE, DamagedError, StoredTensor
 
 # The first bytes of files that are given for weights and are none; what to do.
 FOREIGN = (
@@ -99,7 +99,7 @@ def _read_zip(path: Path) -> WeightFile:
     try:
         with zipfile.ZipFile(path) as archive:
             arrays = [n for n in archive.namelist() if n.endswith(".npy")]
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as e:
+    except ZIP_DAMAGE as e:
         raise DamagedError(f"a damaged zip ({e})") from None
     if arrays:
         return WeightFile(path, "npz", read_npz(path))
@@ -170,7 +170,7 @@ def read_npz(path: Path) -> dict[str, StoredTensor]:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return torch.from_numpy(np.ascontiguousarray(arrays[member]))
-        except (ValueError, TypeError, OSError, zipfile.BadZipFile, KeyError) as e:
+        except (*ZIP_DAMAGE, TypeError, KeyError) as e:
             raise DamagedError(f"array {member[:60]} ({_line(e)})") from None
 
     arrays = {}
@@ -189,6 +189,6 @@ def read_npz(path: Path) -> dict[str, StoredTensor]:
                     if int(np.prod(shape, dtype=object)) * dtype.itemsize > member.file_size:
                         raise DamagedError(f"array {name[:60]} is cut short")
                 arrays[name] = StoredTensor(tuple(shape), partial(load, name))
-    except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile, NotImplementedError) as e:
+    except (*ZIP_DAMAGE, AttributeError) as e:
         raise DamagedError(f"a damaged npz ({_line(e)})") from None
     return arrays

@@ -8,6 +8,7 @@ import math
 import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,10 @@ from .stand_ins import LARGEST_PICKLE, Dtype, Inert, Storage, Tensor, storage_of
 
 MAGIC = 0x1950A86A20F9469CFC6C
 LARGEST_EXPANDED = 2**28  # bytes of a tensor with strides of 0, which stores less than it holds
+
+
+# What a damaged or encrypted zip raises, wherever the damage is; a seek to a place that cannot be is an OSError.
+ZIP_DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, RuntimeError, ValueError)
 
 
 class DamagedError(Exception):
@@ -58,7 +63,7 @@ def read_zip(path: Path):
                 raise DamagedError("its pickle is larger than any checkpoint's")
             content = archive.read(pickles[0])
             big = f"{root}byteorder" in members and archive.read(f"{root}byteorder").strip() == b"big"
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, RuntimeError, ValueError) as e:
+    except ZIP_DAMAGE as e:
         raise DamagedError(f"a damaged zip ({e})") from None
     data = unpickle(io.BytesIO(content), storage_of)
 

@@ -16,7 +16,7 @@ from tokexport.export.checkpoints.read import read_file
 from tokexport.export.checkpoints.stand_ins import Inert, unpickle
 from tokexport.export.checkpoints.torch_file import DamagedError, StoredTensor
 
-from tokexport import UsageError
+from tokexport import UsageError, load_model
 
 STATE = {
     "float": torch.randn(3, 4),
@@ -293,3 +293,19 @@ def test_a_tensor_that_claims_more_than_the_file_has_is_refused(tmp_path):
     torch.save({"a": small.expand(2**31, 2**20)}, tmp_path / "x")
     with pytest.raises(DamagedError, match="repeats its few stored values"):
         read_file(tmp_path / "x").data["a"].load()
+
+
+@pytest.mark.parametrize("harm", ["damaged data", "encrypted"])
+def test_a_compressed_npz_that_cannot_be_read_is_one_error(harm, tmp_path):
+    """The directory of the zip is whole: only reading a member finds out."""
+    path = tmp_path / "weights.npz"
+    np.savez_compressed(path, a=np.random.default_rng(0).normal(size=(40, 40)))
+    content = bytearray(path.read_bytes())
+    if harm == "encrypted":
+        for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+            content[content.index(signature) + flags] |= 1
+    else:
+        content[60:66] = b"\xff" * 6
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="a damaged npz"):
+        load_model("vit_tiny_patch16_224", {"depth": 1}, checkpoint=path)
